@@ -1,0 +1,24 @@
+"""Symmetry teleportation for PyTorch: along a level set of the loss to where the optimizer gains more."""
+
+from ._version import __version__
+from .errors import TeleportError
+from .objectives import GradNorm, Lookahead, Objective
+from .ops import teleport_layer
+from .report import LayerReport, TeleportReport
+from .teleport import matched_batch_size, teleport_mlp
+from .teleporter import Schedule, Teleporter
+
+__all__ = [
+    "GradNorm",
+    "LayerReport",
+    "Lookahead",
+    "Objective",
+    "Schedule",
+    "TeleportError",
+    "TeleportReport",
+    "Teleporter",
+    "__version__",
+    "matched_batch_size",
+    "teleport_layer",
+    "teleport_mlp",
+]

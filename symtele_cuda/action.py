@@ -1,0 +1,487 @@
+"""The group action on a network, held in the coordinates of the batch's activations.
+
+Notation (row-major, as in torch.nn.Linear), for the weight layers l = 0..M−1 and n samples:
+
+    B_0 = X,   Y_l = B_l W_lᵀ + b_l,   B_{l+1} = σ_l(Y_l),   Y_{M−1} = logits,   K_l = B_l B_lᵀ + 1   (+1 only with
+    bias)
+
+g acts on the activations, B_{l+1} ← B_{l+1} gᵀ. The layer before must then produce the new activations and the layer
+behind must not notice them; both are the same formula, with a reference R_l, r_l and Y_l = σ_l⁻¹(B_{l+1}):
+
+    [W_l', b_l'] = [R_l, r_l] + E_lᵀ P(B_l) = [R_l + A_lᵀ B_l, r_l + A_lᵀ 1],
+    E_l = Y_l − B_l R_lᵀ − r_l,   A_l = K_l⁻¹ E_l,   P(B) = K⁻¹ [B, 1]
+
+(Zhao et al. 2022, arXiv 2205.10637, eq. 8, with R = 0 and the pseudo-inverse written out.) It holds exactly where the
+rows of [B_l, 1] are linearly independent: such an input is called *matched*. Where the input of a layer was moved
+and is not matched, the layer is *carried* instead: R_l = W_l g⁻¹ with the explicit g, and E_l = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import Activation
+from .pinv import MAX_CONDITION, gram, invert_gram, pinv_factor
+
+# A step towards the edge of σ⁻¹'s domain goes at most this share of the way there.
+DOMAIN_SHARE = 0.5
+
+
+class StepFailed(Exception):
+    """A step that cannot be taken; the text says why."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """The weight layers of a chain as plain tensors of one dtype: weights d_l×d_{l−1}, biases d_l or None."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    activations: tuple[Activation, ...]
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def with_parameters(self, parameters: Sequence[Tensor]) -> Network:
+        """The same network with the tensors of `parameter_list` replaced."""
+        tensors = iter(parameters)
+        pairs = [(next(tensors), None if bias is None else next(tensors)) for bias in self.biases]
+        return replace(self, weights=tuple(weight for weight, _ in pairs), biases=tuple(bias for _, bias in pairs))
+
+    def forward(self, inputs: Tensor) -> list[Tensor]:
+        """The pre-activations Y_0, …, Y_{M−1} of `inputs` (n×d_0)."""
+        outputs = [F.linear(inputs, self.weights[0], self.biases[0])]
+        for weight, bias, activation in zip(self.weights[1:], self.biases[1:], self.activations, strict=True):
+            outputs.append(F.linear(activation.forward(outputs[-1]), weight, bias))
+        return outputs
+
+
+def parameter_list(network: Network, requires_grad: bool = False) -> list[Tensor]:
+    """Weights and biases in the order of the layers; as new leaves of the same values if a gradient is required."""
+    pairs = zip(network.weights, network.biases, strict=True)
+    tensors = [tensor for pair in pairs for tensor in pair if tensor is not None]
+    return [tensor.detach().requires_grad_() for tensor in tensors] if requires_grad else tensors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to each weight layer l.
+
+    moved[l]: the activations behind layer l are moved. absorbs[l]: the layer's weights become R + EᵀP.
+    carried[l]: its input is moved and its weights become W g⁻¹. zero_reference[l]: R = 0, r = 0 instead of R = W, r
+    = b.
+    """
+
+    moved: tuple[bool, ...]
+    absorbs: tuple[bool, ...]
+    carried: tuple[bool, ...]
+    zero_reference: tuple[bool, ...]
+    first_order_inverse: bool
+
+    @classmethod
+    def make(cls, moved: Sequence[bool], matched: Sequence[bool], action: str, inverse: str) -> Plan:
+        """The plan that moves the activations behind the layers in `moved`, given which inputs are matched."""
+        last = len(moved) - 1
+        input_moved = [False, *moved[:-1]]
+        carried = [
+            input_moved[layer] and (not matched[layer] or (action == "paper" and layer == last))
+            for layer in range(len(moved))
+        ]
+        absorbs = [moved[layer] or (input_moved[layer] and not carried[layer]) for layer in range(len(moved))]
+        zero_reference = [action == "paper" and absorbs[layer] and layer != last for layer in range(len(moved))]
+        return cls(tuple(moved), tuple(absorbs), tuple(carried), tuple(zero_reference), inverse == "first_order")
+
+
+@dataclass(frozen=True)
+class State:
+    """A point of the orbit, per weight layer l; what a layer does not need is None.
+
+    inputs B_l, targets Y_l, references R_l, images B_l R_lᵀ + r_l, grams K_l, gram_inverses K_l⁻¹,
+    coefficients A_l, slopes σ_l'(Y_l), and formed: W_l' itself for thin layers (with fewer outputs than half the
+    samples), where products with it are cheaper than those with n×n matrices.
+    """
+
+    inputs: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+    references: tuple[Tensor | None, ...]
+    images: tuple[Tensor, ...]
+    grams: tuple[Tensor, ...]
+    gram_inverses: tuple[Tensor | None, ...]
+    coefficients: tuple[Tensor | None, ...]
+    slopes: tuple[Tensor, ...]
+    formed: tuple[Tensor | None, ...]
+
+    @property
+    def logits(self) -> Tensor:
+        return self.targets[-1]
+
+
+@dataclass(frozen=True)
+class Match:
+    """How the rows of one layer's input [B, 1] lie: B (n×d), K and K⁻¹ in float64 (None if not matched), rank, κ₂."""
+
+    inputs: Tensor
+    gram: Tensor
+    gram_inverse: Tensor | None
+    rank: int
+    condition: float
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """∂f/∂B_l per weight layer (None where B_l is fixed) and ∂f/∂R_l = Σ aᵀc as pairs (a, c) where R_l is carried."""
+
+    inputs: tuple[Tensor | None, ...]
+    references: tuple[tuple[tuple[Tensor, Tensor], ...], ...]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The step g ← (I + εT)g, T = ∇_T f = ∂f/∂Bᵀ B − Rᵀ ∂f/∂R, as it moves the state by ε = 1.
+
+    inputs: B Tᵀ; images: B Tᵀ Rᵀ of the layers that absorb; generators: (U, V) with T = Uᵀ V for the layers carried.
+    """
+
+    inputs: tuple[Tensor | None, ...]
+    images: tuple[Tensor | None, ...]
+    generators: tuple[tuple[Tensor, Tensor] | None, ...]
+    norm: float
+
+
+def initial_state(network: Network, plan: Plan, outputs: Sequence[Tensor], matches: Sequence[Match]) -> State:
+    """The state at g = I of a batch with pre-activations `outputs` and the layers' inputs in `matches`."""
+    layers = range(len(network))
+    dtype = outputs[0].dtype
+    references = [None if plan.zero_reference[layer] else network.weights[layer] for layer in layers]
+    # With R = W the image is the target itself: E = 0 exactly, so that g = I changes nothing.
+    images = [torch.zeros_like(outputs[layer]) if plan.zero_reference[layer] else outputs[layer] for layer in layers]
+    inverses = [None if match.gram_inverse is None else match.gram_inverse.to(dtype) for match in matches]
+    inputs = [match.inputs for match in matches]
+    coefficients = [_coefficients(plan, layer, outputs, images, inverses) for layer in layers]
+    return State(
+        inputs=tuple(inputs),
+        targets=tuple(outputs),
+        references=tuple(references),
+        images=tuple(images),
+        grams=tuple(match.gram.to(dtype) for match in matches),
+        gram_inverses=tuple(inverses),
+        coefficients=tuple(coefficients),
+        slopes=tuple(a.derivative(y) for a, y in zip(network.activations, outputs, strict=False)),
+        formed=tuple(map(_form_thin, inputs, references, coefficients)),
+    )
+
+
+def steepest_direction(network: Network, plan: Plan, state: State, gradient: Gradient) -> Direction:
+    """The metric step B Tᵀ = (B Bᵀ) ∂f/∂B − Σ (B cᵀ)(a R) of the group's own gradient (Zhao et al. 2022, Algorithm 1).
+
+    No d×d matrix is formed: T enters through products with n×n matrices, and through its factors where a layer is
+    carried.
+    """
+    inputs: list[Tensor | None] = []
+    images: list[Tensor | None] = []
+    generators: list[tuple[Tensor, Tensor] | None] = []
+    squared_norm = 0.0
+    for layer, gradient_inputs in enumerate(gradient.inputs):
+        if gradient_inputs is None:
+            inputs.append(None)
+            images.append(None)
+            generators.append(None)
+            continue
+        batch, reference = state.inputs[layer], state.references[layer]
+        step = state.grams[layer] @ gradient_inputs
+        if network.biases[layer] is not None:
+            step = step - gradient_inputs.sum(0)  # K = B Bᵀ + 1, the metric is B Bᵀ
+        generator = None
+        if plan.carried[layer]:
+            assert reference is not None
+            lefts = [(left @ reference).neg() for left, _ in gradient.references[layer]]
+            rights = [right for _, right in gradient.references[layer]]
+            step = torch.stack([step, *(_apply(batch, r, left) for left, r in zip(lefts, rights, strict=True))]).sum(0)
+            generator = (torch.cat([gradient_inputs, *lefts]), torch.cat([batch, *rights]))
+        inputs.append(step)
+        images.append(step @ reference.T if plan.absorbs[layer] and reference is not None else None)
+        generators.append(generator)
+        squared_norm += float(step.square().sum())
+    return Direction(tuple(inputs), tuple(images), tuple(generators), math.sqrt(squared_norm))
+
+
+def domain_limit(network: Network, state: State, direction: Direction, size: float) -> float:
+    """The largest step ≤ |size| in the sense of `size` that keeps every activation well inside the domain of σ⁻¹."""
+    sign, limit = math.copysign(1.0, size), abs(size)
+    for layer, step in enumerate(direction.inputs):
+        if step is None:
+            continue
+        low, high = network.activations[layer - 1].domain
+        for bound, away in ((high, sign * step), (low, -sign * step)):
+            if math.isfinite(bound):
+                room = (state.inputs[layer] - bound).abs()
+                reach = torch.where(away > 0, room / away, math.inf).min()
+                limit = min(limit, DOMAIN_SHARE * float(reach))
+    return sign * limit
+
+
+def advance(network: Network, plan: Plan, state: State, direction: Direction, size: float) -> State:
+    """The state after g ← (I + size·T) g.
+
+    Raises:
+        StepFailed: an activation leaves the domain of σ⁻¹, or a matched input loses its full row rank.
+    """
+    inputs, targets = list(state.inputs), list(state.targets)
+    references, images = list(state.references), list(state.images)
+    grams, inverses = list(state.grams), list(state.gram_inverses)
+    slopes = list(state.slopes)
+    for layer, step in enumerate(direction.inputs):
+        if step is None:
+            continue
+        activation = network.activations[layer - 1]
+        inputs[layer] = torch.add(state.inputs[layer], step, alpha=size)
+        targets[layer - 1] = activation.inverse(inputs[layer])
+        slopes[layer - 1] = activation.derivative(targets[layer - 1])
+        if activation.domain != (-math.inf, math.inf) and not bool(torch.isfinite(targets[layer - 1]).all()):
+            raise StepFailed(f"an activation left the domain of the inverse of {activation}")
+        if (image_step := direction.images[layer]) is not None:
+            images[layer] = torch.add(state.images[layer], image_step, alpha=size)
+        if (generator := direction.generators[layer]) is not None:
+            references[layer] = _right_inverse(references[layer], generator, size, plan.first_order_inverse)
+    if plan.first_order_inverse:
+        _let_drift(network, plan, inputs, targets, references, images, slopes)
+    for layer, batch in enumerate(inputs):
+        if batch is not state.inputs[layer]:
+            grams[layer], inverses[layer] = _regram(network, plan, layer, batch)
+    coefficients = [_coefficients(plan, layer, targets, images, inverses) for layer in range(len(network))]
+    return State(
+        inputs=tuple(inputs),
+        targets=tuple(targets),
+        references=tuple(references),
+        images=tuple(images),
+        grams=tuple(grams),
+        gram_inverses=tuple(inverses),
+        coefficients=tuple(coefficients),
+        slopes=tuple(slopes),
+        formed=tuple(map(_form_thin, inputs, references, coefficients)),
+    )
+
+
+def form_weights(
+    network: Network, plan: Plan, inputs: Tensor, targets: Sequence[Tensor], references: Sequence[Tensor | None]
+) -> Network:
+    """The weights [R, r] + Eᵀ P(B) that turn the batch `inputs` into the pre-activations `targets`, layer by layer.
+
+    B is the activation that the new weights really produce, so that a layer mends the rounding of those before it,
+    and an output layer that absorbs is corrected once more: the logits keep the precision of the arithmetic, not of
+    P.
+    """
+    weights, biases = list(network.weights), list(network.biases)
+    for layer, activation in enumerate((*network.activations, None)):
+        bias, reference = biases[layer], references[layer]
+        if plan.carried[layer]:
+            assert reference is not None
+            weights[layer] = reference
+        elif plan.absorbs[layer]:
+            factor = pinv_factor(inputs, bias is not None).factor
+            if factor is None:
+                raise StepFailed("the activations of the batch lost their full row rank")
+            if plan.zero_reference[layer]:
+                weights[layer] = torch.zeros_like(weights[layer])
+                bias = None if bias is None else torch.zeros_like(bias)
+            for _ in range(2 if activation is None else 1):
+                residual = targets[layer] - F.linear(inputs, weights[layer], bias)
+                change = residual.T @ factor
+                if bias is None:
+                    weights[layer] = weights[layer] + change
+                else:
+                    weights[layer] = weights[layer] + change[:, :-1]
+                    bias = bias + change[:, -1]
+            biases[layer] = bias
+        if activation is not None:
+            inputs = activation.forward(F.linear(inputs, weights[layer], biases[layer]))
+    return replace(network, weights=tuple(weights), biases=tuple(biases))
+
+
+def coefficients_of(plan: Plan, state: State, layer: int) -> Tensor | None:
+    """A_l, None where the layer does not absorb; that of layer 0, for which the search has no use, is worked out
+    here."""
+    if layer == 0 and plan.absorbs[0]:
+        inverse = state.gram_inverses[0]
+        assert inverse is not None
+        return inverse @ (state.targets[0] - state.images[0])
+    return state.coefficients[layer]
+
+
+def weights_of(network: Network, plan: Plan, state: State) -> Network:
+    """The weights [R + AᵀB, r + Aᵀ1] of a state, to the precision of the search; `form_weights` has the full one."""
+    weights, biases = list(network.weights), list(network.biases)
+    for layer, batch in enumerate(state.inputs):
+        reference, coefficients = state.references[layer], coefficients_of(plan, state, layer)
+        if coefficients is not None:
+            weights[layer], bias = _form(batch, reference, coefficients), biases[layer]
+            if bias is not None:
+                biases[layer] = coefficients.sum(0) if reference is None else bias + coefficients.sum(0)
+        elif reference is not None:
+            weights[layer] = reference
+    return replace(network, weights=tuple(weights), biases=tuple(biases))
+
+
+def pull_back_weights(
+    network: Network, plan: Plan, state: State, formed: Network, gradients: Sequence[tuple[Tensor, Tensor | None]]
+) -> Gradient:
+    """∂f/∂B_l and ∂f/∂R_l from V = ∂f/∂W' (d_l×d_{l−1}) and v = ∂f/∂b', through W' = R + AᵀB, b' = r + Aᵀ1, A = K⁻¹E.
+
+    `formed` are the state's weights, `gradients` the pairs (V, v) per layer.
+    """
+    inputs: list[Tensor | None] = []
+    references: list[tuple[tuple[Tensor, Tensor], ...]] = []
+    by_target: Tensor | None = None  # ∂f/∂Y of the layer before
+    for layer, (by_weight, by_bias) in enumerate(gradients):
+        batch, coefficients = state.inputs[layer], coefficients_of(plan, state, layer)
+        moved = layer > 0 and plan.moved[layer - 1]
+        gradient = by_target / state.slopes[layer - 1] if moved and by_target is not None else torch.zeros_like(batch)
+        by_target = None
+        if coefficients is not None:
+            by_coefficients = batch @ by_weight.T if by_bias is None else torch.addmm(by_bias, batch, by_weight.T)
+            by_target = residual_gradient(state, layer, by_coefficients)
+            if moved:
+                gradient = gradient + input_gradient(batch, formed.weights[layer], coefficients, by_weight, by_target)
+        inputs.append(gradient if moved else None)
+        identity = torch.eye(by_weight.shape[0], dtype=by_weight.dtype, device=by_weight.device)
+        references.append(((identity, by_weight),) if plan.carried[layer] else ())
+    return Gradient(tuple(inputs), tuple(references))
+
+
+def residual_gradient(state: State, layer: int, by_coefficients: Tensor) -> Tensor:
+    """∂f/∂E = K⁻¹ ∂f/∂A, which is ∂f/∂Y as well."""
+    inverse = state.gram_inverses[layer]
+    assert inverse is not None
+    return inverse @ by_coefficients
+
+
+def input_gradient(
+    inputs: Tensor, formed: Tensor, coefficients: Tensor, by_weight: Tensor, by_residual: Tensor
+) -> Tensor:
+    """∂f/∂B through W' = R + AᵀB, A = K⁻¹(Y − BRᵀ − r) with K = BBᵀ + 1: A V − ∂f/∂E W' − A (∂f/∂Eᵀ B)."""
+    return (coefficients @ (by_weight - by_residual.T @ inputs)).addmm_(by_residual, formed, alpha=-1)
+
+
+def predict(network: Network, plan: Plan, state: State, inputs: Tensor) -> Tensor:
+    """The logits of other `inputs` (N×d_0) under the state's weights, without forming them.
+
+    z_l = q_l R_lᵀ + r_l + (q_l B_lᵀ + 1) A_l, q_{l+1} = σ_l(z_l), q_0 = inputs.
+    """
+    hidden = inputs
+    for layer in range(len(network)):
+        output = reference_image(network, state, layer, hidden)
+        if (coefficients := coefficients_of(plan, state, layer)) is not None:
+            output = output + kernel(hidden, state.inputs[layer], network.biases[layer] is not None) @ coefficients
+        if layer < len(network) - 1:
+            hidden = network.activations[layer].forward(output)
+    return output
+
+
+def reference_image(network: Network, state: State, layer: int, hidden: Tensor) -> Tensor:
+    """q R_lᵀ + r_l for activations q (N×d_l); zeros where the reference is zero."""
+    reference = state.references[layer]
+    if reference is None:
+        return hidden.new_zeros(hidden.shape[0], state.targets[layer].shape[1])
+    return F.linear(hidden, reference, network.biases[layer])
+
+
+def kernel(left: Tensor, right: Tensor, bias: bool) -> Tensor:
+    """left rightᵀ + 1, the +1 only with bias: how two samples' gradients of one layer overlap."""
+    product = left @ right.T
+    return product.add_(1) if bias else product
+
+
+def condition_bound(gram_matrix: Tensor, inverse: Tensor) -> float:
+    """An upper bound on κ₂ of [B, 1] from the Frobenius norms of its Gram matrix and of the inverse."""
+    return math.sqrt(float(gram_matrix.norm() * inverse.norm()))
+
+
+def _regram(network: Network, plan: Plan, layer: int, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """K and, where the layer absorbs, K⁻¹ of new inputs, both in the inputs' dtype; the arithmetic is float64."""
+    if not plan.absorbs[layer]:
+        return kernel(inputs, inputs, network.biases[layer] is not None), None
+    exact = gram(inputs, network.biases[layer] is not None)
+    inverse = invert_gram(exact)
+    if inverse is None or condition_bound(exact, inverse) > MAX_CONDITION[inputs.dtype]:
+        raise StepFailed("the activations of the batch came too close to linear dependence")
+    return exact.to(inputs.dtype), inverse.to(inputs.dtype)
+
+
+def _coefficients(
+    plan: Plan, layer: int, targets: Sequence[Tensor], images: Sequence[Tensor], inverses: Sequence[Tensor | None]
+) -> Tensor | None:
+    """A_l = K_l⁻¹ (Y_l − B_l R_lᵀ − r_l), None where the layer does not absorb or is the first (nothing asks for
+    it)."""
+    inverse = inverses[layer]
+    if layer == 0 or not plan.absorbs[layer] or inverse is None:
+        return None
+    return inverse @ (targets[layer] - images[layer])
+
+
+def _form(inputs: Tensor, reference: Tensor | None, coefficients: Tensor) -> Tensor:
+    """R + AᵀB; R None is zero."""
+    change = coefficients.T @ inputs
+    return change if reference is None else change.add_(reference)
+
+
+def _form_thin(inputs: Tensor, reference: Tensor | None, coefficients: Tensor | None) -> Tensor | None:
+    """The weights of a thin layer that absorbs, None for every other."""
+    if coefficients is None or 2 * coefficients.shape[1] > len(inputs):
+        return None
+    return _form(inputs, reference, coefficients)
+
+
+def _right_inverse(
+    reference: Tensor | None, generator: tuple[Tensor, Tensor], size: float, first_order: bool
+) -> Tensor:
+    """R (I + εUᵀV)⁻¹, through the smaller of the two sides (Woodbury); R (I − εUᵀV) to first order."""
+    assert reference is not None
+    left, right = generator
+    if first_order:
+        return reference - size * (reference @ left.T) @ right
+    if left.shape[0] < left.shape[1]:
+        inner = torch.eye(left.shape[0], dtype=left.dtype, device=left.device) + size * (right @ left.T)
+        solution, info = torch.linalg.solve_ex(inner, right)
+        result = reference - size * (reference @ left.T) @ solution
+    else:
+        group_step = torch.eye(left.shape[1], dtype=left.dtype, device=left.device) + size * (left.T @ right)
+        result, info = torch.linalg.solve_ex(group_step, reference, left=False)
+    if bool(info != 0):
+        raise StepFailed("the group element of the step is singular")
+    return result
+
+
+def _let_drift(
+    network: Network,
+    plan: Plan,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    references: list[Tensor | None],
+    images: list[Tensor],
+    slopes: list[Tensor],
+) -> None:
+    """With the first-order inverse a carried layer's output is not quite kept: it runs on to the next that absorbs."""
+    drifted = False
+    for layer, reference in enumerate(references):
+        if not (plan.carried[layer] or drifted):
+            continue
+        if reference is not None:
+            images[layer] = F.linear(inputs[layer], reference, network.biases[layer])
+        drifted = not plan.absorbs[layer]
+        if drifted:
+            targets[layer] = images[layer]
+            if layer < len(network) - 1:
+                inputs[layer + 1] = network.activations[layer].forward(targets[layer])
+                slopes[layer] = network.activations[layer].derivative(targets[layer])
+
+
+def _apply(batch: Tensor, right: Tensor, left: Tensor) -> Tensor:
+    """(B cᵀ) a in the cheaper order of the two products."""
+    n, width = batch.shape
+    return (batch @ right.T) @ left if n <= width else batch @ (right.T @ left)

@@ -1,0 +1,94 @@
+"""The loss on a batch as a function of the logits: the default, the checks of its targets, value and gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import Activation
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """L(logits) = loss_fn(output(logits), targets), with the network's trailing activation `output`."""
+
+    function: LossFunction
+    targets: Tensor
+    output: Activation
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """L as a scalar tensor."""
+        loss = self.function(self.output.forward(logits), self.targets)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must return a scalar tensor (0 dimensions), got {got}")
+        return loss
+
+    def value(self, logits: Tensor) -> float:
+        """L as a number."""
+        with torch.no_grad():
+            return float(self(logits))
+
+    def value_and_gradient(self, logits: Tensor) -> tuple[float, Tensor]:
+        """L and ∂L/∂logits (n×classes)."""
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            loss = self(leaf)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return float(loss.detach()), gradient
+
+
+def default_loss(targets: Tensor) -> LossFunction:
+    """Cross entropy (mean) for integer targets, mean squared error for floating ones."""
+    return F.mse_loss if targets.is_floating_point() else F.cross_entropy
+
+
+def check_default_targets(targets: Tensor, n: int, outputs: int) -> None:
+    """Raise unless `targets` fit the default loss of n×outputs logits.
+
+    Raises:
+        TypeError: targets are neither int64 class indices nor floating point.
+        ValueError: class indices are not of shape (n,) or not in 0..outputs−1; floating targets are not of shape
+            (n, outputs) or not finite.
+    """
+    if targets.is_floating_point():
+        if tuple(targets.shape) != (n, outputs):
+            raise ValueError(
+                f"targets of the mean squared error must have the shape of the outputs ({n}, {outputs}), "
+                f"got {tuple(targets.shape)}"
+            )
+        if not bool(torch.isfinite(targets).all()):
+            raise ValueError("targets must be finite, got NaN or Inf")
+    elif targets.dtype == torch.int64:
+        if tuple(targets.shape) != (n,):
+            raise ValueError(f"targets must have shape ({n},), one class index a sample, got {tuple(targets.shape)}")
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= outputs:
+            raise ValueError(f"targets must be class indices in 0..{outputs - 1}, got values from {low} to {high}")
+    else:
+        raise TypeError(f"targets must be int64 class indices or floating point values, got {targets.dtype}")
+
+
+def has_weight_terms(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether the loss depends on `parameters` other than through the logits.
+
+    Raises:
+        ValueError: the loss is no scalar, is not finite, or depends neither on the logits nor on the parameters.
+    """
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        value = loss(leaf)
+        if not bool(torch.isfinite(value)):
+            raise ValueError(f"loss_fn must be finite on the batch, got {float(value.detach())}")
+        if not value.requires_grad:
+            raise ValueError("loss_fn must depend on the model's output, got a value that carries no gradient")
+        through_logits, *direct = torch.autograd.grad(value, [leaf, *parameters], allow_unused=True)
+    if through_logits is None:
+        raise ValueError("loss_fn must depend on the model's output, got a value that does not")
+    return any(gradient is not None for gradient in direct)

@@ -1,0 +1,465 @@
+"""Read a torch module as a chain  x ↦ Z_M,  Z_k = H_{k−1} W_kᵀ + b_k,  H_k = σ_k(Z_k),  H_0 = x.
+
+Teleportation is defined for such chains only, so everything that would make the module's function differ from the
+chain that its Linear layers and activations spell out (hooks, parametrizations, active dropout, branches, overridden
+forwards) is refused with an error that says where it is, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from .activations import (
+    ELU,
+    Activation,
+    Identity,
+    LeakyReLU,
+    Sigmoid,
+    Softplus,
+    Tanh,
+    activation_of_module,
+)
+
+SUPPORTED = "Linear, LeakyReLU, ELU, Softplus (threshold 20), Tanh, Sigmoid, Identity, Flatten(1) or inactive Dropout"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """M Linear layers in the order of the forward pass, and what is between them.
+
+    linears: the M weight layers; names: their qualified names in the model.
+    activations: the m = M − 1 hidden activations, σ_k after linears[k−1]; Identity where two Linears are adjacent.
+    output: the activation applied to the logits Z_M, Identity if there is none.
+    flattens: whether the model flattens its input's trailing dimensions before the first layer.
+    """
+
+    linears: tuple[nn.Linear, ...]
+    activations: tuple[Activation, ...]
+    output: Activation
+    names: tuple[str, ...]
+    flattens: bool = False
+
+    def named_parameters(self, indices: Iterable[int] | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """(qualified name, parameter) of the weight layers `indices` (0-based), all by default."""
+        for index in range(len(self.linears)) if indices is None else indices:
+            for name, parameter in self.linears[index].named_parameters(recurse=False):
+                yield f"{self.names[index]}.{name}", parameter
+
+
+def read_chain(model: nn.Module) -> Chain:
+    """The chain of Linear layers and invertible activations that `model` computes.
+
+    nn.Sequential is walked directly; other modules are traced symbolically (torch.fx), which follows calls of
+    submodules, the functional forms of the supported activations and of dropout, and flattening by `flatten(1)`,
+    `view(x.size(0), -1)` or `reshape`. Deterministic; the model is only read.
+
+    Raises TypeError if `model` is no module, ValueError if it is no such chain or has no hidden layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return _assemble(_steps_of_module(model, ""))
+
+
+def check_parameters(chain: Chain, indices: Iterable[int]) -> None:
+    """Raise unless the weight layers `indices` (0-based) can be rewritten in place, and all layers computed with.
+
+    All parameters of the chain: plain dense tensors of one floating dtype on one device (not meta), finite, no two of
+    them sharing memory. Those of `indices` in addition: contiguous and not frozen. TypeError for wrong kinds of tensors
+    and dtypes, ValueError otherwise; the message has the parameter's qualified name.
+    """
+    parameters = list(chain.named_parameters())
+    for name, parameter in parameters:
+        _check_kind(name, parameter)
+        _check_same_kind(name, parameter, *parameters[0])
+    _check_untied(parameters)
+    for name, parameter in chain.named_parameters(indices):
+        _check_writable(name, parameter)
+    if not _all_finite(parameter for _, parameter in parameters):
+        name = next(name for name, parameter in parameters if not _all_finite([parameter]))
+        raise ValueError(f"parameter {name!r} must be finite, got NaN or Inf")
+
+
+def check_batch(chain: Chain, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(x, y) of a batch that fits the chain; x is returned detached and as (n, d_0), flattened if the model does so.
+
+    x: (n, d_0), or (n, ...) for a model that flattens, finite, of the model's dtype and device, n ≥ 1.
+    y: a tensor of n targets on the same device; its dtype and range are the loss's affair.
+    """
+    inputs, targets = _check_pair(batch)
+    weight = chain.linears[0].weight
+    if inputs.dtype != weight.dtype:
+        raise TypeError(f"batch inputs must have the model's dtype {weight.dtype}, got {inputs.dtype}")
+    for name, tensor in (("inputs", inputs), ("targets", targets)):
+        if tensor.device != weight.device:
+            raise ValueError(f"batch {name} must be on the model's device {weight.device}, got {tensor.device}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"batch {name} must be a dense tensor, got layout {tensor.layout}")
+    flat = inputs.detach()
+    if chain.flattens and flat.dim() > 2:
+        flat = flat.flatten(1)
+    features = weight.shape[1]
+    if flat.dim() != 2 or flat.shape[1] != features:
+        hint = "" if chain.flattens or flat.dim() <= 2 else " (the model has no Flatten before its first Linear)"
+        raise ValueError(f"batch inputs must have shape (n, d_in={features}), got {tuple(inputs.shape)}{hint}")
+    if len(flat) == 0:
+        raise ValueError("batch must hold at least one sample, got 0")
+    if targets.dim() == 0 or len(targets) != len(flat):
+        raise ValueError(
+            f"batch targets must have one entry for each of n={len(flat)} inputs, got shape {tuple(targets.shape)}"
+        )
+    if not _all_finite([flat]):
+        raise ValueError("batch inputs must be finite, got NaN or Inf")
+    return flat, targets
+
+
+# --- steps: what a module does, one after the other -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Flatten:
+    """Flattening to (n, width); width is None where the model does not spell it out."""
+
+    width: int | None = None
+
+
+_Step = tuple[str, nn.Linear | Activation | _Flatten]  # with the name of the place in the model that it comes from
+
+
+def _assemble(steps: list[_Step]) -> Chain:
+    """The chain that `steps` spell out, if they do."""
+    leading = list(itertools.takewhile(lambda step: isinstance(step[1], _Flatten), steps))
+    linears: list[nn.Linear] = []
+    names: list[str] = []
+    behind: dict[int, Activation] = {}  # index of a Linear: the activation behind it
+    for where, step in steps[len(leading) :]:
+        if isinstance(step, nn.Linear):
+            if linears:
+                _check_width(where, step.weight.shape[1], names[-1], linears[-1].weight.shape[0])
+            linears.append(step)
+            names.append(where)
+        elif not linears:
+            raise _no_chain(where, "a Linear before the first activation", str(step))
+        elif isinstance(step, _Flatten):  # behind a Linear the data are flat already
+            if step.width is not None:
+                _check_width(where, step.width, names[-1], linears[-1].weight.shape[0])
+        elif len(linears) - 1 in behind:
+            raise _no_chain(where, f"at most one activation behind {names[-1]!r}", f"a second one, {step}")
+        else:
+            behind[len(linears) - 1] = step
+    if len(linears) < 2:
+        raise ValueError(
+            "model must have at least two Linear layers (without a hidden layer there is nothing to teleport), "
+            f"got {len(linears)}"
+        )
+    for where, flatten in leading:
+        if isinstance(flatten, _Flatten) and flatten.width is not None:
+            _check_width(where, flatten.width, names[0], linears[0].weight.shape[1])
+    *hidden, output = (behind.get(index, Identity()) for index in range(len(linears)))
+    return Chain(tuple(linears), tuple(hidden), output, tuple(names), bool(leading))
+
+
+def _check_width(where: str, width: int, neighbour: str, expected: int) -> None:
+    if width != expected:
+        raise _no_chain(where, f"{expected} features, as {neighbour!r} has there", str(width))
+
+
+def _no_chain(where: str, expected: str, got: str) -> ValueError:
+    return ValueError(
+        "model must be a chain of Linear layers and invertible activations: "
+        f"at {where or 'model'!r} expected {expected}, got {got}"
+    )
+
+
+def _steps_of_module(module: nn.Module, where: str) -> list[_Step]:
+    """What one module does: a Sequential its children's steps, a Linear or activation one, a traced module many."""
+    _check_unaltered(module, where)
+    forward = getattr(type(module), "forward", None)
+    if forward is nn.Sequential.forward:
+        # Not named_children(), which leaves out a module that occurs for the second time.
+        children = ((f"{where}.{name}" if where else name, child) for name, child in module._modules.items())
+        return [step for name, child in children if child is not None for step in _steps_of_module(child, name)]
+    if isinstance(module, nn.Linear):
+        return [(where, _check_plain_linear(module, where))]
+    if _is_torch_function(forward):
+        return [(where, step) for step in _steps_of_torch_module(module, where)]
+    return _steps_of_traced(module, where)
+
+
+def _is_torch_function(function: object) -> bool:
+    return (getattr(function, "__module__", None) or "").split(".")[0] == "torch"
+
+
+def _check_unaltered(module: nn.Module, where: str) -> None:
+    """Raise if something attached to the module changes the function that its class computes."""
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise _no_chain(
+            where, "initialized parameters", f"a lazy {type(module).__name__}: run one batch through it first"
+        )
+    if parametrize.is_parametrized(module):
+        names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        raise _no_chain(where, "plain parameters", f"parametrized {names}")
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    if hooks:
+        names = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)
+        raise _no_chain(where, "no forward hooks, as they may change the function", f"hooks {names}")
+    if "forward" in vars(module):
+        raise _no_chain(
+            where, f"the forward of its class {type(module).__name__}", "one set on the instance, as torch.compile does"
+        )
+
+
+def _check_plain_linear(linear: nn.Linear, where: str) -> nn.Linear:
+    if type(linear).forward is not nn.Linear.forward:
+        raise _no_chain(where, "a plain torch.nn.Linear", f"{type(linear).__name__}, which has a forward of its own")
+    if "weight" not in linear._parameters:  # pruned, or normalized the old way
+        raise _no_chain(where, "a Linear whose weight is a parameter", f"parameters {[*linear._parameters]}")
+    return linear
+
+
+def _steps_of_torch_module(module: nn.Module, where: str) -> list[Activation | _Flatten]:
+    """The steps of a module whose forward is torch's own; none where it does nothing."""
+    if isinstance(module, nn.Identity):
+        return []
+    if isinstance(module, nn.Flatten):
+        return _steps_of_call(_flatten, (None, module.start_dim, module.end_dim), {}, where)
+    if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
+        return _steps_of_call(_dropout, (None, module.p, module.training), {}, where)
+    if isinstance(module, nn.Softplus):
+        return _steps_of_call(_softplus, (None, module.beta, module.threshold), {}, where)
+    try:
+        activation = activation_of_module(module)
+    except ValueError as error:
+        raise _no_chain(where, "an invertible activation", f"{type(module).__name__}: {error}") from error
+    if activation is None:
+        raise _no_chain(where, SUPPORTED, type(module).__name__)
+    return [activation]
+
+
+# --- steps of a module with a forward of its own ------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """Records the calls that one forward makes; submodules are read by themselves, so none is entered here."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _steps_of_traced(module: nn.Module, where: str) -> list[_Step]:
+    """The steps of the calls in module's forward, each of which has to work on the result of the one before."""
+    steps: list[_Step] = []
+    shapes: dict[fx.Node, str] = {}
+    current: fx.Node | None = None
+    for node in _trace(module, where).nodes:
+        place = f"{where}.{node.name}" if where else node.name
+        if node.op == "placeholder":
+            if current is not None:
+                raise _no_chain(where, "a forward with one argument", f"a second one, {node.target!r}")
+            current = node
+        elif (part := _part_of_shape(node, shapes)) is not None:
+            shapes[node] = part
+        elif [source for source in node.all_input_nodes if source not in shapes] != [current]:
+            sources = ", ".join(source.name for source in node.all_input_nodes) or "nothing"
+            raise _no_chain(place, f"a call on the result of the one before, {current}", f"one on {sources}")
+        elif node.op == "output":
+            if node.args[0] is not current:
+                raise _no_chain(place, "one tensor", f"{node.args[0]}")
+        else:
+            steps += _steps_of_node(module, node, where, place, shapes)
+            current = node
+    return steps
+
+
+def _trace(module: nn.Module, where: str) -> fx.Graph:
+    attributes = dict(vars(module))  # a forward may keep its intermediate values, which are symbolic here
+    try:
+        return _Tracer().trace(module)
+    except Exception as error:  # whatever a forward raises on symbolic values
+        raise _no_chain(
+            where, "a forward that torch.fx can trace", f"{type(module).__name__}, {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        vars(module).clear()
+        vars(module).update(attributes)
+
+
+_SHAPE, _ROWS = "shape", "n"  # what shape arithmetic on a batch may yield here: its shape and its first entry
+
+
+def _part_of_shape(node: fx.Node, shapes: dict[fx.Node, str]) -> str | None:
+    """Which part of a batch's shape `node` computes: `x.shape`, `x.size()`, `x.size(0)`, `x.shape[0]`; None if none."""
+    call = (node.target, *node.args[1:])
+    if call in ((getattr, "shape"), ("size",)):
+        return _SHAPE
+    if call == ("size", 0) or (call == (operator.getitem, 0) and shapes.get(node.args[0]) == _SHAPE):  # type: ignore[arg-type]
+        return _ROWS
+    return None
+
+
+def _steps_of_node(
+    root: nn.Module, node: fx.Node, where: str, place: str, shapes: dict[fx.Node, str]
+) -> Sequence[_Step]:
+    """The steps of one call in a traced forward."""
+    if node.op == "call_module":
+        target = str(node.target)
+        if len(node.args) != 1 or node.kwargs:
+            raise _no_chain(place, "a submodule with one argument", f"{len(node.args) + len(node.kwargs)}")
+        return _steps_of_module(root.get_submodule(target), f"{where}.{target}" if where else target)
+    call = _CALLS.get(node.target)
+    if call is None:
+        raise _no_chain(place, SUPPORTED, getattr(node.target, "__name__", str(node.target)))
+    args, kwargs = map_arg((node.args, node.kwargs), shapes.get)
+    return [(place, step) for step in _steps_of_call(call, args, kwargs, place)]
+
+
+def _steps_of_call(
+    call: Callable[..., Activation | _Flatten | None], args: tuple[Any, ...], kwargs: dict[str, Any], where: str
+) -> list[Activation | _Flatten]:
+    """The step that a call of a function of _CALLS with these arguments is, if it is one that a chain may have."""
+    try:
+        step = call(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise _no_chain(where, SUPPORTED, str(error)) from error
+    return [] if step is None else [step]
+
+
+# The functions below have the signatures of the torch functions whose calls they read; `input` is not looked at.
+
+
+def _leaky_relu(input: object, negative_slope: float = 0.01, inplace: bool = False) -> Activation:
+    return LeakyReLU(negative_slope)
+
+
+def _elu(input: object, alpha: float = 1.0, inplace: bool = False) -> Activation:
+    return ELU(alpha)
+
+
+def _softplus(input: object, beta: float = 1.0, threshold: float = Softplus.threshold) -> Activation:
+    if threshold != Softplus.threshold:
+        raise ValueError(f"Softplus with threshold {threshold}")
+    return Softplus(beta)
+
+
+def _tanh(input: object) -> Activation:
+    return Tanh()
+
+
+def _sigmoid(input: object) -> Activation:
+    return Sigmoid()
+
+
+def _dropout(input: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
+    if training and p > 0:
+        raise ValueError(f"Dropout with p = {p} in training mode: teleport in eval mode, or set p = 0")
+
+
+def _flatten(input: object, start_dim: int = 0, end_dim: int = -1) -> _Flatten:
+    if (start_dim, end_dim) != (1, -1):
+        raise ValueError(f"Flatten({start_dim}, {end_dim})")
+    return _Flatten()
+
+
+def _view(input: object, *shape: Any) -> _Flatten:
+    sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    if sizes == (_ROWS, -1):
+        return _Flatten()
+    if len(sizes) == 2 and sizes[0] in (_ROWS, -1) and isinstance(sizes[1], int) and sizes[1] > 0:
+        return _Flatten(sizes[1])
+    raise ValueError(f"a reshape to {sizes}")
+
+
+_CALLS: dict[object, Callable[..., Activation | _Flatten | None]] = {
+    F.leaky_relu: _leaky_relu,
+    F.elu: _elu,
+    F.softplus: _softplus,
+    F.dropout: _dropout,
+    torch.tanh: _tanh,
+    torch.sigmoid: _sigmoid,
+    torch.flatten: _flatten,
+    "tanh": _tanh,
+    "sigmoid": _sigmoid,
+    "flatten": _flatten,
+    "view": _view,
+    "reshape": _view,
+}
+
+
+# --- checks of single tensors -------------------------------------------------------------------------------------
+
+
+def _check_kind(name: str, parameter: nn.Parameter) -> None:
+    if type(parameter) is not nn.Parameter:
+        raise TypeError(f"parameter {name!r} must be a plain torch.nn.Parameter, got {type(parameter).__name__}")
+    if parameter.layout != torch.strided:
+        raise TypeError(f"parameter {name!r} must be a dense tensor, got layout {parameter.layout}")
+    if parameter.is_meta:
+        raise ValueError(f"parameter {name!r} must hold data, got a tensor on the meta device")
+    if parameter.numel() == 0:
+        raise ValueError(f"parameter {name!r} must have elements, got shape {tuple(parameter.shape)}")
+    if not parameter.is_floating_point():
+        raise TypeError(f"parameter {name!r} must be of a real floating dtype, got {parameter.dtype}")
+
+
+def _check_same_kind(name: str, parameter: nn.Parameter, first_name: str, first: nn.Parameter) -> None:
+    if parameter.dtype != first.dtype:
+        raise TypeError(
+            f"parameter {name!r} must have the dtype {first.dtype} of {first_name!r}, got {parameter.dtype}"
+        )
+    if parameter.device != first.device:
+        raise ValueError(
+            f"parameter {name!r} must be on the device {first.device} of {first_name!r}, got {parameter.device}"
+        )
+
+
+def _check_writable(name: str, parameter: nn.Parameter) -> None:
+    if not parameter.requires_grad:
+        raise ValueError(
+            f"parameter {name!r} must be trainable to be teleported, got one frozen by requires_grad=False"
+        )
+    if not parameter.is_contiguous():
+        raise ValueError(f"parameter {name!r} must be contiguous, got strides {parameter.stride()}")
+
+
+def _check_untied(parameters: list[tuple[str, nn.Parameter]]) -> None:
+    """Raise if two parameters overlap in memory; disjoint slices of one buffer are no tie."""
+    extents = sorted((*_extent(parameter), index) for index, (_, parameter) in enumerate(parameters))
+    for (_, end, index), (start, _, other) in itertools.pairwise(extents):
+        if start < end:
+            first, second = (parameters[i][0] for i in sorted((index, other)))
+            raise ValueError(f"parameters must not be tied, got {first!r} and {second!r} sharing memory")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First address of a tensor's elements and the one behind the last."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all elements are finite: by their sums, one pass and one transfer, and one by one if a sum overflows."""
+    listed = [tensor.detach() for tensor in tensors]
+    if all(math.isfinite(total) for total in torch.stack([tensor.sum() for tensor in listed]).tolist()):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in listed)
+
+
+def _check_pair(batch: object) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise TypeError(f"batch must be a pair (inputs, targets) of tensors, got {type(batch).__name__}{size}")
+    for name, tensor in zip(("inputs", "targets"), batch, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"batch {name} must be a tensor, got {type(tensor).__name__}")
+    return batch[0], batch[1]

@@ -1,0 +1,194 @@
+"""The pseudo-inverse factor P = (H̃ H̃ᵀ)⁻¹ H̃ of a batch of activations, without an SVD.
+
+H is n×d, H̃ = [H, 1] with a bias column (H̃ = H without bias), K = H̃ H̃ᵀ. P = (H̃⁺)ᵀ solves P H̃ᵀ = I exactly when the n
+rows of H̃ are linearly independent, so the batch must be no larger than the layer is wide: n ≤ d + 1 (n ≤ d without
+bias).
+
+K squares the condition number κ of H̃. What that costs decides how P is formed:
+
+* float32 inputs: K, K⁻¹ and the product K⁻¹ H̃ in float64, rounded once. The error is u₃₂·κ + u₆₄·κ², so float64 hides
+  the square. The *product* must be float64 too: K⁻¹ rounded to float32 alone costs u₃₂·κ².
+* float64 inputs: Cholesky-QR, twice (CholeskyQR2: Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015; Fukaya, Kannan,
+  Nakatsukasa, Yamamoto, Yanagisawa 2020). The first pass leaves nearly orthonormal rows, the second removes the u·κ²
+  that it left. It needs K to be numerically positive definite, κ ≲ u^(−1/2).
+
+Within MAX_CONDITION the residual obeys ‖P H̃ᵀ − I‖ ≤ 100·u·κ; beyond it no factor is handed out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_CONDITION: dict[torch.dtype, float] = {torch.float32: 1e5, torch.float64: 1e7}
+"""The largest κ₂(H̃), by dtype of the inputs, for which a batch counts as matched."""
+
+_POWER_ITERATIONS = 8
+_PROBES = 2
+
+
+@dataclass(frozen=True)
+class PinvFactor:
+    """The factor of one batch, and how far it can be trusted.
+
+    Attributes:
+        factor: P (n×d̃, dtype of the inputs); None unless the batch is matched.
+        rank: the numerical rank of H̃.
+        condition: κ₂(H̃), an estimate within a factor of two; infinite where H̃ has not full row rank.
+    """
+
+    factor: Tensor | None
+    rank: int
+    condition: float
+
+    @property
+    def matched(self) -> bool:
+        """Whether any n×d_out target can be reached exactly: full row rank and κ₂(H̃) ≤ MAX_CONDITION."""
+        return self.factor is not None
+
+
+def pinv_factor(inputs: Tensor, bias: bool) -> PinvFactor:
+    """P = (H̃ H̃ᵀ)⁻¹ H̃ with the rank and the condition number of H̃.
+
+    A batch that cannot be matched (more samples than columns, duplicated samples, constant features, κ₂ beyond
+    MAX_CONDITION) is no error here: `factor` is None, and rank and condition say why.
+
+    Args:
+        inputs: H (n×d), float32 or float64, n and d at least 1; any strides.
+        bias: whether a column of ones is appended.
+
+    Raises:
+        TypeError: inputs of another dtype.
+        ValueError: inputs that are empty, not two-dimensional or not finite.
+    """
+    _check_inputs(inputs)
+    data = inputs.detach()
+    extended = append_ones(data) if bias else data
+    samples, columns = extended.shape
+    if samples <= columns:
+        form = _factor_float32 if inputs.dtype == torch.float32 else _factor_float64
+        factor, condition = form(extended)
+        if factor is not None and condition <= MAX_CONDITION[inputs.dtype]:
+            return PinvFactor(factor, samples, condition)
+    return _unmatched(extended)
+
+
+def append_ones(inputs: Tensor) -> Tensor:
+    """[H, 1]: the bias as one more input that is always 1."""
+    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+
+
+def gram(inputs: Tensor, bias: bool) -> Tensor:
+    """K = H Hᵀ, plus 1 in every element with bias: the n×n Gram matrix of H̃, in float64 for inputs of any dtype."""
+    exact = inputs.double()
+    product = exact @ exact.T
+    return product.add_(1.0) if bias else product
+
+
+def invert_gram(gram: Tensor) -> Tensor | None:
+    """K⁻¹ (float64, n×n) by Cholesky, or None if K is not numerically positive definite."""
+    triangle = _cholesky(gram)
+    return None if triangle is None else torch.cholesky_inverse(triangle)
+
+
+def condition_from_gram(gram: Tensor, inverse: Tensor) -> float:
+    """κ₂(H̃) = √(‖K‖₂ ‖K⁻¹‖₂), both norms by power iteration.
+
+    The estimate comes from below and is within a factor of two in practice. It is deterministic.
+
+    Args:
+        gram: K (n×n, float64).
+        inverse: K⁻¹ (n×n, float64).
+    """
+    return float((_spectral_norm(gram) * _spectral_norm(inverse)).sqrt())
+
+
+def probe_vectors(matrix: Tensor) -> Tensor:
+    """A few rows to try a square matrix on: cos(i²), spread like random vectors, but the same in every run."""
+    size = len(matrix)
+    steps = torch.arange(1, size * _PROBES + 1, dtype=matrix.dtype, device=matrix.device)
+    return torch.cos(steps.square()).reshape(_PROBES, size)
+
+
+def _factor_float32(extended: Tensor) -> tuple[Tensor | None, float]:
+    exact = extended.double()
+    matrix = exact @ exact.T
+    inverse = invert_gram(matrix)
+    if inverse is None:
+        return None, math.inf
+    return (inverse @ exact).float(), condition_from_gram(matrix, inverse)
+
+
+def _factor_float64(extended: Tensor) -> tuple[Tensor | None, float]:
+    """P = L⁻ᵀ (Q Qᵀ)⁻¹ Q with K = L Lᵀ and H̃ = L Q: Q Qᵀ is near I, and its inverse is the second Cholesky pass.
+
+    Q is solved for and not multiplied by L⁻¹: only the solve is backward stable column by column. P Pᵀ is K⁻¹ to the
+    accuracy of the second pass, which the condition estimate needs near the limit.
+    """
+    matrix = extended @ extended.T
+    triangle = _cholesky(matrix)
+    if triangle is None:
+        return None, math.inf
+    rows = torch.linalg.solve_triangular(triangle, extended, upper=False)
+    correction = invert_gram(rows @ rows.T)
+    if correction is None:
+        return None, math.inf
+    factor = torch.linalg.solve_triangular(triangle.T, correction @ rows, upper=True)
+    return factor, condition_from_gram(matrix, factor @ factor.T)
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    triangle, info = torch.linalg.cholesky_ex(matrix)
+    return triangle if info.item() == 0 else None
+
+
+def _spectral_norm(matrix: Tensor) -> Tensor:
+    """‖A‖₂ of a symmetric positive semidefinite A, from below: the growth of a few vectors in the last power iteration.
+
+    The Frobenius norm is divided out before, so that no power of A can overflow.
+    """
+    scale = torch.linalg.matrix_norm(matrix)
+    scaled = matrix / scale
+    vectors = probe_vectors(matrix)
+    for _ in range(_POWER_ITERATIONS):
+        vectors = vectors @ scaled
+    growth = torch.linalg.vector_norm(vectors @ scaled, dim=1) / torch.linalg.vector_norm(vectors, dim=1)
+    return growth.max() * scale
+
+
+def _unmatched(extended: Tensor) -> PinvFactor:
+    """Rank and condition number of a batch without a factor, from its singular values: dear, but off the fast path.
+
+    Directions below 10 eps of the largest count as rounding of the inputs, not as rank.
+    """
+    if not bool(torch.isfinite(extended).all()):
+        raise ValueError("inputs must be finite, got NaN or infinite elements")
+    values = _singular_values(extended.double())
+    largest = values[-1].item()
+    resolution = max(10 * torch.finfo(extended.dtype).eps, max(extended.shape) * torch.finfo(torch.float64).eps)
+    rank = int((values > resolution * largest).sum())
+    full_row_rank = rank == len(extended)
+    return PinvFactor(None, rank, largest / values[0].item() if full_row_rank else math.inf)
+
+
+def _singular_values(matrix: Tensor) -> Tensor:
+    """σ(A), ascending: the upper half of the eigenvalues of [[0, R], [Rᵀ, 0]], R the triangular factor of A's thin QR.
+
+    Unlike the eigenvalues of A Aᵀ this does not square the condition number.
+    """
+    tall = matrix if len(matrix) >= matrix.shape[1] else matrix.T
+    triangle = torch.linalg.qr(tall, mode="r").R
+    size = len(triangle)
+    block = triangle.new_zeros(2 * size, 2 * size)
+    block[size:, :size] = triangle.T  # eigvalsh reads the lower half only
+    return torch.linalg.eigvalsh(block)[size:].clamp(min=0)
+
+
+def _check_inputs(inputs: Tensor) -> None:
+    if inputs.dtype not in MAX_CONDITION:
+        raise TypeError(f"inputs must be float32 or float64, got {inputs.dtype}")
+    if inputs.ndim != 2 or inputs.numel() == 0:
+        raise ValueError(f"inputs must have shape (n, d) with n, d >= 1, got {tuple(inputs.shape)}")

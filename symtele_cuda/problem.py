@@ -1,0 +1,208 @@
+"""A model and a batch, read and checked: what a teleport works on, and which of its layers it can move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .action import Match, Network, parameter_list
+from .errors import TeleportError
+from .loss import BatchLoss, LossFunction, check_default_targets, default_loss, has_weight_terms
+from .mlp import Chain, check_batch, check_parameters
+from .objectives import LossOfParameters
+from .pinv import MAX_CONDITION, condition_from_gram, gram, invert_gram, pinv_factor
+from .report import LayerReport
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and a batch, read and checked: everything that the search needs of them.
+
+    data_loss is the loss with its weight terms, if it has any, held at the old weights: what the action keeps.
+    """
+
+    network: Network
+    samples: Tensor
+    outputs: tuple[Tensor, ...]
+    loss: BatchLoss
+    loss_before: float
+    data_loss: float
+    output_delta: Tensor
+    loss_of: LossOfParameters
+    weight_terms: bool
+    parameter_dtype: torch.dtype
+
+    @classmethod
+    def make(
+        cls, model: nn.Module, chain: Chain, batch: tuple[Tensor, Tensor], loss_fn: LossFunction | None
+    ) -> Problem:
+        check_parameters(chain, range(len(chain.linears)))
+        flat, targets = check_batch(chain, batch)
+        network = read_network(chain)
+        dtype = network.weights[0].dtype
+        samples = flat.detach().to(dtype)
+        if targets.is_floating_point() and targets.dtype == flat.dtype:
+            targets = targets.to(dtype)
+        outputs = tuple(network.forward(samples))
+        if loss_fn is None:
+            check_default_targets(targets, len(samples), outputs[-1].shape[1])
+            loss_fn = default_loss(targets)
+        elif not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}")
+        loss = BatchLoss(loss_fn, targets, chain.output)
+        parameters = [parameter for _, parameter in chain.named_parameters()]
+        weight_terms = has_weight_terms(loss, outputs[-1], parameters)
+        loss_of = _loss_of_parameters(model, chain, loss_fn, batch[0].detach().to(dtype), targets)
+        if weight_terms:
+            _check_reaches_weights(loss_of, network, parameters)
+        data_loss, output_delta = loss.value_and_gradient(outputs[-1])
+        return cls(
+            network=network,
+            samples=samples,
+            outputs=outputs,
+            loss=loss,
+            loss_before=float(loss_of(parameter_list(network))) if weight_terms else data_loss,
+            data_loss=data_loss,
+            output_delta=output_delta,
+            loss_of=loss_of,
+            weight_terms=weight_terms,
+            parameter_dtype=parameters[0].dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """A second batch: its samples, its loss, and what the search's guard can work out beforehand."""
+
+    samples: Tensor
+    loss: BatchLoss
+    loss_before: float
+
+    @classmethod
+    def make(cls, chain: Chain, batch: tuple[Tensor, Tensor], problem: Problem) -> Holdout:
+        try:
+            flat, targets = check_batch(chain, batch)
+            samples = flat.detach().to(problem.samples.dtype)
+            logits = problem.network.forward(samples)[-1]
+            if problem.loss.function is default_loss(targets):
+                check_default_targets(targets, len(samples), logits.shape[1])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"holdout: {error}") from None
+        loss = BatchLoss(problem.loss.function, targets, chain.output)
+        return cls(samples, loss, loss.value(logits))
+
+
+def layer_inputs(network: Network, samples: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """B_0 = X, B_1, …, B_m: the inputs of the weight layers."""
+    return [samples, *(a.forward(y) for a, y in zip(network.activations, outputs, strict=False))]
+
+
+def read_network(chain: Chain) -> Network:
+    """The chain's weights as tensors in the dtype of the search: float64 for float64, float32 for everything else."""
+    dtype = torch.float64 if chain.linears[0].weight.dtype == torch.float64 else torch.float32
+    return Network(
+        tuple(linear.weight.detach().to(dtype) for linear in chain.linears),
+        tuple(None if linear.bias is None else linear.bias.detach().to(dtype) for linear in chain.linears),
+        chain.activations,
+    )
+
+
+def match_inputs(problem: Problem) -> list[Match]:
+    """Gram matrix, inverse, rank and condition of every layer's input."""
+    network, matches = problem.network, []
+    for values, bias in zip(layer_inputs(network, problem.samples, problem.outputs), network.biases, strict=True):
+        has_bias = bias is not None
+        exact = gram(values, has_bias)
+        inverse = invert_gram(exact) if len(values) <= values.shape[1] + has_bias else None
+        condition = math.inf if inverse is None else condition_from_gram(exact, inverse)
+        if condition <= MAX_CONDITION[values.dtype]:
+            matches.append(Match(values, exact, inverse, len(values), condition))
+        else:
+            factor = pinv_factor(values, has_bias)
+            matches.append(Match(values, exact, None, factor.rank, factor.condition))
+    return matches
+
+
+def choose_layers(
+    problem: Problem, matches: Sequence[Match], layers: Sequence[int] | None
+) -> tuple[list[bool], tuple[LayerReport, ...]]:
+    """Which hidden layers are moved, and the reports that say why or why not."""
+    network = problem.network
+    moved, reports = [], []
+    for index, (activation, match) in enumerate(zip(network.activations, matches, strict=False), start=1):
+        n, width = match.inputs.shape
+        columns = width + (network.biases[index - 1] is not None)
+        if layers is not None and index not in layers:
+            reason = "not asked for"
+        elif n > columns:
+            reason = f"{n} samples cannot be independent in an input of {columns} columns (bias included)"
+        elif match.rank < n:
+            reason = f"the {n} samples have rank {match.rank} in the layer's input"
+        elif match.gram_inverse is None:
+            reason = f"the layer's input is ill-conditioned (κ ≈ {match.condition:.1e})"
+        elif not activation.contains(matches[index].inputs):
+            reason = f"activations lie on the edge of the domain {activation.domain} of the inverse of {activation}"
+        else:
+            reason = ""
+        moved.append(not reason)
+        reports.append(
+            LayerReport(
+                index=index,
+                n=n,
+                width=network.weights[index - 1].shape[0],
+                rank=match.rank,
+                condition=match.condition,
+                teleported=not reason,
+                reason=reason or "teleported",
+            )
+        )
+    refused = [report for report in reports if not report.teleported and report.reason != "not asked for"]
+    if not any(moved) or (layers is not None and refused):
+        details = "; ".join(f"hidden layer {report.index}: {report.reason}" for report in refused)
+        wanted = "layers" if layers is not None else "batch"
+        raise TeleportError(
+            f"{wanted}: expected samples that the layers' inputs can tell apart, got a batch of n = "
+            f"{len(problem.samples)} with {details}. Use fewer or more varied samples."
+        )
+    return moved, tuple(reports)
+
+
+class _LossModule(nn.Module):
+    """The user's loss of the user's model, so that weights can be swapped in for both at once."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.loss_fn(self.model(x), y)
+
+
+def _loss_of_parameters(
+    model: nn.Module, chain: Chain, loss_fn: LossFunction, x: Tensor, y: Tensor
+) -> LossOfParameters:
+    """The loss on the batch as a function of the list of weights and biases."""
+    names = [f"model.{name}" for name, _ in chain.named_parameters()]
+
+    def loss_of(parameters: Sequence[Tensor]) -> Tensor:
+        module = _LossModule(model, loss_fn)
+        return functional_call(module, dict(zip(names, parameters, strict=True)), (x, y))
+
+    return loss_of
+
+
+def _check_reaches_weights(loss_of: LossOfParameters, network: Network, originals: list[nn.Parameter]) -> None:
+    """Raise if the loss reads the parameters past the model, where other weights cannot be put in their place."""
+    with torch.enable_grad():
+        value = loss_of(parameter_list(network, requires_grad=True))
+        found = torch.autograd.grad(value, originals, allow_unused=True) if value.requires_grad else ()
+    if any(gradient is not None for gradient in found):
+        raise ValueError(
+            "loss_fn must read the weights through the model (as model.parameters() when it is called), "
+            "got one that holds parameter tensors of its own"
+        )

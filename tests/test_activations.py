@@ -1,0 +1,192 @@
+"""σ, σ', σ'', σ⁻¹ and their domain, each against an independent statement about it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from symtele_cuda.activations import (
+    ACTIVATIONS,
+    ELU,
+    Activation,
+    Identity,
+    LeakyReLU,
+    Sigmoid,
+    Softplus,
+    Tanh,
+    activation_of_module,
+    make_activation,
+)
+
+EVERY = [
+    Identity(),
+    LeakyReLU(),
+    LeakyReLU(0.5),
+    LeakyReLU(3.0),
+    Tanh(),
+    Sigmoid(),
+    Softplus(),
+    Softplus(2.5),
+    ELU(),
+    ELU(0.3),
+]
+MODULES = {
+    nn.Identity(): Identity(),
+    nn.LeakyReLU(0.2): LeakyReLU(0.2),
+    nn.Tanh(): Tanh(),
+    nn.Sigmoid(): Sigmoid(),
+    nn.Softplus(beta=2.0): Softplus(2.0),
+    nn.ELU(alpha=0.7): ELU(0.7),
+}
+
+
+def label(activation: Activation) -> str:
+    return f"{activation}({activation.parameter:g})"
+
+
+every_activation = pytest.mark.parametrize("activation", EVERY, ids=label)
+
+
+def grid(dtype: torch.dtype = torch.float64) -> Tensor:
+    """Both branches of every σ, no kink."""
+    return torch.linspace(-4, 4, 100, dtype=dtype)
+
+
+@every_activation
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-3)])
+def test_inverse_undoes_forward(activation: Activation, dtype: torch.dtype, tolerance: float) -> None:
+    # tanh and sigmoid lose up to u / σ'(4) ≈ 1e3 u on the way back.
+    z = grid(dtype)
+    torch.testing.assert_close(activation.inverse(activation.forward(z)), z, rtol=tolerance, atol=tolerance)
+
+
+@every_activation
+def test_forward_undoes_inverse(activation: Activation) -> None:
+    low, high = activation.domain
+    b = torch.linspace(max(low, -5.0), min(high, 5.0), 101, dtype=torch.float64)[1:-1]
+    torch.testing.assert_close(activation.forward(activation.inverse(b)), b, rtol=1e-14, atol=1e-14)
+
+
+@every_activation
+def test_derivative_is_that_of_autograd(activation: Activation) -> None:
+    z = grid().requires_grad_()
+    (expected,) = torch.autograd.grad(activation.forward(z).sum(), z)
+    torch.testing.assert_close(activation.derivative(z.detach()), expected, rtol=1e-13, atol=1e-15)
+
+
+@every_activation
+def test_second_derivative_is_that_of_autograd(activation: Activation) -> None:
+    z = grid().requires_grad_()
+    total = activation.derivative(z).sum()
+    curvature = activation.second_derivative(z.detach())
+    if not total.requires_grad:  # piecewise linear: nothing of z is left in σ'
+        assert curvature is None
+        return
+    (expected,) = torch.autograd.grad(total, z)
+    assert curvature is not None
+    torch.testing.assert_close(curvature, expected, rtol=1e-12, atol=1e-15)
+
+
+@every_activation
+def test_derivative_of_the_inverse_is_one_over_the_derivative(activation: Activation) -> None:
+    z = grid()
+    b = activation.forward(z).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(activation.inverse(b).sum(), b)
+    torch.testing.assert_close(slope * activation.derivative(z), torch.ones_like(z), rtol=1e-11, atol=0)
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_function_keeps_the_dtype(activation: Activation, dtype: torch.dtype) -> None:
+    z = torch.tensor([-0.5, 0.0, 0.25], dtype=dtype)
+    results = [activation.forward(z), activation.derivative(z), activation.second_derivative(z), activation.inverse(z)]
+    assert {result.dtype for result in results if result is not None} == {dtype}
+
+
+@pytest.mark.parametrize("activation", [LeakyReLU(0.1), ELU(0.3)], ids=label)
+def test_derivative_at_the_kink_is_that_of_torch(activation: Activation) -> None:
+    z = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(activation.forward(z).sum(), z)
+    assert activation.derivative(z.detach()).item() == expected.item()
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 4.0])
+def test_softplus_is_the_identity_beyond_its_threshold(beta: float) -> None:
+    activation = Softplus(beta)
+    z = torch.tensor([20.5, 30.0, 1e4], dtype=torch.float64) / beta
+    assert torch.equal(activation.forward(z), z)
+    assert torch.equal(activation.inverse(z), z)
+    assert torch.equal(activation.derivative(z), torch.ones_like(z))
+    assert torch.equal(activation.second_derivative(z), torch.zeros_like(z))
+
+
+def test_softplus_inverse_holds_far_out_on_the_left() -> None:
+    z = torch.tensor([-700.0, -300.0, -30.0], dtype=torch.float64)
+    torch.testing.assert_close(Softplus().inverse(Softplus().forward(z)), z, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("z", [-1e4, 1e4])
+@every_activation
+def test_derivatives_are_finite_far_out(activation: Activation, z: float) -> None:
+    point = torch.tensor([z], dtype=torch.float32)
+    assert bool(torch.isfinite(activation.derivative(point)).all())
+    curvature = activation.second_derivative(point)
+    assert curvature is None or bool(torch.isfinite(curvature).all())
+
+
+@every_activation
+def test_domain_is_open_and_its_edges_are_outside(activation: Activation) -> None:
+    low, high = activation.domain
+    middle = torch.zeros(3, dtype=torch.float64) + (0.5 if low == 0 else 0.0)
+    assert activation.contains(middle)
+    for edge in (low, high, math.nan):
+        outside = middle.clone()
+        outside[1] = edge
+        assert not activation.contains(outside)
+    if math.isfinite(low):
+        inside = middle.clone()
+        inside[2] = math.nextafter(low, math.inf)
+        assert activation.contains(inside)
+
+
+@every_activation
+def test_inverse_is_not_finite_outside_the_domain(activation: Activation) -> None:
+    edges = [edge for edge in activation.domain if math.isfinite(edge)]
+    beyond = torch.tensor([edge + math.copysign(0.1, edge - 0.25) for edge in edges], dtype=torch.float64)
+    assert not bool(torch.isfinite(activation.inverse(beyond)).any())
+
+
+@pytest.mark.parametrize("cls", [LeakyReLU, Softplus, ELU])
+@pytest.mark.parametrize("parameter", [0.0, -0.1, math.nan, math.inf])
+def test_parameters_that_leave_no_inverse_are_refused(cls: type[Activation], parameter: float) -> None:
+    with pytest.raises(ValueError, match="must be a finite number > 0"):
+        cls(parameter)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_make_activation_by_name(name: str) -> None:
+    activation = make_activation(name, 0.7)
+    assert activation.name == name
+    assert activation.parameter == (0.7 if name in ("leaky_relu", "softplus", "elu") else 0.0)
+    assert make_activation(name) == ACTIVATIONS[name]()
+
+
+def test_make_activation_names_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"activation must be one of \[.*'tanh'\], got 'relu'"):
+        make_activation("relu")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_a_module_and_its_activation_are_the_same_function(module: nn.Module) -> None:
+    activation = activation_of_module(module)
+    assert activation == MODULES[module]
+    z = torch.tensor([-50.0, -1.0, 0.0, 1.0, 50.0], dtype=torch.float64)
+    assert torch.equal(activation.forward(z), module(z))
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.GELU(), nn.Softplus(threshold=5.0)], ids=str)
+def test_modules_without_an_inverse_here_are_not_recognised(module: nn.Module) -> None:
+    assert activation_of_module(module) is None

@@ -1,0 +1,456 @@
+"""Reading modules as chains: what is accepted computes the same function, all else is refused with a clear text."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from symtele_cuda.activations import ELU, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
+from symtele_cuda.mlp import Chain, check_batch, check_parameters, read_chain
+
+
+def plain(hidden: nn.Module | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), hidden or nn.LeakyReLU(0.1), nn.Linear(5, 3))
+
+
+def run_chain(chain: Chain, x: Tensor) -> Tensor:
+    """The function that a chain stands for, from its fields alone."""
+    value = x.flatten(1) if chain.flattens else x
+    for linear, activation in zip(chain.linears, (*chain.activations, chain.output), strict=True):
+        value = activation.forward(F.linear(value, linear.weight, linear.bias))
+    return value
+
+
+class Custom(nn.Module):
+    """Linear 4-5-5-3 with a forward given as a function of the module and its input."""
+
+    def __init__(self, forward: Callable[[Custom, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.act = nn.Tanh()
+        self.block = nn.Sequential(nn.Linear(5, 5), nn.ELU(0.5))
+        self.layers = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)])
+        self.apply_to = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_to(self, x)
+
+
+def loop(m: Custom, x: Tensor) -> Tensor:
+    for layer in m.layers[:-1]:
+        x = F.leaky_relu(layer(x), 0.2)
+    return m.layers[-1](x)
+
+
+SEQUENTIALS = {
+    "plain": (plain(), [LeakyReLU(0.1)], Identity()),
+    "nested": (
+        nn.Sequential(plain(nn.Tanh()), nn.Sequential(nn.Sigmoid(), nn.Linear(3, 2))),
+        [Tanh(), Sigmoid()],
+        Identity(),
+    ),
+    "adjacent linears": (nn.Sequential(nn.Linear(4, 5), nn.Identity(), nn.Linear(5, 3)), [Identity()], Identity()),
+    "output activation": (nn.Sequential(*plain(nn.Softplus(2.0)), nn.Sigmoid()), [Softplus(2.0)], Sigmoid()),
+    "no bias, inactive dropout": (
+        nn.Sequential(
+            nn.Dropout(0.0), nn.Linear(4, 5, bias=False), nn.Dropout(0.5).eval(), nn.ELU(0.3), nn.Linear(5, 2)
+        ),
+        [ELU(0.3)],
+        Identity(),
+    ),
+    "late flatten": (
+        nn.Sequential(nn.Linear(4, 5), nn.Flatten(), nn.Tanh(), nn.Linear(5, 3), nn.Flatten()),
+        [Tanh()],
+        Identity(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENTIALS)
+def test_sequential_is_read(name: str) -> None:
+    model, hidden, output = SEQUENTIALS[name]
+    chain = read_chain(model)
+    x = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+    assert chain.activations == tuple(hidden)
+    assert chain.output == output
+    assert [model.get_submodule(n) for n in chain.names] == list(chain.linears)
+    assert torch.equal(run_chain(chain, x), model(x))
+
+
+CUSTOMS: dict[str, tuple[Callable[[Custom, Tensor], Tensor], list, tuple[str, ...]]] = {
+    "functional leaky_relu": (lambda m, x: m.c(F.leaky_relu(m.a(x), negative_slope=0.3)), [LeakyReLU(0.3)], ("a", "c")),
+    "default slope": (lambda m, x: m.c(F.leaky_relu(m.a(x))), [LeakyReLU(0.01)], ("a", "c")),
+    "elu, softplus": (
+        lambda m, x: m.c(F.softplus(m.b(F.elu(m.a(x), alpha=0.7)), beta=2)),
+        [ELU(0.7), Softplus(2)],
+        ("a", "b", "c"),
+    ),
+    "tanh, sigmoid": (
+        lambda m, x: m.c(torch.sigmoid(m.b(torch.tanh(m.a(x))))),
+        [Tanh(), Sigmoid()],
+        ("a", "b", "c"),
+    ),
+    "methods": (lambda m, x: m.c(m.b(m.a(x).tanh()).sigmoid()), [Tanh(), Sigmoid()], ("a", "b", "c")),
+    "one activation used twice": (lambda m, x: m.c(m.act(m.b(m.act(m.a(x))))), [Tanh(), Tanh()], ("a", "b", "c")),
+    "sequential block": (lambda m, x: m.c(m.block(m.a(x))), [Identity(), ELU(0.5)], ("a", "block.0", "c")),
+    "loop over a list": (loop, [LeakyReLU(0.2), LeakyReLU(0.2)], ("layers.0", "layers.1", "layers.2")),
+    "dropout": (lambda m, x: m.c(torch.tanh(F.dropout(m.a(x), training=False))), [Tanh()], ("a", "c")),
+    "dropout follows the mode": (
+        lambda m, x: m.c(torch.tanh(F.dropout(m.a(x), 0.5, m.act.training))),
+        [Tanh()],
+        ("a", "c"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUSTOMS)
+def test_custom_forward_is_read(name: str) -> None:
+    forward, hidden, names = CUSTOMS[name]
+    model = Custom(forward).eval()
+    chain = read_chain(model)
+    x = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+    assert (chain.activations, chain.names) == (tuple(hidden), names)
+    assert [model.get_submodule(n) for n in names] == list(chain.linears)
+    assert torch.equal(run_chain(chain, x), model(x))
+
+
+FLATTENINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flatten method": lambda x: x.flatten(1),
+    "torch.flatten": lambda x: torch.flatten(x, start_dim=1),
+    "view size": lambda x: x.view(x.size(0), -1),
+    "view shape": lambda x: x.view(x.shape[0], -1),
+    "view size()": lambda x: x.view(x.size()[0], -1),
+    "view with a width": lambda x: x.view(-1, 4),
+    "reshape tuple": lambda x: x.reshape((x.shape[0], 4)),
+}
+
+
+@pytest.mark.parametrize("name", FLATTENINGS)
+def test_flattening_is_read(name: str) -> None:
+    model = Custom(lambda m, x: m.c(m.act(m.a(FLATTENINGS[name](x)))))
+    chain = read_chain(model)
+    x = torch.randn(6, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    flat, _ = check_batch(chain, (x, torch.zeros(6)))
+    assert chain.flattens
+    assert torch.equal(flat, x.flatten(1))
+    assert torch.equal(run_chain(chain, x), model(x))
+
+
+def test_custom_modules_nest() -> None:
+    inner = Custom(lambda m, x: m.c(m.act(m.a(x))))
+    outer = nn.Sequential(nn.Flatten(), inner, nn.Sigmoid(), nn.Linear(3, 2))
+    assert read_chain(outer).names == ("1.a", "1.c", "3")
+    assert read_chain(torch.fx.symbolic_trace(outer)).activations == (Tanh(), Sigmoid())
+
+
+def test_reading_leaves_the_model_alone() -> None:
+    model = Custom(lambda m, x: m.c(m.act(m.a(x))))
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    read_chain(model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
+    assert model.training
+
+
+def test_what_a_traced_forward_keeps_is_not_changed() -> None:
+    def keeping(m: Custom, x: Tensor) -> Tensor:
+        m.kept = m.a(x)
+        return m.c(m.act(m.kept))
+
+    model = Custom(keeping)
+    x = torch.ones(2, 4)
+    model(x)
+    kept = model.kept
+    read_chain(model)
+    assert model.kept is kept
+
+
+def hooked(register: str) -> nn.Sequential:
+    model = plain()
+    getattr(model[1], register)(lambda *_: None)
+    return model
+
+
+class DoublingLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class DoublingTanh(nn.Tanh):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class TwoInputs(Custom):
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:  # type: ignore[override]
+        return self.c(self.act(self.a(x)))
+
+
+def with_replaced_forward() -> nn.Sequential:
+    model = plain()
+    model[0].forward = lambda x: x.new_zeros(len(x), 5)
+    return model
+
+
+def branching(m: Custom, x: Tensor) -> Tensor:
+    return m.c(m.a(x)) if x.sum() > 0 else m.c(torch.tanh(m.a(x)))
+
+
+def discarding(m: Custom, x: Tensor) -> Tensor:
+    hidden = m.a(x)
+    hidden.tanh_()
+    return m.c(hidden)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "relu": (lambda: plain(nn.ReLU()), r"at '1' expected .*LeakyReLU, ELU.* got ReLU"),
+    "gelu": (lambda: plain(nn.GELU()), r"at '1' expected .*LeakyReLU, ELU.* got GELU"),
+    "functional relu": (lambda: Custom(lambda m, x: m.c(F.relu(m.a(x)))), r"at 'relu' expected .*LeakyReLU.* got relu"),
+    "slope zero": (lambda: plain(nn.LeakyReLU(0.0)), r"at '1' .*negative_slope must be .* got 0.0"),
+    "functional slope": (
+        lambda: Custom(lambda m, x: m.c(F.leaky_relu(m.a(x), -1.0))),
+        r"negative_slope must .* got -1.0",
+    ),
+    "softplus threshold": (
+        lambda: plain(nn.Softplus(1.0, 5.0)),
+        r"at '1' .*threshold 20.* got Softplus with threshold 5",
+    ),
+    "functional threshold": (lambda: Custom(lambda m, x: m.c(F.softplus(m.a(x), 1.0, 5.0))), r"threshold 5"),
+    "dropout": (lambda: plain(nn.Dropout(0.5)), r"at '1' .*p = 0.5 in training mode"),
+    "functional dropout": (lambda: Custom(lambda m, x: m.c(F.dropout(m.a(x)))), r"p = 0.5 in training mode"),
+    "batch norm": (lambda: plain(nn.BatchNorm1d(5)), r"at '1' .* got BatchNorm1d"),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), *plain()), r"at '0' .* got Conv2d"),
+    "wrapped": (lambda: nn.DataParallel(plain()), r"at 'model' .* got DataParallel"),
+    "flatten dims": (lambda: nn.Sequential(nn.Flatten(0), *plain()), r"at '0' .* got Flatten\(0, -1\)"),
+    "view width": (
+        lambda: Custom(lambda m, x: m.c(m.a(x.view(-1, 2)))),
+        r"expected 4 features, as 'a' has there, got 2",
+    ),
+    "late view": (
+        lambda: Custom(lambda m, x: m.c(m.b(m.a(x)).view(-1, 1))),
+        r"expected 5 features, as 'b' has .*got 1",
+    ),
+    "reshape": (lambda: Custom(lambda m, x: m.c(m.a(x.view(2, -1)))), r"got a reshape to \(2, -1\)"),
+    "sizes": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(6, 3)),
+        r"at '2' expected 5 features.* got 6",
+    ),
+    "single linear": (lambda: nn.Linear(4, 3), r"at least two Linear layers .*got 1"),
+    "empty": (lambda: nn.Sequential(), r"at least two Linear layers .*got 0"),
+    "two activations": (
+        lambda: nn.Sequential(*plain()[:2], nn.Tanh(), nn.Linear(5, 3)),
+        r"at '2' .*behind '0', got .* tanh",
+    ),
+    "activation first": (lambda: nn.Sequential(nn.Tanh(), *plain()), r"at '0' expected a Linear before .* got tanh"),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(plain()[0]), *plain()[1:]),
+        r"at '0' .*parametrized weight",
+    ),
+    "pruned": (lambda: nn.Sequential(prune.identity(plain()[0], "weight"), *plain()[1:]), r"at '0' .* hooks "),
+    "linear subclass": (lambda: nn.Sequential(DoublingLinear(4, 5), *plain()[1:]), r"at '0' .* got DoublingLinear"),
+    "activation subclass": (lambda: plain(DoublingTanh()), r"at '1"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(5), *plain()[1:]), r"at '0' .* lazy LazyLinear"),
+    "hook": (lambda: hooked("register_forward_hook"), r"at '1' expected no forward hooks.* got hooks .*lambda"),
+    "pre-hook": (lambda: hooked("register_forward_pre_hook"), r"at '1' expected no forward hooks"),
+    "replaced forward": (
+        with_replaced_forward,
+        r"at '0' expected the forward of its class Linear, got one set on the instance",
+    ),
+    "two inputs": (lambda: TwoInputs(lambda m, x: x), r"one argument, got a second one, 'scale'"),
+    "residual": (
+        lambda: Custom(lambda m, x: m.c(m.a(x) + m.b(m.a(x)))),
+        r"expected a call on the result of the one before",
+    ),
+    "scaled": (lambda: Custom(lambda m, x: m.c(2 * m.a(x))), r"at 'mul' .* got mul"),
+    "unused branch": (
+        lambda: Custom(lambda m, x: (m.a(x), m.c(m.b(x)))[1]),
+        r"expected a call on the result of the one before",
+    ),
+    "two outputs": (lambda: Custom(lambda m, x: (m.a(x), x)), r"at 'output'"),
+    "branch": (lambda: Custom(branching), r"torch.fx can trace, got Custom, TraceError"),
+    "in-place, result discarded": (lambda: Custom(discarding), r"got tanh_"),
+    "weight read directly": (lambda: Custom(lambda m, x: m.c(F.linear(x, m.a.weight))), r"one before, x, got"),
+    "no forward": (lambda: nn.ModuleList(plain()), r"at 'model' .* got ModuleList"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_chain_is_refused(name: str) -> None:
+    make, text = REFUSED[name]
+    with pytest.raises(ValueError, match=text):
+        read_chain(make())
+
+
+def test_model_that_is_no_module() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
+        read_chain(lambda x: x)  # type: ignore[arg-type]
+
+
+def tied() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+def sharing() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
+    model[2].weight = nn.Parameter(model[0].weight.detach().T)
+    return model
+
+
+def applied_twice() -> nn.Sequential:
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def changed(change: Callable[[nn.Sequential], object]) -> Callable[[], nn.Sequential]:
+    def make() -> nn.Sequential:
+        model = plain()
+        change(model)
+        return model
+
+    return make
+
+
+def set_weight(weight: Tensor, requires_grad: bool = True) -> Callable[[], nn.Sequential]:
+    return changed(lambda m: setattr(m[0], "weight", nn.Parameter(weight, requires_grad=requires_grad)))
+
+
+class OwnParameter(nn.Parameter):
+    pass
+
+
+BAD_PARAMETERS: dict[str, tuple[Callable[[], nn.Sequential], type[Exception], str]] = {
+    "tied": (tied, ValueError, r"'0.weight' and '2.weight' sharing memory"),
+    "sharing storage": (sharing, ValueError, r"sharing memory"),
+    "layer applied twice": (applied_twice, ValueError, r"sharing memory"),
+    "frozen": (changed(lambda m: m[2].bias.requires_grad_(False)), ValueError, r"'2.bias' must be trainable"),
+    "non-contiguous": (
+        set_weight(torch.zeros(4, 5).T),
+        ValueError,
+        r"'0.weight' must be contiguous, got strides \(1, 5\)",
+    ),
+    "meta": (changed(lambda m: m.to("meta")), ValueError, r"'0.weight' must hold data, got .*meta"),
+    "sparse": (
+        set_weight(torch.zeros(5, 4).to_sparse()),
+        TypeError,
+        r"'0.weight' must be a dense tensor, got .*sparse",
+    ),
+    "NaN": (changed(lambda m: m[0].weight.data[1, 2].fill_(torch.nan)), ValueError, r"'0.weight' must be finite"),
+    "Inf": (changed(lambda m: m[2].bias.data[0].fill_(torch.inf)), ValueError, r"'2.bias' must be finite"),
+    "opposite Infs": (
+        changed(lambda m: m[2].bias.data[:2].copy_(torch.tensor([torch.inf, -torch.inf]))),
+        ValueError,
+        r"'2.bias' must be finite",
+    ),
+    "mixed dtypes": (
+        changed(lambda m: m[2].double()),
+        TypeError,
+        r"'2.weight' must have the dtype torch.float32 of '0.weight', got torch.float64",
+    ),
+    "mixed devices": (changed(lambda m: m[2].to("meta")), ValueError, r"'2.weight' must hold data"),
+    "complex": (
+        changed(lambda m: m.to(torch.complex64)),
+        TypeError,
+        r"'0.weight' must be of a real floating dtype, got torch.complex64",
+    ),
+    "integer": (
+        set_weight(torch.ones(5, 4, dtype=torch.int64), False),
+        TypeError,
+        r"real floating dtype, got torch.int64",
+    ),
+    "no elements": (set_weight(torch.zeros(5, 0)), ValueError, r"'0.weight' must have elements, got shape \(5, 0\)"),
+    "tensor subclass": (
+        changed(lambda m: setattr(m[0], "weight", OwnParameter(torch.zeros(5, 4)))),
+        TypeError,
+        r"got OwnParameter",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("name", BAD_PARAMETERS)
+def test_bad_parameters_are_named(name: str) -> None:
+    make, error, text = BAD_PARAMETERS[name]
+    chain = read_chain(make())
+    with pytest.raises(error, match=text):
+        check_parameters(chain, range(len(chain.linears)))
+
+
+def test_only_rewritten_layers_need_be_writable() -> None:
+    model = plain()
+    model[2].weight.requires_grad_(False)
+    chain = read_chain(model)
+    check_parameters(chain, [0])
+    with pytest.raises(ValueError, match=r"'2.weight' must be trainable"):
+        check_parameters(chain, [0, 1])
+
+
+def test_slices_of_one_buffer_are_not_tied() -> None:
+    model = plain()
+    buffer = torch.cat([p.detach().flatten() for p in model.parameters()])
+    start = 0
+    for parameter in model.parameters():
+        parameter.data = buffer[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    chain = read_chain(model)
+    check_parameters(chain, [0, 1])
+    assert len({p.untyped_storage().data_ptr() for _, p in chain.named_parameters()}) == 1
+
+
+def test_large_finite_weights_pass_though_their_sum_overflows() -> None:
+    model = plain()
+    with torch.no_grad():
+        model[0].weight.fill_(3e38)
+    chain = read_chain(model)
+    assert torch.isinf(model[0].weight.sum())
+    check_parameters(chain, [0, 1])
+
+
+X, Y = torch.ones(3, 4), torch.zeros(3, dtype=torch.int64)
+BAD_BATCHES: dict[str, tuple[object, type[Exception], str]] = {
+    "a tensor": (X, TypeError, r"batch must be a pair \(inputs, targets\) of tensors, got Tensor"),
+    "a triple": ((X, Y, Y), TypeError, r"batch must be a pair .* got tuple of length 3"),
+    "array": ((X.numpy(), Y), TypeError, r"batch inputs must be a tensor, got ndarray"),
+    "list of targets": ((X, [0, 0, 0]), TypeError, r"batch targets must be a tensor, got list"),
+    "integer inputs": (
+        (X.long(), Y),
+        TypeError,
+        r"batch inputs must have the model's dtype torch.float32, got torch.int64",
+    ),
+    "float64 inputs": ((X.double(), Y), TypeError, r"dtype torch.float32, got torch.float64"),
+    "device of x": ((X.to("meta"), Y), ValueError, r"batch inputs must be on the model's device cpu, got meta"),
+    "device of y": ((X, Y.to("meta")), ValueError, r"batch targets must be on the model's device cpu, got meta"),
+    "sparse": ((X.to_sparse(), Y), TypeError, r"batch inputs must be a dense tensor, got layout torch.sparse_coo"),
+    "features": ((torch.ones(3, 7), Y), ValueError, r"shape \(n, d_in=4\), got \(3, 7\)"),
+    "one sample without n": ((torch.ones(4), Y), ValueError, r"shape \(n, d_in=4\), got \(4,\)"),
+    "image without flatten": ((torch.ones(3, 2, 2), Y), ValueError, r"got \(3, 2, 2\) \(the model has no Flatten"),
+    "empty": ((X[:0], Y[:0]), ValueError, r"batch must hold at least one sample, got 0"),
+    "targets missing": ((X, Y[:2]), ValueError, r"one entry for each of n=3 inputs, got shape \(2,\)"),
+    "scalar target": ((X, Y[0]), ValueError, r"one entry for each of n=3 inputs, got shape \(\)"),
+    "NaN": ((X * torch.nan, Y), ValueError, r"batch inputs must be finite, got NaN or Inf"),
+    "Inf": ((X * torch.inf, Y), ValueError, r"batch inputs must be finite, got NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BATCHES)
+def test_bad_batches_are_refused(name: str) -> None:
+    batch, error, text = BAD_BATCHES[name]
+    with pytest.raises(error, match=text):
+        check_batch(read_chain(plain()), batch)  # type: ignore[arg-type]
+
+
+def test_batch_is_returned_detached_and_unflattened_where_flat() -> None:
+    x = torch.ones(3, 4, requires_grad=True)
+    flat, targets = check_batch(read_chain(plain()), [x, Y])
+    assert targets is Y
+    assert not flat.requires_grad
+    assert flat.data_ptr() == x.data_ptr()

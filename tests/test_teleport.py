@@ -1,0 +1,287 @@
+"""teleport_mlp end to end: the function is kept, the report is true, the guards guard, nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import ACTIVATIONS, make_batch, make_mlp, snapshot, unchanged
+from torch import nn
+
+import symtele_cuda as st
+
+# Float32 keeps the loss to 1e-5 and float64 to 1e-12 relative after ten steps: the promise of the README.
+DRIFT = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def gradient_norm(model, x, y, loss_fn=F.cross_entropy):
+    gradients = torch.autograd.grad(loss_fn(model(x), y), list(model.parameters()))
+    return math.sqrt(sum(float(g.square().sum()) for g in gradients))
+
+
+@pytest.mark.parametrize("dtype", DRIFT)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_ten_steps_keep_the_function_on_the_batch_and_raise_the_gradient(activation, bias, dtype):
+    model = make_mlp([30, 40, 36, 5], activation, bias=bias, dtype=dtype)
+    x, y = make_batch(20, 30, 5, dtype=dtype)
+    outputs, before = model(x).detach(), gradient_norm(model, x, y)
+    report = st.teleport_mlp(model, (x, y), max_growth=10.0)
+    assert report.accepted and report.steps >= 1
+    assert report.drift <= DRIFT[dtype]
+    assert report.loss_after == pytest.approx(F.cross_entropy(model(x), y).item(), rel=DRIFT[dtype])
+    assert torch.allclose(model(x), outputs, rtol=0, atol=100 * DRIFT[dtype] * outputs.abs().max().item())
+    assert before < gradient_norm(model, x, y) <= 10.0 * before * 1.001
+
+
+@pytest.mark.parametrize("objective", ["grad_norm", "lookahead"])
+@pytest.mark.parametrize("action", ["least_change", "paper"])
+@pytest.mark.parametrize("dims", [[30, 40, 36, 5], [30, 12, 40, 5], [30, 40, 9, 5], [30, 40, 5]], ids=str)
+def test_the_report_tells_the_truth_about_the_written_weights(dims, action, objective):
+    # The paper's action starts from the projected weights, whose gradient is another: leaky_relu moves on from there.
+    model = make_mlp(dims, "softplus" if action == "least_change" else "leaky_relu")
+    x, y = make_batch(20, 30, 5)
+    norm_before, loss_before = gradient_norm(model, x, y), F.cross_entropy(model(x), y).item()
+    report = st.teleport_mlp(model, (x, y), objective=objective, action=action, lr=0.02, max_growth=3.0)
+    assert report.accepted
+    assert report.grad_norm_before == pytest.approx(norm_before, rel=1e-9)
+    assert report.grad_norm_after == pytest.approx(gradient_norm(model, x, y), rel=1e-7)
+    assert report.loss_before == pytest.approx(loss_before, rel=1e-12)
+    if objective == "grad_norm":
+        assert report.objective_after == pytest.approx(report.grad_norm_after**2, rel=1e-9)
+    else:
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= 4.0 * 0.02 * gradient
+        assert report.objective_after == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-7)
+        assert report.objective_after < report.objective_before
+    assert len(report.trace) <= 10 and report.steps == sum(record.accepted for record in report.trace)
+    assert "\n" not in str(report) and "drift" in str(report)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_least_change_moves_the_weights_no_further_than_the_paper_action(bias):
+    x, y = make_batch(20, 30, 5)
+    moved = {}
+    for action in ("least_change", "paper"):
+        model = make_mlp([30, 40, 36, 5], bias=bias)
+        before = snapshot(model)
+        st.teleport_mlp(model, (x, y), action=action, step_size=1e-12, steps=1)
+        moved[action] = sum(float((p - q).square().sum()) for p, q in zip(snapshot(model), before, strict=True))
+    assert moved["least_change"] < 1e-10 * moved["paper"]
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "tanh"])
+def test_for_square_invertible_activations_the_two_actions_agree(activation):
+    x, y = make_batch(20, 20, 5)
+    models = [make_mlp([20, 20, 20, 5], activation, bias=False) for _ in range(2)]
+    for model, action in zip(models, ("least_change", "paper"), strict=True):
+        assert st.teleport_mlp(model, (x, y), action=action, step_size=1e-3, steps=3).accepted
+    for first, second in zip(*(model.parameters() for model in models), strict=True):
+        # κ of square random activations is some 1e4, and it enters squared through the search's K⁻¹.
+        assert float((first - second).detach().norm() / second.detach().norm()) <= 1e-6
+
+
+def test_growth_cap_is_reached_and_kept():
+    model = make_mlp([30, 40, 36, 5])
+    x, y = make_batch(20, 30, 5)
+    before = gradient_norm(model, x, y)
+    report = st.teleport_mlp(model, (x, y), max_growth=1.5, steps=30)
+    assert report.reason == "growth cap reached"
+    assert 1.4 * before <= gradient_norm(model, x, y) <= 1.5 * before * (1 + 1e-9)
+
+
+def test_layers_names_the_hidden_layers_to_move():
+    model = make_mlp([30, 40, 36, 34, 5])
+    before = snapshot(model)
+    report = st.teleport_mlp(model, make_batch(20, 30, 5), layers=[1])
+    assert [layer.teleported for layer in report.layers] == [True, False, False]
+    changed = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert changed == [True, True, True, True, False, False, False, False]
+
+
+def test_a_narrow_layer_is_carried_and_the_layer_behind_it_stays_where_it_is():
+    model = make_mlp([30, 40, 9, 36, 5])
+    x, y = make_batch(20, 30, 5)
+    report = st.teleport_mlp(model, (x, y))
+    assert report.accepted and report.drift <= 1e-12
+    assert [layer.teleported for layer in report.layers] == [True, True, False]
+    assert "20 samples cannot be independent" in report.layers[2].reason and report.layers[2].rank == 10
+
+
+def test_duplicated_samples_are_recognised_per_layer():
+    x, y = make_batch(20, 30, 5)
+    x[7] = x[3]
+    with pytest.raises(st.TeleportError, match="rank 19"):
+        st.teleport_mlp(make_mlp([30, 40, 36, 5]), (x, y))
+
+
+@pytest.mark.parametrize("objective", ["grad_norm", "lookahead"])
+def test_holdout_guard_bounds_the_rise_and_reports_it(objective):
+    x, y = make_batch(20, 30, 5)
+    held = make_batch(50, 30, 5, seed=2)
+    rises = []
+    for tolerance in (0.02, math.inf):
+        model = make_mlp([30, 40, 36, 5])
+        report = st.teleport_mlp(
+            model, (x, y), objective=objective, lr=0.1, max_growth=50.0, holdout=held, holdout_tol=tolerance
+        )
+        assert report.holdout_after == pytest.approx(F.cross_entropy(model(held[0]), held[1]).item(), rel=1e-9)
+        rises.append(report.holdout_after / report.holdout_before - 1)
+    assert rises[0] <= 0.02 < rises[1]
+
+
+def test_drift_guard_refuses_and_leaves_the_model_alone():
+    model = make_mlp([30, 40, 36, 5], dtype=torch.float32)
+    before = snapshot(model)
+    report = st.teleport_mlp(model, make_batch(20, 30, 5, dtype=torch.float32), drift_tol=1e-30)
+    # Either rounding moved the loss, and the weights stay, or it did not move it at all.
+    assert report.drift == 0.0
+    assert report.accepted or (unchanged(model, before) and "drift" in report.reason)
+
+
+@pytest.mark.parametrize("inverse", ["exact", "first_order"])
+def test_fixed_steps_follow_the_published_rule_without_guards(inverse):
+    model = make_mlp([30, 40, 36, 5], bias=False)
+    x, y = make_batch(20, 30, 5)
+    report = st.teleport_mlp(model, (x, y), action="paper", inverse=inverse, step_size=1e-3, steps=4)
+    assert report.accepted and report.steps == 4
+    assert {record.size for record in report.trace} == {1e-3}
+    assert (report.drift <= 1e-12) == (inverse == "exact")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_teleport_in_float32_and_round_once(dtype):
+    x, y = make_batch(20, 30, 5, dtype=dtype)
+    half = make_mlp([30, 40, 36, 5], dtype=dtype)
+    single = make_mlp([30, 40, 36, 5], dtype=dtype).float()
+    assert st.teleport_mlp(half, (x, y)).accepted and st.teleport_mlp(single, (x.float(), y)).accepted
+    assert all(p.dtype == dtype for p in half.parameters())
+    assert all(torch.equal(p, q.to(dtype)) for p, q in zip(half.parameters(), single.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("objective", ["grad_norm", "lookahead"])
+def test_a_loss_with_weight_terms_takes_the_general_path(objective):
+    model = make_mlp([30, 40, 36, 5], "tanh")
+    x, y = make_batch(20, 30, 5)
+
+    def loss_fn(outputs, targets):
+        return F.cross_entropy(outputs, targets) + 1e-2 * sum(p.square().sum() for p in model.parameters())
+
+    before = gradient_norm(model, x, y, loss_fn)
+    report = st.teleport_mlp(model, (x, y), loss_fn, objective=objective, lr=0.02)
+    assert report.accepted and report.drift <= 1e-12
+    assert report.grad_norm_before == pytest.approx(before, rel=1e-9)
+    assert report.grad_norm_after == pytest.approx(gradient_norm(model, x, y, loss_fn), rel=1e-7)
+    assert report.loss_after == pytest.approx(loss_fn(model(x), y).item(), rel=1e-9)
+
+
+def test_a_vanishing_weight_term_gives_the_fast_path_s_teleport():
+    x, y = make_batch(20, 30, 5)
+    plain, weighted = make_mlp([30, 40, 36, 5]), make_mlp([30, 40, 36, 5])
+
+    def loss_fn(outputs, targets):
+        return F.cross_entropy(outputs, targets) + 0.0 * sum(p.sum() for p in weighted.parameters())
+
+    st.teleport_mlp(plain, (x, y))
+    st.teleport_mlp(weighted, (x, y), loss_fn)
+    for first, second in zip(plain.parameters(), weighted.parameters(), strict=True):
+        assert torch.allclose(first, second, rtol=1e-8, atol=1e-10)
+
+
+def test_a_user_supplied_objective():
+    class SmallerFirstLayer:
+        """Least Frobenius norm of the first layer's weights: needs neither the loss nor its gradient."""
+
+        maximise = False
+
+        def value(self, loss_of, parameters):
+            return parameters[0].square().sum()
+
+    model = make_mlp([30, 40, 36, 5])
+    x, y = make_batch(20, 30, 5)
+    outputs, before = model(x).detach(), float(model[0].weight.detach().square().sum())
+    report = st.teleport_mlp(model, (x, y), objective=SmallerFirstLayer())
+    after = float(model[0].weight.detach().square().sum())
+    assert report.accepted and after < before
+    assert report.objective_after == pytest.approx(after, rel=1e-9)
+    assert torch.allclose(model(x), outputs, rtol=0, atol=1e-11)
+
+
+def test_mean_squared_error_and_a_trailing_activation():
+    model = nn.Sequential(make_mlp([30, 40, 36, 5], "tanh"), nn.Sigmoid())
+    x, _ = make_batch(20, 30, 5)
+    y = torch.rand(20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    before = gradient_norm(model, x, y, F.mse_loss)
+    report = st.teleport_mlp(model, (x, y))
+    assert report.accepted and report.drift <= 1e-12
+    assert report.grad_norm_before == pytest.approx(before, rel=1e-9)
+    assert report.grad_norm_after == pytest.approx(gradient_norm(model, x, y, F.mse_loss), rel=1e-7)
+
+
+def test_images_are_flattened_and_inactive_dropout_is_passed_over():
+    model = nn.Sequential(nn.Flatten(), make_mlp([36, 40, 5]), nn.Dropout(0.5)).eval()
+    x = torch.randn(20, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    report = st.teleport_mlp(model, (x, make_batch(20, 36, 5)[1]))
+    assert report.accepted and not model.training
+
+
+def test_only_the_parameter_values_change():
+    model = make_mlp([30, 40, 36, 5], dtype=torch.float32)
+    x, y = make_batch(20, 30, 5, dtype=torch.float32)
+    parameters, pointers = list(model.parameters()), [p.data_ptr() for p in model.parameters()]
+    F.cross_entropy(model(x), y).backward()
+    gradients = [p.grad.clone() for p in parameters]
+    model.eval()
+    random_state = torch.get_rng_state()
+    assert st.teleport_mlp(model, (x, y)).accepted
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    assert [p.data_ptr() for p in parameters] == pointers
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, gradients, strict=True))
+    assert all(p.requires_grad and p.is_leaf for p in parameters) and not model.training
+    assert torch.equal(torch.get_rng_state(), random_state) and torch.is_grad_enabled()
+
+
+def test_nothing_of_the_batch_is_kept_alive():
+    x, y = make_batch(20, 30, 5)
+    references = [weakref.ref(x), weakref.ref(y)]
+    report = st.teleport_mlp(make_mlp([30, 40, 36, 5]), (x, y))
+    del x, y
+    gc.collect()
+    assert report.accepted and [reference() for reference in references] == [None, None]
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_caller_s_autograd_and_autocast_modes_do_not_matter(context):
+    x, y = make_batch(20, 30, 5, dtype=torch.float32)
+    plain, inside = (make_mlp([30, 40, 36, 5], dtype=torch.float32) for _ in range(2))
+    st.teleport_mlp(plain, (x, y))
+    with context():
+        st.teleport_mlp(inside, (x, y))
+    assert unchanged(inside, snapshot(plain))
+
+
+def test_the_same_call_gives_the_same_weights():
+    x, y = make_batch(20, 30, 5, dtype=torch.float32)
+    first, second = (make_mlp([30, 40, 36, 5], dtype=torch.float32) for _ in range(2))
+    for model in (first, second):
+        st.teleport_mlp(model, (x, y), objective="lookahead", lr=0.1)
+    assert unchanged(first, snapshot(second))
+
+
+def test_matched_batch_size_stops_before_the_first_dependent_sample():
+    model = make_mlp([30, 40, 36, 5])
+    x, _ = make_batch(25, 30, 5)
+    x[20] = x[3]
+    assert st.matched_batch_size(model, x[:15]) == 15
+    assert st.matched_batch_size(model, x) == 20
+    x, _ = make_batch(60, 30, 5)
+    n = st.matched_batch_size(model, x)
+    assert 20 <= n <= 31  # 30 inputs and the bias
+    assert st.teleport_mlp(model, (x[:n], make_batch(n, 30, 5)[1])).accepted

@@ -1,0 +1,551 @@
+"""Teleporter: what it gathers, when it teleports, what becomes of the optimizer, and that a resumed run is the same."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import symtele_cuda as st
+from symtele_cuda.teleporter import Batch
+
+EVERY_EPOCH = st.Schedule(epochs=range(10), teleports_per_epoch=100)
+
+
+def make_model(bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 16, bias), nn.LeakyReLU(0.1), nn.Linear(16, 12, bias), nn.Tanh(), nn.Linear(12, 3, bias))
+    return nn.Sequential(*layers).double()
+
+
+def make_batches(count: int, size: int = 4, seed: int = 1) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 6, generator=generator, dtype=torch.float64), torch.randint(3, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def make_sgd(model: nn.Module, lr: float = 0.05, **options: float) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+
+def make_teleporter(model: nn.Module, **options: object) -> st.Teleporter:
+    return st.Teleporter(model, make_sgd(model), **{"schedule": EVERY_EPOCH, "batch_size": 6, **options})
+
+
+def join(batches: list[Batch], size: int | None = None) -> Batch:
+    inputs, targets = zip(*batches, strict=True)
+    return torch.cat(inputs)[:size], torch.cat(targets)[:size]
+
+
+def assert_same_parameters(model: nn.Module, expected: nn.Module) -> None:
+    for (name, got), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(got, wanted), name
+
+
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+# --- gathering and schedule ---------------------------------------------------------------------------------------
+
+
+def test_teleports_on_exactly_batch_size_samples_of_successive_batches() -> None:
+    model, batches = make_model(), make_batches(4)
+    expected = copy.deepcopy(model)
+    teleporter = make_teleporter(model)
+    reports = [teleporter.step(batch, epoch=0) for batch in batches]
+    assert [report is not None for report in reports] == [False, True, False, True]
+    assert [report.layers[0].n for report in teleporter.reports] == [6, 6]
+    assert all(report.accepted for report in teleporter.reports)
+    st.teleport_mlp(expected, join(batches[:2], 6), objective="lookahead", lr=0.05)
+    st.teleport_mlp(expected, join(batches[2:], 6), objective="lookahead", lr=0.05)
+    assert_same_parameters(model, expected)
+
+
+def test_one_large_batch_is_enough() -> None:
+    model, (batch,) = make_model(), make_batches(1)
+    expected = copy.deepcopy(model)
+    report = make_teleporter(model, batch_size=3).step(batch, epoch=0)
+    st.teleport_mlp(expected, (batch[0][:3], batch[1][:3]), objective="lookahead", lr=0.05)
+    assert report is not None
+    assert report.layers[0].n == 3
+    assert_same_parameters(model, expected)
+
+
+def test_gathered_samples_are_copies() -> None:
+    model, batches = make_model(), make_batches(2)
+    expected, wanted = copy.deepcopy(model), join(batches, 6)
+    teleporter = make_teleporter(model)
+    buffer_x, buffer_y = batches[0][0].clone(), batches[0][1].clone()
+    for x, y in batches:
+        teleporter.step((buffer_x.copy_(x), buffer_y.copy_(y)), epoch=0)
+    st.teleport_mlp(expected, wanted, objective="lookahead", lr=0.05)
+    assert_same_parameters(model, expected)
+
+
+def test_schedule_and_leftovers() -> None:
+    model = make_model()
+    teleporter = make_teleporter(model, schedule=st.Schedule(epochs=[3, 1], teleports_per_epoch=2))
+    teleported = {
+        epoch: [teleporter.step(batch, epoch=epoch) is not None for batch in make_batches(5, seed=epoch)]
+        for epoch in (0, 1, 2, 3)
+    }
+    none, two = [False] * 5, [False, True, False, True, False]
+    assert teleported == {0: none, 1: two, 2: none, 3: two}
+
+
+def test_leftovers_are_dropped_at_an_epochs_end() -> None:
+    model, (old, first, second) = make_model(), make_batches(3)
+    expected = copy.deepcopy(model)
+    teleporter = make_teleporter(model)
+    assert teleporter.step(old, epoch=0) is None
+    assert teleporter.step(first, epoch=1) is None
+    assert teleporter.step(second, epoch=1) is not None
+    st.teleport_mlp(expected, join([first, second], 6), objective="lookahead", lr=0.05)
+    assert_same_parameters(model, expected)
+
+
+def test_other_epochs_do_not_even_look_at_the_batch() -> None:
+    teleporter = make_teleporter(make_model(), schedule=st.Schedule(epochs=[1]))
+    assert teleporter.step("no batch", epoch=0) is None  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="batch must be a pair"):
+        teleporter.step("no batch", epoch=1)  # type: ignore[arg-type]
+
+
+def test_images_are_gathered_in_their_own_shape() -> None:
+    flat, model = make_model(), nn.Sequential(nn.Flatten(), *make_model())
+    batches = make_batches(2)
+    shapes = []
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        shapes.append(tuple(outputs.shape))
+        return F.cross_entropy(outputs, targets)
+
+    teleporter, reference = make_teleporter(model, loss_fn=loss_fn), make_teleporter(flat)
+    for x, y in batches:
+        teleporter.step((x.view(-1, 1, 2, 3), y), epoch=0)
+        reference.step((x, y), epoch=0)
+    assert set(shapes) == {(6, 3)}
+    assert_same_parameters(model, flat)
+
+
+def test_schedule_keeps_epochs_sorted_and_once() -> None:
+    assert st.Schedule(epochs=[4, 1, 4]).epochs == (1, 4)
+    assert st.Schedule(epochs=range(2)) == st.Schedule(epochs=(0, 1), teleports_per_epoch=1)
+
+
+# --- batch_size="auto" --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bias", "layers", "most"),
+    [(True, None, 7), (False, None, 6), (True, [2], 17), (False, [2], 16), (True, [1, 2], 7)],
+)
+def test_auto_gathers_what_the_widths_allow(bias: bool, layers: list[int] | None, most: int) -> None:
+    model = make_model(bias)
+    teleporter = make_teleporter(model, batch_size="auto", layers=layers)
+    batches = make_batches(most, size=1)
+    expected = copy.deepcopy(model)
+    n = st.matched_batch_size(model, join(batches)[0])
+    reports = [teleporter.step(batch, epoch=0) for batch in batches]
+    assert [report is not None for report in reports] == [False] * (most - 1) + [True]
+    assert reports[-1].layers[0].n == n <= most
+    st.teleport_mlp(expected, join(batches, n), objective="lookahead", lr=0.05, layers=layers)
+    assert_same_parameters(model, expected)
+
+
+def test_auto_gathers_at_most_200() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 256), nn.LeakyReLU(0.1), nn.Linear(256, 3))
+    x, y = torch.randn(201, 300, generator=torch.Generator().manual_seed(1)), torch.zeros(201, dtype=torch.int64)
+    teleporter = make_teleporter(model, batch_size="auto", steps=1)
+    assert teleporter.step((x[:199], y[:199]), epoch=0) is None
+    report = teleporter.step((x[199:], y[199:]), epoch=0)
+    assert report is not None
+    assert report.layers[0].n == st.matched_batch_size(model, x[:200])
+
+
+def test_auto_uses_fewer_samples_where_they_repeat() -> None:
+    (x, y), model = join(make_batches(2)), make_model()
+    x[5] = x[2]
+    report = make_teleporter(model, batch_size="auto").step((x, y), epoch=0)
+    assert report is not None
+    assert report.layers[0].n == 5
+    assert report.layers[0].rank == 5
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], dict[str, float]]] = {
+    "momentum": (lambda model: make_sgd(model, momentum=0.9), {}),
+    "adam": (lambda model: torch.optim.Adam(model.parameters(), lr=1e-2), {"lr": 0.1}),
+}
+RESUMED = st.Schedule(epochs=[1, 2], teleports_per_epoch=2)
+STEPS_PER_EPOCH = 9  # three batches a teleport: a third teleport would fit
+LAST = 3 * STEPS_PER_EPOCH
+
+
+class Run:
+    """A training run of three epochs that can stop at any iteration and go on from what it saved."""
+
+    def __init__(self, optimizer: str, optimizer_state: str) -> None:
+        make_optimizer, options = OPTIMIZERS[optimizer]
+        self.model = make_model()
+        self.optimizer = make_optimizer(self.model)
+        self.teleporter = st.Teleporter(
+            self.model, self.optimizer, schedule=RESUMED, batch_size=9, optimizer_state=optimizer_state, **options
+        )
+
+    def train(self, start: int, stop: int) -> None:
+        batches = make_batches(LAST)
+        for iteration in range(start, stop):
+            self.teleporter.step(batches[iteration], epoch=iteration // STEPS_PER_EPOCH)
+            optimizer_step(self.model, self.optimizer, batches[iteration])
+
+    def save(self) -> bytes:
+        file = io.BytesIO()
+        torch.save([part.state_dict() for part in (self.model, self.optimizer, self.teleporter)], file)
+        return file.getvalue()
+
+    def load(self, saved: bytes) -> None:
+        states = torch.load(io.BytesIO(saved), weights_only=True)
+        for part, state in zip((self.model, self.optimizer, self.teleporter), states, strict=True):
+            part.load_state_dict(state)
+
+
+def without_time(reports: list[st.TeleportReport]) -> list[st.TeleportReport]:
+    return [replace(report, seconds=0.0) for report in reports]
+
+
+@functools.cache
+def uninterrupted(optimizer: str, optimizer_state: str) -> Run:
+    run = Run(optimizer, optimizer_state)
+    run.train(0, LAST)
+    return run
+
+
+# Teleports happen at iterations 11, 14, 20 and 23: stop before, while gathering, right after one, behind the last.
+@pytest.mark.parametrize("stop", [3, 10, 11, 12, 13, 15, 18, 22, 25])
+@pytest.mark.parametrize("optimizer_state", ["keep", "reset"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_run_is_the_uninterrupted_run(optimizer: str, optimizer_state: str, stop: int) -> None:
+    whole = uninterrupted(optimizer, optimizer_state)
+    assert len(whole.teleporter.reports) == 4
+    assert any(report.accepted for report in whole.teleporter.reports)
+
+    interrupted = Run(optimizer, optimizer_state)
+    interrupted.train(0, stop)
+    saved = interrupted.save()
+    interrupted.train(stop, LAST)  # what goes on after saving must not reach into what was saved
+    resumed = Run(optimizer, optimizer_state)
+    resumed.load(saved)
+    resumed.train(stop, LAST)
+
+    for run in (interrupted, resumed):
+        assert_same_parameters(run.model, whole.model)
+        assert without_time(run.teleporter.reports) == without_time(whole.teleporter.reports)
+        for parameter, wanted in zip(run.model.parameters(), whole.model.parameters(), strict=True):
+            state, expected = run.optimizer.state[parameter], whole.optimizer.state[wanted]
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def test_a_report_survives_the_state_dict() -> None:
+    run = Run("momentum", "keep")
+    run.train(0, 12)
+    (report,) = run.teleporter.reports
+    other = Run("momentum", "keep")
+    other.load(run.save())
+    assert other.teleporter.reports == [report]
+    assert str(other.teleporter.reports[0]) == str(report)
+
+
+@pytest.mark.parametrize(
+    ("state", "text"), [({}, r"entries \['done', 'epoch', 'gathered', 'reports'\], got \[\]"), ([1], "got list")]
+)
+def test_a_foreign_state_is_refused(state: object, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make_teleporter(make_model()).load_state_dict(state)  # type: ignore[arg-type]
+
+
+# --- the optimizer ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer_state", ["keep", "reset"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizer_state_is_kept_or_reset(optimizer: str, optimizer_state: str) -> None:
+    run = Run(optimizer, optimizer_state)
+    run.train(0, 11)
+    before = copy.deepcopy(list(run.optimizer.state.values()))
+    assert len(before) == 6
+    report = run.teleporter.step(make_batches(LAST)[11], epoch=1)
+    assert report is not None
+    assert report.accepted
+    after = [run.optimizer.state.get(parameter) for parameter in run.model.parameters()]
+    if optimizer_state == "reset":
+        assert after == [None] * 6
+    else:
+        assert all(torch.equal(old[key], new[key]) for old, new in zip(before, after, strict=True) for key in old)
+
+
+def test_reset_waits_for_an_accepted_teleport() -> None:
+    model, batches = make_model(), make_batches(2)
+    optimizer = make_sgd(model, momentum=0.9)
+    teleporter = st.Teleporter(
+        model, optimizer, schedule=EVERY_EPOCH, batch_size=4, optimizer_state="reset", objective=NeverBetter()
+    )
+    optimizer_step(model, optimizer, batches[0])
+    before = copy.deepcopy(model)
+    report = teleporter.step(batches[1], epoch=0)
+    assert report is not None
+    assert not report.accepted
+    assert len(optimizer.state) == 6
+    assert_same_parameters(model, before)
+
+
+class NeverBetter:
+    """An objective that has the same value everywhere."""
+
+    maximise = True
+
+    def value(self, loss_of: Callable[[list[Tensor]], Tensor], parameters: list[Tensor]) -> Tensor:
+        return 0 * loss_of(parameters)
+
+
+def test_reset_leaves_other_parameters_state_alone() -> None:
+    model, other, (batch,) = make_model(), nn.Parameter(torch.ones(2)), make_batches(1)
+    optimizer = torch.optim.SGD([*model.parameters(), other], lr=0.05, momentum=0.9)
+    other.grad = torch.ones(2)
+    optimizer_step(model, optimizer, batch)
+    other.grad = torch.ones(2)
+    optimizer.step()
+    assert other in optimizer.state
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, optimizer_state="reset")
+    report = teleporter.step(batch, epoch=0)
+    assert report is not None
+    assert report.accepted
+    assert list(optimizer.state) == [other]
+
+
+def test_parameters_and_groups_stay_the_same_objects() -> None:
+    model = make_model()
+    teleporter = make_teleporter(model)
+    pointers = [(id(p), p.data_ptr()) for p in model.parameters()]
+    groups = [id(p) for group in teleporter.optimizer.param_groups for p in group["params"]]
+    values = [p.detach().clone() for p in model.parameters()]
+    for batch in make_batches(2):
+        teleporter.step(batch, epoch=0)
+    assert any(not torch.equal(old, new) for old, new in zip(values, model.parameters(), strict=True))
+    assert [(id(p), p.data_ptr()) for p in model.parameters()] == pointers
+    assert [id(p) for group in teleporter.optimizer.param_groups for p in group["params"]] == groups
+
+
+# --- the rate of lookahead ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [({}, 1.0), ({"momentum": 0.9}, 10.0), ({"momentum": 0.5, "dampening": 0.5}, 1.0), ({"dampening": 0.5}, 1.0)],
+)
+def test_lr_is_the_length_of_the_optimizers_averaged_step(options: dict[str, float], factor: float) -> None:
+    model, (batch,) = make_model(), make_batches(1)
+    expected = copy.deepcopy(model)
+    teleporter = st.Teleporter(model, make_sgd(model, 0.01, **options), schedule=EVERY_EPOCH, batch_size=4)
+    teleporter.step(batch, epoch=0)
+    momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
+    lr = 0.01 * (1 - dampening) / (1 - momentum) if momentum else 0.01
+    assert lr == pytest.approx(0.01 * factor)
+    st.teleport_mlp(expected, batch, objective="lookahead", lr=lr)
+    assert_same_parameters(model, expected)
+
+
+def test_lr_follows_a_scheduler() -> None:
+    model, batches = make_model(), make_batches(3)
+    expected = copy.deepcopy(model)
+    optimizer = make_sgd(model, 0.08)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.25)
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4)
+    for batch, lr in zip(batches, (0.08, 0.02, 0.005), strict=True):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+        st.teleport_mlp(expected, batch, objective="lookahead", lr=optimizer.param_groups[0]["lr"])
+        teleporter.step(batch, epoch=0)
+        assert_same_parameters(model, expected)
+        optimizer.step()  # without gradients nothing moves
+        scheduler.step()
+
+
+def test_lr_is_the_largest_of_the_models_groups() -> None:
+    model, other, (batch,) = make_model(), nn.Parameter(torch.ones(2)), make_batches(1)
+    expected = copy.deepcopy(model)
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    biases = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": weights}, {"params": biases, "lr": 0.07}, {"params": [other], "lr": 5.0}]
+    st.Teleporter(model, torch.optim.SGD(groups, lr=0.01), schedule=EVERY_EPOCH, batch_size=4).step(batch, epoch=0)
+    st.teleport_mlp(expected, batch, objective="lookahead", lr=0.07)
+    assert_same_parameters(model, expected)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_given_lr_is_used(optimizer: str) -> None:
+    model, (batch,) = make_model(), make_batches(1)
+    expected = copy.deepcopy(model)
+    made = make_sgd(model, 0.5) if optimizer == "sgd" else torch.optim.Adam(model.parameters())
+    st.Teleporter(model, made, schedule=EVERY_EPOCH, batch_size=4, lr=0.02).step(batch, epoch=0)
+    st.teleport_mlp(expected, batch, objective="lookahead", lr=0.02)
+    assert_same_parameters(model, expected)
+
+
+def test_other_objectives_and_options_are_passed_on() -> None:
+    model, (batch,) = make_model(), make_batches(1)
+    expected = copy.deepcopy(model)
+    options = {"objective": "grad_norm", "steps": 3, "max_growth": 1.5}
+    teleporter = st.Teleporter(
+        model, torch.optim.Adam(model.parameters()), schedule=EVERY_EPOCH, batch_size=4, **options
+    )
+    teleporter.step(batch, epoch=0)
+    st.teleport_mlp(expected, batch, **options)
+    assert_same_parameters(model, expected)
+
+
+# --- what must not change, and errors -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_gradients_and_rng_are_untouched(training: bool) -> None:
+    model = make_model().train(training)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    teleporter = make_teleporter(model, batch_size="auto")
+    rng = torch.get_rng_state()
+    reports = [teleporter.step(batch, epoch=0) for batch in make_batches(2)]
+    assert reports[-1] is not None
+    assert reports[-1].accepted
+    assert torch.equal(rng, torch.get_rng_state())
+    assert [module.training for module in model.modules()] == [training] * 6
+    assert all(bool((parameter.grad == 3.0).all()) for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_error_leaves_gathering_where_it_was() -> None:
+    model, batches = make_model(), make_batches(2)
+    expected = copy.deepcopy(model)
+    broken = True
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        if broken:
+            raise KeyboardInterrupt
+        return F.cross_entropy(outputs, targets)
+
+    teleporter = make_teleporter(model, loss_fn=loss_fn)
+    teleporter.step(batches[0], epoch=0)
+    with pytest.raises(KeyboardInterrupt):
+        teleporter.step(batches[1], epoch=0)
+    with pytest.raises(ValueError, match="batch inputs must have shape"):
+        teleporter.step((torch.ones(4, 5, dtype=torch.float64), batches[1][1]), epoch=0)
+    with pytest.raises(ValueError, match=r"batch targets must be like those gathered before.* got \(3,\)"):
+        teleporter.step((batches[1][0], torch.zeros(4, 3)), epoch=0)
+    assert teleporter.reports == []
+    assert_same_parameters(model, expected)
+    broken = False
+    assert teleporter.step(batches[1], epoch=0) is not None
+    st.teleport_mlp(expected, join(batches, 6), objective="lookahead", lr=0.05)
+    assert_same_parameters(model, expected)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "error", "text"),
+    [
+        (-1, ValueError, "epoch must be >= 0, got -1"),
+        (1.0, TypeError, "epoch must be an int, got 1.0 of type float"),
+        (True, TypeError, "epoch must be an int, got True of type bool"),
+        (None, TypeError, "epoch must be an int, got None"),
+    ],
+)
+def test_bad_epochs(epoch: object, error: type[Exception], text: str) -> None:
+    (batch,) = make_batches(1)
+    with pytest.raises(error, match=text):
+        make_teleporter(make_model()).step(batch, epoch=epoch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"epochs": 3}, TypeError, "epochs must be a collection of ints >= 0, got 3"),
+        ({"epochs": "12"}, TypeError, "epochs must be a collection of ints >= 0, got '12'"),
+        ({"epochs": [1.0]}, TypeError, "epochs must be an int, got 1.0"),
+        ({"epochs": [-1]}, ValueError, "epochs must be >= 0, got -1"),
+        ({"epochs": [1], "teleports_per_epoch": 0}, ValueError, "teleports_per_epoch must be >= 1, got 0"),
+        ({"epochs": [1], "teleports_per_epoch": "4"}, TypeError, "teleports_per_epoch must be an int, got '4'"),
+    ],
+)
+def test_bad_schedules(arguments: dict, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        st.Schedule(**arguments)
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=1e-3)
+
+
+def without_biases(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.dim() == 2], lr=0.1)
+
+
+CONSTRUCTION: dict[str, tuple[Callable[[nn.Module], object], dict, type[Exception], str]] = {
+    "no optimizer": (lambda model: model, {}, TypeError, "optimizer must be a torch.optim.Optimizer, got Sequential"),
+    "other parameters": (
+        without_biases,
+        {},
+        ValueError,
+        r"optimizer must hold .* without \['0.bias', '2.bias', '4.bias'\]",
+    ),
+    "adam without lr": (adam, {}, ValueError, r'lr must be given for objective "lookahead" with the optimizer Adam'),
+    "momentum 1": (lambda model: make_sgd(model, momentum=1.0), {}, ValueError, "momentum < 1 .* got 1.0"),
+    "schedule": (make_sgd, {"schedule": [1]}, TypeError, "schedule must be a Schedule, got list"),
+    "loss_fn": (make_sgd, {"loss_fn": "mse"}, TypeError, "loss_fn must be callable .* got str"),
+    "batch size 0": (make_sgd, {"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
+    "batch size 2.0": (make_sgd, {"batch_size": 2.0}, TypeError, "batch_size must be an int, got 2.0"),
+    "batch size name": (
+        make_sgd,
+        {"batch_size": "all"},
+        ValueError,
+        "batch_size must be an int >= 1 or \"auto\", got 'all'",
+    ),
+    "optimizer state": (
+        make_sgd,
+        {"optimizer_state": "drop"},
+        ValueError,
+        "optimizer_state must be one of 'keep', 'reset', got 'drop'",
+    ),
+    "unknown option": (
+        make_sgd,
+        {"margins": 2.0},
+        TypeError,
+        r"options must be among \[.*'margin'.*\], got \['margins'\]",
+    ),
+    "objective": (make_sgd, {"objective": "newton"}, ValueError, "objective must be one of .* got 'newton'"),
+    "negative lr": (make_sgd, {"lr": -1.0}, ValueError, "lr must be .* got -1.0"),
+    "NaN margin": (make_sgd, {"margin": float("nan")}, ValueError, "margin must be .* got nan"),
+    "layers": (make_sgd, {"layers": [3]}, ValueError, r"layers must be .* 1..2, got \[3\]"),
+    "model": (lambda model: make_sgd(model), {"model": nn.Linear(2, 2)}, ValueError, "at least two Linear"),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTION)
+def test_bad_arguments_are_refused_at_construction(name: str) -> None:
+    make_optimizer, options, error, text = CONSTRUCTION[name]
+    model = make_model()
+    arguments = {"model": model, "optimizer": make_optimizer(model), **options}
+    with pytest.raises(error, match=text):
+        st.Teleporter(**arguments)
