@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import Activation
-from .pinv import MAX_CONDITION, gram, invert_gram, pinv_factor
+from .pinv import MAX_CONDITION, gram, invert_gram, pinv_of_matched
 
 # A step towards the edge of σ⁻¹'s domain goes at most this share of the way there.
 DOMAIN_SHARE = 0.5
@@ -186,7 +186,7 @@ def steepest_direction(network: Network, plan: Plan, state: State, gradient: Gra
     inputs: list[Tensor | None] = []
     images: list[Tensor | None] = []
     generators: list[tuple[Tensor, Tensor] | None] = []
-    squared_norm = 0.0
+    squared_length = 0.0
     for layer, gradient_inputs in enumerate(gradient.inputs):
         if gradient_inputs is None:
             inputs.append(None)
@@ -207,8 +207,8 @@ def steepest_direction(network: Network, plan: Plan, state: State, gradient: Gra
         inputs.append(step)
         images.append(step @ reference.T if plan.absorbs[layer] and reference is not None else None)
         generators.append(generator)
-        squared_norm += float(step.square().sum())
-    return Direction(tuple(inputs), tuple(images), tuple(generators), math.sqrt(squared_norm))
+        squared_length += float(squared_norm(step))
+    return Direction(tuple(inputs), tuple(images), tuple(generators), math.sqrt(squared_length))
 
 
 def domain_limit(network: Network, state: State, direction: Direction, size: float) -> float:
@@ -218,8 +218,9 @@ def domain_limit(network: Network, state: State, direction: Direction, size: flo
         if step is None:
             continue
         low, high = network.activations[layer - 1].domain
-        for bound, away in ((high, sign * step), (low, -sign * step)):
+        for bound, side in ((high, sign), (low, -sign)):
             if math.isfinite(bound):
+                away = side * step
                 room = (state.inputs[layer] - bound).abs()
                 reach = torch.where(away > 0, room / away, math.inf).min()
                 limit = min(limit, DOMAIN_SHARE * float(reach))
@@ -270,38 +271,38 @@ def advance(network: Network, plan: Plan, state: State, direction: Direction, si
 
 def form_weights(
     network: Network, plan: Plan, inputs: Tensor, targets: Sequence[Tensor], references: Sequence[Tensor | None]
-) -> Network:
-    """The weights [R, r] + Eᵀ P(B) that turn the batch `inputs` into the pre-activations `targets`, layer by layer.
+) -> tuple[Network, Tensor]:
+    """The weights [R, r] + Eᵀ P(B) that turn the batch `inputs` into `targets` layer by layer, and their logits.
 
     B is the activation that the new weights really produce, so that a layer mends the rounding of those before it,
     and an output layer that absorbs is corrected once more: the logits keep the precision of the arithmetic, not of
-    P.
+    P. The logits returned are those of the weights returned, not the targets.
     """
     weights, biases = list(network.weights), list(network.biases)
-    for layer, activation in enumerate((*network.activations, None)):
-        bias, reference = biases[layer], references[layer]
+    output = inputs
+    for layer, target in enumerate(targets):
+        if layer > 0:
+            inputs = network.activations[layer - 1].forward(output)
         if plan.carried[layer]:
+            reference = references[layer]
             assert reference is not None
             weights[layer] = reference
         elif plan.absorbs[layer]:
-            factor = pinv_factor(inputs, bias is not None).factor
+            factor = pinv_of_matched(inputs, biases[layer] is not None)
             if factor is None:
                 raise StepFailed("the activations of the batch lost their full row rank")
+            weight, bias = weights[layer], biases[layer]
             if plan.zero_reference[layer]:
-                weights[layer] = torch.zeros_like(weights[layer])
-                bias = None if bias is None else torch.zeros_like(bias)
-            for _ in range(2 if activation is None else 1):
-                residual = targets[layer] - F.linear(inputs, weights[layer], bias)
-                change = residual.T @ factor
+                weight, bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+            for _ in range(2 if layer == len(network) - 1 else 1):
+                change = (target - F.linear(inputs, weight, bias)).T @ factor
                 if bias is None:
-                    weights[layer] = weights[layer] + change
+                    weight = change.add_(weight)
                 else:
-                    weights[layer] = weights[layer] + change[:, :-1]
-                    bias = bias + change[:, -1]
-            biases[layer] = bias
-        if activation is not None:
-            inputs = activation.forward(F.linear(inputs, weights[layer], biases[layer]))
-    return replace(network, weights=tuple(weights), biases=tuple(biases))
+                    weight, bias = weight + change[:, :-1], bias + change[:, -1]
+            weights[layer], biases[layer] = weight, bias
+        output = F.linear(inputs, weights[layer], biases[layer])
+    return replace(network, weights=tuple(weights), biases=tuple(biases)), output
 
 
 def coefficients_of(plan: Plan, state: State, layer: int) -> Tensor | None:
@@ -399,7 +400,13 @@ def kernel(left: Tensor, right: Tensor, bias: bool) -> Tensor:
 
 def condition_bound(gram_matrix: Tensor, inverse: Tensor) -> float:
     """An upper bound on κ₂ of [B, 1] from the Frobenius norms of its Gram matrix and of the inverse."""
-    return math.sqrt(float(gram_matrix.norm() * inverse.norm()))
+    return math.sqrt(math.sqrt(float(squared_norm(gram_matrix) * squared_norm(inverse))))
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Σ of the squared elements, in one pass."""
+    flat = tensor.flatten()
+    return flat @ flat
 
 
 def _regram(network: Network, plan: Plan, layer: int, inputs: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -85,7 +85,7 @@ class LeakyReLU(Activation):
         return F.leaky_relu(z, self.parameter)
 
     def derivative(self, z: Tensor) -> Tensor:
-        return torch.where(z > 0, z.new_ones(()), self.parameter)
+        return F.threshold((z > 0).to(z.dtype), 0.5, self.parameter)  # several times faster than `where`
 
     def second_derivative(self, z: Tensor) -> None:
         return None

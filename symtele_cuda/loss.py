@@ -75,11 +75,20 @@ def check_default_targets(targets: Tensor, n: int, outputs: int) -> None:
         raise TypeError(f"targets must be int64 class indices or floating point values, got {targets.dtype}")
 
 
-def has_weight_terms(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Whether the loss depends on `parameters` other than through the logits.
+@dataclass(frozen=True)
+class LossAtStart:
+    """L and ∂L/∂logits at the start of a teleport, and whether L sees the weights other than through the logits."""
+
+    value: float
+    gradient: Tensor
+    weight_terms: bool
+
+
+def examine(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor]) -> LossAtStart:
+    """Call the loss for the first time.
 
     Raises:
-        ValueError: the loss is no scalar, is not finite, or depends neither on the logits nor on the parameters.
+        ValueError: the loss is no scalar, is not finite, or does not depend on the logits.
     """
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
@@ -88,7 +97,7 @@ def has_weight_terms(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tenso
             raise ValueError(f"loss_fn must be finite on the batch, got {float(value.detach())}")
         if not value.requires_grad:
             raise ValueError("loss_fn must depend on the model's output, got a value that carries no gradient")
-        through_logits, *direct = torch.autograd.grad(value, [leaf, *parameters], allow_unused=True)
-    if through_logits is None:
+        gradient, *direct = torch.autograd.grad(value, [leaf, *parameters], allow_unused=True)
+    if gradient is None:
         raise ValueError("loss_fn must depend on the model's output, got a value that does not")
-    return any(gradient is not None for gradient in direct)
+    return LossAtStart(float(value.detach()), gradient, any(term is not None for term in direct))

@@ -65,15 +65,19 @@ def pinv_factor(inputs: Tensor, bias: bool) -> PinvFactor:
         ValueError: inputs that are empty, not two-dimensional or not finite.
     """
     _check_inputs(inputs)
-    data = inputs.detach()
-    extended = append_ones(data) if bias else data
-    samples, columns = extended.shape
-    if samples <= columns:
-        form = _factor_float32 if inputs.dtype == torch.float32 else _factor_float64
-        factor, condition = form(extended)
-        if factor is not None and condition <= MAX_CONDITION[inputs.dtype]:
-            return PinvFactor(factor, samples, condition)
+    extended = _extend(inputs, bias)
+    found = _factorize(extended)
+    if found is not None:
+        condition = condition_from_gram(found.gram, found.inverse)
+        if condition <= MAX_CONDITION[inputs.dtype]:
+            return PinvFactor(found.factor, len(extended), condition)
     return _unmatched(extended)
+
+
+def pinv_of_matched(inputs: Tensor, bias: bool) -> Tensor | None:
+    """P of a batch that is known to be well conditioned, without the estimates of `pinv_factor`; None if K fails."""
+    found = _factorize(_extend(inputs, bias))
+    return None if found is None else found.factor
 
 
 def append_ones(inputs: Tensor) -> Tensor:
@@ -113,16 +117,33 @@ def probe_vectors(matrix: Tensor) -> Tensor:
     return torch.cos(steps.square()).reshape(_PROBES, size)
 
 
-def _factor_float32(extended: Tensor) -> tuple[Tensor | None, float]:
+@dataclass(frozen=True)
+class _Factorization:
+    """P, and K and K⁻¹ in float64."""
+
+    factor: Tensor
+    gram: Tensor
+    inverse: Tensor
+
+
+def _extend(inputs: Tensor, bias: bool) -> Tensor:
+    return append_ones(inputs.detach()) if bias else inputs.detach()
+
+
+def _factorize(extended: Tensor) -> _Factorization | None:
+    if len(extended) > extended.shape[1]:
+        return None
+    return _factorize_float32(extended) if extended.dtype == torch.float32 else _factorize_float64(extended)
+
+
+def _factorize_float32(extended: Tensor) -> _Factorization | None:
     exact = extended.double()
     matrix = exact @ exact.T
     inverse = invert_gram(matrix)
-    if inverse is None:
-        return None, math.inf
-    return (inverse @ exact).float(), condition_from_gram(matrix, inverse)
+    return None if inverse is None else _Factorization((inverse @ exact).float(), matrix, inverse)
 
 
-def _factor_float64(extended: Tensor) -> tuple[Tensor | None, float]:
+def _factorize_float64(extended: Tensor) -> _Factorization | None:
     """P = L⁻ᵀ (Q Qᵀ)⁻¹ Q with K = L Lᵀ and H̃ = L Q: Q Qᵀ is near I, and its inverse is the second Cholesky pass.
 
     Q is solved for and not multiplied by L⁻¹: only the solve is backward stable column by column. P Pᵀ is K⁻¹ to the
@@ -131,13 +152,13 @@ def _factor_float64(extended: Tensor) -> tuple[Tensor | None, float]:
     matrix = extended @ extended.T
     triangle = _cholesky(matrix)
     if triangle is None:
-        return None, math.inf
+        return None
     rows = torch.linalg.solve_triangular(triangle, extended, upper=False)
     correction = invert_gram(rows @ rows.T)
     if correction is None:
-        return None, math.inf
+        return None
     factor = torch.linalg.solve_triangular(triangle.T, correction @ rows, upper=True)
-    return factor, condition_from_gram(matrix, factor @ factor.T)
+    return _Factorization(factor, matrix, factor @ factor.T)
 
 
 def _cholesky(matrix: Tensor) -> Tensor | None:

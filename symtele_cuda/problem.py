@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from .action import Match, Network, parameter_list
 from .errors import TeleportError
-from .loss import BatchLoss, LossFunction, check_default_targets, default_loss, has_weight_terms
+from .loss import BatchLoss, LossFunction, check_default_targets, default_loss, examine
 from .mlp import Chain, check_batch, check_parameters
 from .objectives import LossOfParameters
 from .pinv import MAX_CONDITION, condition_from_gram, gram, invert_gram, pinv_factor
@@ -56,21 +56,20 @@ class Problem:
             raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}")
         loss = BatchLoss(loss_fn, targets, chain.output)
         parameters = [parameter for _, parameter in chain.named_parameters()]
-        weight_terms = has_weight_terms(loss, outputs[-1], parameters)
+        at_start = examine(loss, outputs[-1], parameters)
         loss_of = _loss_of_parameters(model, chain, loss_fn, batch[0].detach().to(dtype), targets)
-        if weight_terms:
+        if at_start.weight_terms:
             _check_reaches_weights(loss_of, network, parameters)
-        data_loss, output_delta = loss.value_and_gradient(outputs[-1])
         return cls(
             network=network,
             samples=samples,
             outputs=outputs,
             loss=loss,
-            loss_before=float(loss_of(parameter_list(network))) if weight_terms else data_loss,
-            data_loss=data_loss,
-            output_delta=output_delta,
+            loss_before=float(loss_of(parameter_list(network))) if at_start.weight_terms else at_start.value,
+            data_loss=at_start.value,
+            output_delta=at_start.gradient,
             loss_of=loss_of,
-            weight_terms=weight_terms,
+            weight_terms=at_start.weight_terms,
             parameter_dtype=parameters[0].dtype,
         )
 

@@ -26,6 +26,7 @@ from .action import (
     domain_limit,
     parameter_list,
     pull_back_weights,
+    squared_norm,
     steepest_direction,
     weights_of,
 )
@@ -230,7 +231,7 @@ def _waypoint(state: State, value: float) -> Waypoint:
 
 def _moved_norm(plan: Plan, state: State) -> float:
     """The Frobenius norm of all activations that the plan moves."""
-    squares = [float(b.square().sum()) for b, moved in zip(state.inputs[1:], plan.moved, strict=False) if moved]
+    squares = [float(squared_norm(b)) for b, moved in zip(state.inputs[1:], plan.moved, strict=False) if moved]
     return math.sqrt(sum(squares))
 
 

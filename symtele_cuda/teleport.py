@@ -207,11 +207,11 @@ def _settle(
     for steps in range(len(result.waypoints) - 1, 0, -1):
         waypoint = result.waypoints[steps]
         try:
-            formed = form_weights(network, plan, problem.samples, waypoint.targets, waypoint.references)
+            formed, logits = form_weights(network, plan, problem.samples, waypoint.targets, waypoint.references)
         except StepFailed as failure:
             reason = str(failure)
             continue
-        losses = _losses(problem, held, formed)
+        losses = _losses(problem, held, formed, logits)
         refusal = _refusal(problem, options, held, losses)
         if refusal is None and not _improves(options, unchanged.objective_before, waypoint.value):
             refusal = "the objective did not improve"
@@ -220,7 +220,7 @@ def _settle(
             continue
         written = _round(formed, problem.parameter_dtype)
         if written is not formed:
-            losses = _losses(problem, held, written)
+            losses = _losses(problem, held, written, written.forward(problem.samples)[-1])
         return (
             replace(
                 unchanged,
@@ -288,9 +288,9 @@ class _Losses:
     holdout: float | None
 
 
-def _losses(problem: Problem, held: Holdout | None, formed: Network) -> _Losses:
-    """The true losses of the formed weights."""
-    data = problem.loss.value(formed.forward(problem.samples)[-1])
+def _losses(problem: Problem, held: Holdout | None, formed: Network, logits: Tensor) -> _Losses:
+    """The true losses of the formed weights, whose `logits` on the batch are given."""
+    data = problem.loss.value(logits)
     return _Losses(
         total=float(problem.loss_of(parameter_list(formed))) if problem.weight_terms else data,
         data=data,
