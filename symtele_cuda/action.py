@@ -74,19 +74,38 @@ class Plan:
     """What happens to each weight layer l.
 
     moved[l]: the activations behind layer l are moved. absorbs[l]: the layer's weights become R + EᵀP.
-    carried[l]: its input is moved and its weights become W g⁻¹. zero_reference[l]: R = 0, r = 0 instead of R = W, r
-    = b.
+    carried[l]: its input is moved and its weights become W g⁻¹. zero_reference[l]: R = 0, r = 0 in place of W, b.
+    along_targets[l]: the activations behind layer l are moved by moving Y_l, where they have no edge to run into.
     """
 
     moved: tuple[bool, ...]
     absorbs: tuple[bool, ...]
     carried: tuple[bool, ...]
     zero_reference: tuple[bool, ...]
+    along_targets: tuple[bool, ...]
     first_order_inverse: bool
 
     @classmethod
-    def make(cls, moved: Sequence[bool], matched: Sequence[bool], action: str, inverse: str) -> Plan:
-        """The plan that moves the activations behind the layers in `moved`, given which inputs are matched."""
+    def untouched(cls, network: Network) -> Plan:
+        """The plan that changes nothing."""
+        nothing = [False] * len(network)
+        return cls.make(network, nothing, nothing, action="least_change", inverse="exact", group_steps=False)
+
+    @classmethod
+    def make(
+        cls,
+        network: Network,
+        moved: Sequence[bool],
+        matched: Sequence[bool],
+        *,
+        action: str,
+        inverse: str,
+        group_steps: bool,
+    ) -> Plan:
+        """The plan that moves the activations behind the layers in `moved`, given which inputs are matched.
+
+        group_steps: move along g ← (I + εT)g even where any other curve on the orbit would do.
+        """
         last = len(moved) - 1
         input_moved = [False, *moved[:-1]]
         carried = [
@@ -95,7 +114,18 @@ class Plan:
         ]
         absorbs = [moved[layer] or (input_moved[layer] and not carried[layer]) for layer in range(len(moved))]
         zero_reference = [action == "paper" and absorbs[layer] and layer != last for layer in range(len(moved))]
-        return cls(tuple(moved), tuple(absorbs), tuple(carried), tuple(zero_reference), inverse == "first_order")
+        along_targets = [
+            moved[layer] and network.activations[layer].bounded and not carried[layer + 1] and not group_steps
+            for layer in range(last)
+        ]
+        return cls(
+            moved=tuple(moved),
+            absorbs=tuple(absorbs),
+            carried=tuple(carried),
+            zero_reference=tuple(zero_reference),
+            along_targets=tuple(along_targets),
+            first_order_inverse=inverse == "first_order",
+        )
 
 
 @dataclass(frozen=True)
@@ -135,22 +165,36 @@ class Match:
 
 @dataclass(frozen=True)
 class Gradient:
-    """∂f/∂B_l per weight layer (None where B_l is fixed) and ∂f/∂R_l = Σ aᵀc as pairs (a, c) where R_l is carried."""
+    """The gradient of an objective f, per weight layer l; None is zero.
+
+    inputs: ∂f/∂B_l with Y_{l−1} held; targets: ∂f/∂Y_{l−1} with B_l held, though the two move together;
+    references: ∂f/∂R_l = Σ aᵀc as pairs (a, c) where R_l is carried.
+    """
 
     inputs: tuple[Tensor | None, ...]
+    targets: tuple[Tensor | None, ...]
     references: tuple[tuple[tuple[Tensor, Tensor], ...], ...]
 
 
 @dataclass(frozen=True)
-class Direction:
-    """The step g ← (I + εT)g, T = ∇_T f = ∂f/∂Bᵀ B − Rᵀ ∂f/∂R, as it moves the state by ε = 1.
+class LayerStep:
+    """How ε = 1 moves one layer's input: `inputs` is the change of B_l, or `targets` that of Y_{l−1}, B_l = σ(Y_{l−1}).
 
-    inputs: B Tᵀ; images: B Tᵀ Rᵀ of the layers that absorb; generators: (U, V) with T = Uᵀ V for the layers carried.
+    image: the change of B_l R_lᵀ with `inputs`, where the layer absorbs; generator: (U, V) with T = UᵀV, where it is
+    carried.
     """
 
-    inputs: tuple[Tensor | None, ...]
-    images: tuple[Tensor | None, ...]
-    generators: tuple[tuple[Tensor, Tensor] | None, ...]
+    inputs: Tensor | None = None
+    targets: Tensor | None = None
+    image: Tensor | None = None
+    generator: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The step of every layer whose input moves, and the Frobenius norm of the change of all activations at ε = 1."""
+
+    steps: dict[int, LayerStep]
     norm: float
 
 
@@ -178,49 +222,69 @@ def initial_state(network: Network, plan: Plan, outputs: Sequence[Tensor], match
 
 
 def steepest_direction(network: Network, plan: Plan, state: State, gradient: Gradient) -> Direction:
-    """The metric step B Tᵀ = (B Bᵀ) ∂f/∂B − Σ (B cᵀ)(a R) of the group's own gradient (Zhao et al. 2022, Algorithm 1).
+    """The direction of steepest ascent g ← (I + εT)g, T = ∇_T f = ∂f/∂Bᵀ B − Rᵀ ∂f/∂R, in the metric of the group.
 
-    No d×d matrix is formed: T enters through products with n×n matrices, and through its factors where a layer is
-    carried.
+    It moves B by B Tᵀ = (B Bᵀ) ∂f/∂B − Σ (B cᵀ)(a R) (Zhao et al. 2022, Algorithm 1). A layer of the plan's
+    `along_targets` moves Y = σ⁻¹(B) by (B Bᵀ) ∂f/∂Y instead. No d×d matrix is formed: T enters through products with
+    n×n matrices, and through its factors where a layer is carried.
     """
-    inputs: list[Tensor | None] = []
-    images: list[Tensor | None] = []
-    generators: list[tuple[Tensor, Tensor] | None] = []
+    steps: dict[int, LayerStep] = {}
     squared_length = 0.0
-    for layer, gradient_inputs in enumerate(gradient.inputs):
-        if gradient_inputs is None:
-            inputs.append(None)
-            images.append(None)
-            generators.append(None)
+    for layer in range(1, len(network)):
+        if not plan.moved[layer - 1]:
             continue
-        batch, reference = state.inputs[layer], state.references[layer]
-        step = state.grams[layer] @ gradient_inputs
-        if network.biases[layer] is not None:
-            step = step - gradient_inputs.sum(0)  # K = B Bᵀ + 1, the metric is B Bᵀ
-        generator = None
-        if plan.carried[layer]:
-            assert reference is not None
-            lefts = [(left @ reference).neg() for left, _ in gradient.references[layer]]
-            rights = [right for _, right in gradient.references[layer]]
-            step = torch.stack([step, *(_apply(batch, r, left) for left, r in zip(lefts, rights, strict=True))]).sum(0)
-            generator = (torch.cat([gradient_inputs, *lefts]), torch.cat([batch, *rights]))
-        inputs.append(step)
-        images.append(step @ reference.T if plan.absorbs[layer] and reference is not None else None)
-        generators.append(generator)
-        squared_length += float(squared_norm(step))
-    return Direction(tuple(inputs), tuple(images), tuple(generators), math.sqrt(squared_length))
+        slope, by_inputs, by_targets = state.slopes[layer - 1], gradient.inputs[layer], gradient.targets[layer]
+        if plan.along_targets[layer - 1]:
+            by_targets = add(by_targets, None if by_inputs is None else by_inputs * slope)
+            assert by_targets is not None
+            change = _metric_step(network, state, layer, by_targets)
+            steps[layer] = LayerStep(targets=change)
+            squared_length += float(squared_norm(change * slope))
+        else:
+            by_inputs = add(by_inputs, None if by_targets is None else by_targets / slope)
+            assert by_inputs is not None
+            change, steps[layer] = _group_step(network, plan, state, layer, by_inputs, gradient.references[layer])
+            squared_length += float(squared_norm(change))
+    return Direction(steps, math.sqrt(squared_length))
+
+
+def _group_step(
+    network: Network,
+    plan: Plan,
+    state: State,
+    layer: int,
+    by_inputs: Tensor,
+    by_reference: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[Tensor, LayerStep]:
+    """B Tᵀ of one layer, and its step with what else moves by it."""
+    batch, reference = state.inputs[layer], state.references[layer]
+    change = _metric_step(network, state, layer, by_inputs)
+    if not plan.carried[layer]:
+        return change, LayerStep(inputs=change, image=None if reference is None else change @ reference.T)
+    assert reference is not None
+    lefts = [(left @ reference).neg() for left, _ in by_reference]
+    rights = [right for _, right in by_reference]
+    for left, right in zip(lefts, rights, strict=True):
+        change = change + _apply(batch, right, left)
+    return change, LayerStep(inputs=change, generator=(torch.cat([by_inputs, *lefts]), torch.cat([batch, *rights])))
+
+
+def _metric_step(network: Network, state: State, layer: int, gradient: Tensor) -> Tensor:
+    """(B Bᵀ) times a gradient; K is B Bᵀ + 1 with bias."""
+    step = state.grams[layer] @ gradient
+    return step if network.biases[layer] is None else step - gradient.sum(0)
 
 
 def domain_limit(network: Network, state: State, direction: Direction, size: float) -> float:
     """The largest step ≤ |size| in the sense of `size` that keeps every activation well inside the domain of σ⁻¹."""
     sign, limit = math.copysign(1.0, size), abs(size)
-    for layer, step in enumerate(direction.inputs):
-        if step is None:
+    for layer, step in direction.steps.items():
+        if step.inputs is None:
             continue
         low, high = network.activations[layer - 1].domain
         for bound, side in ((high, sign), (low, -sign)):
             if math.isfinite(bound):
-                away = side * step
+                away = side * step.inputs
                 room = (state.inputs[layer] - bound).abs()
                 reach = torch.where(away > 0, room / away, math.inf).min()
                 limit = min(limit, DOMAIN_SHARE * float(reach))
@@ -237,19 +301,23 @@ def advance(network: Network, plan: Plan, state: State, direction: Direction, si
     references, images = list(state.references), list(state.images)
     grams, inverses = list(state.grams), list(state.gram_inverses)
     slopes = list(state.slopes)
-    for layer, step in enumerate(direction.inputs):
-        if step is None:
-            continue
+    for layer, step in direction.steps.items():
         activation = network.activations[layer - 1]
-        inputs[layer] = torch.add(state.inputs[layer], step, alpha=size)
-        targets[layer - 1] = activation.inverse(inputs[layer])
+        if step.inputs is not None:
+            inputs[layer] = torch.add(inputs[layer], step.inputs, alpha=size)
+            targets[layer - 1] = activation.inverse(inputs[layer])
+        else:
+            assert step.targets is not None
+            targets[layer - 1] = torch.add(targets[layer - 1], step.targets, alpha=size)
+            inputs[layer] = activation.forward(targets[layer - 1])
+            images[layer] = reference_image(network, state, layer, inputs[layer])
         slopes[layer - 1] = activation.derivative(targets[layer - 1])
-        if activation.domain != (-math.inf, math.inf) and not bool(torch.isfinite(targets[layer - 1]).all()):
+        if activation.bounded and not bool(torch.isfinite(targets[layer - 1]).all()):
             raise StepFailed(f"an activation left the domain of the inverse of {activation}")
-        if (image_step := direction.images[layer]) is not None:
-            images[layer] = torch.add(state.images[layer], image_step, alpha=size)
-        if (generator := direction.generators[layer]) is not None:
-            references[layer] = _right_inverse(references[layer], generator, size, plan.first_order_inverse)
+        if step.image is not None:
+            images[layer] = torch.add(images[layer], step.image, alpha=size)
+        if step.generator is not None:
+            references[layer] = _right_inverse(references[layer], step.generator, size, plan.first_order_inverse)
     if plan.first_order_inverse:
         _let_drift(network, plan, inputs, targets, references, images, slopes)
     for layer, batch in enumerate(inputs):
@@ -336,23 +404,22 @@ def pull_back_weights(
 
     `formed` are the state's weights, `gradients` the pairs (V, v) per layer.
     """
-    inputs: list[Tensor | None] = []
-    references: list[tuple[tuple[Tensor, Tensor], ...]] = []
-    by_target: Tensor | None = None  # ∂f/∂Y of the layer before
+    by_inputs: list[Tensor | None] = []
+    by_targets: list[Tensor | None] = [None]
+    by_references: list[tuple[tuple[Tensor, Tensor], ...]] = []
     for layer, (by_weight, by_bias) in enumerate(gradients):
         batch, coefficients = state.inputs[layer], coefficients_of(plan, state, layer)
-        moved = layer > 0 and plan.moved[layer - 1]
-        gradient = by_target / state.slopes[layer - 1] if moved and by_target is not None else torch.zeros_like(batch)
-        by_target = None
+        by_residual = None
         if coefficients is not None:
             by_coefficients = batch @ by_weight.T if by_bias is None else torch.addmm(by_bias, batch, by_weight.T)
-            by_target = residual_gradient(state, layer, by_coefficients)
-            if moved:
-                gradient = gradient + input_gradient(batch, formed.weights[layer], coefficients, by_weight, by_target)
-        inputs.append(gradient if moved else None)
+            by_residual = residual_gradient(state, layer, by_coefficients)
+            by_inputs.append(input_gradient(batch, formed.weights[layer], coefficients, by_weight, by_residual))
+        else:
+            by_inputs.append(torch.zeros_like(batch))
+        by_targets.append(by_residual)
         identity = torch.eye(by_weight.shape[0], dtype=by_weight.dtype, device=by_weight.device)
-        references.append(((identity, by_weight),) if plan.carried[layer] else ())
-    return Gradient(tuple(inputs), tuple(references))
+        by_references.append(((identity, by_weight),) if plan.carried[layer] else ())
+    return Gradient(tuple(by_inputs), tuple(by_targets), tuple(by_references))
 
 
 def residual_gradient(state: State, layer: int, by_coefficients: Tensor) -> Tensor:
@@ -486,6 +553,13 @@ def _let_drift(
             if layer < len(network) - 1:
                 inputs[layer + 1] = network.activations[layer].forward(targets[layer])
                 slopes[layer] = network.activations[layer].derivative(targets[layer])
+
+
+def add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """left + right, where None is zero."""
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right
 
 
 def _apply(batch: Tensor, right: Tensor, left: Tensor) -> Tensor:

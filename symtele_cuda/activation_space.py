@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .action import Gradient, Network, Plan, State, input_gradient, residual_gradient
+from .action import Gradient, Network, Plan, State, add, input_gradient, residual_gradient
 
 
 @dataclass(frozen=True)
@@ -88,27 +88,25 @@ def squared_gradient_norm(state: State, deltas: tuple[Tensor, ...]) -> tuple[flo
 def pull_back(network: Network, plan: Plan, state: State, backward: Backpropagation, seeds: Seeds) -> Gradient:
     """∂f/∂B_l and ∂f/∂R_l from the seeds, by reverse mode through `backpropagate`, A = K⁻¹(Y − BRᵀ − r) and K = BBᵀ
     + 1."""
-    inputs: list[Tensor | None] = [None]
-    references: list[tuple[tuple[Tensor, Tensor], ...]] = [()]
+    by_inputs: list[Tensor | None] = [None]
+    by_targets: list[Tensor | None] = [None]
+    by_references: list[tuple[tuple[Tensor, Tensor], ...]] = [()]
     by_delta, by_target = seeds.deltas[0], seeds.targets.get(0)  # of the layer before
     for layer in range(1, len(network)):
         by_back = by_delta * state.slopes[layer - 1]
         moved = plan.moved[layer - 1]
         if moved:
-            by_target = _add(by_target, _curvature_term(network, state, backward, layer, by_delta))
+            by_target = add(by_target, _curvature_term(network, state, backward, layer, by_delta))
         reverse = _pull_back_thin if state.formed[layer] is not None else _pull_back_wide
         terms = reverse(state, backward, seeds, layer, by_back, moved, last=layer == len(network) - 1)
-        if moved:
-            through_target = None if by_target is None else by_target / state.slopes[layer - 1]
-            inputs.append(_add(terms.by_inputs, through_target))
-        else:
-            inputs.append(None)
+        by_inputs.append(terms.by_inputs)
+        by_targets.append(by_target)
         seeded = (seeds.references[layer],) if layer in seeds.references else ()
-        references.append(((backward.deltas[layer], by_back), *seeded) if plan.carried[layer] else ())
+        by_references.append(((backward.deltas[layer], by_back), *seeded) if plan.carried[layer] else ())
         if terms.by_delta is not None:
             by_delta = terms.by_delta
         by_target = terms.by_target
-    return Gradient(tuple(inputs), tuple(references))
+    return Gradient(tuple(by_inputs), tuple(by_targets), tuple(by_references))
 
 
 @dataclass(frozen=True)
@@ -136,12 +134,12 @@ def _pull_back_wide(
         by_residual = residual_gradient(
             state, layer, _add_product(seeds.coefficients.get(layer), by_mixing.T, backward.deltas[layer])
         )
-        by_target = _add(by_target, by_residual)
+        by_target = add(by_target, by_residual)
         if by_delta is not None:
             by_delta = by_delta.addmm(by_mixing, coefficients)
         if moved:
             overlap = by_residual @ coefficients.T
-            by_gram = _add(by_gram, (overlap + overlap.T).mul_(-0.5))
+            by_gram = add(by_gram, (overlap + overlap.T).mul_(-0.5))
             by_inputs = _add_product(by_inputs, mixing.T, by_back)
             if reference is not None:
                 by_inputs.addmm_(by_residual, reference, alpha=-1)
@@ -160,12 +158,12 @@ def _pull_back_thin(
     by_residual = residual_gradient(state, layer, _add_product(seeds.coefficients.get(layer), batch, by_weight.T))
     by_inputs = seeds.inputs.get(layer)
     if moved:
-        by_inputs = _add(by_inputs, input_gradient(batch, formed, coefficients, by_weight, by_residual))
+        by_inputs = add(by_inputs, input_gradient(batch, formed, coefficients, by_weight, by_residual))
         if (by_gram := seeds.grams.get(layer)) is not None:
             by_inputs = _add_product(by_inputs, by_gram, batch, alpha=2)
     return _LayerTerms(
         by_delta=None if last else seeds.deltas[layer].addmm(by_back, formed.T),
-        by_target=_add(seeds.targets.get(layer), by_residual),
+        by_target=add(seeds.targets.get(layer), by_residual),
         by_inputs=by_inputs,
     )
 
@@ -185,9 +183,3 @@ def _add_product(base: Tensor | None, left: Tensor, right: Tensor, alpha: float 
         return base.addmm(left, right, alpha=alpha)
     product = left @ right
     return product if alpha == 1 else product.mul_(alpha)
-
-
-def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right

@@ -42,6 +42,11 @@ class Activation:
         """σ⁻¹(b); not finite where b lies outside `domain`."""
         raise NotImplementedError
 
+    @property
+    def bounded(self) -> bool:
+        """Whether `domain` is not all of ℝ."""
+        return self.domain != (-math.inf, math.inf)
+
     def contains(self, b: Tensor) -> bool:
         """Whether every element of b is finite and lies in the open interval `domain`."""
         low, high = self.domain

@@ -1,8 +1,7 @@
-"""A model and a batch, read and checked: what a teleport works on, and which of its layers it can move."""
+"""A model, a batch and a holdout, read and checked: what a teleport works on."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,13 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .action import Match, Network, parameter_list
-from .errors import TeleportError
+from .action import Network, parameter_list
 from .loss import BatchLoss, LossFunction, check_default_targets, default_loss, examine
 from .mlp import Chain, check_batch, check_parameters
 from .objectives import LossOfParameters
-from .pinv import MAX_CONDITION, condition_from_gram, gram, invert_gram, pinv_factor
-from .report import LayerReport
 
 
 @dataclass(frozen=True)
@@ -109,66 +105,6 @@ def read_network(chain: Chain) -> Network:
         tuple(None if linear.bias is None else linear.bias.detach().to(dtype) for linear in chain.linears),
         chain.activations,
     )
-
-
-def match_inputs(problem: Problem) -> list[Match]:
-    """Gram matrix, inverse, rank and condition of every layer's input."""
-    network, matches = problem.network, []
-    for values, bias in zip(layer_inputs(network, problem.samples, problem.outputs), network.biases, strict=True):
-        has_bias = bias is not None
-        exact = gram(values, has_bias)
-        inverse = invert_gram(exact) if len(values) <= values.shape[1] + has_bias else None
-        condition = math.inf if inverse is None else condition_from_gram(exact, inverse)
-        if condition <= MAX_CONDITION[values.dtype]:
-            matches.append(Match(values, exact, inverse, len(values), condition))
-        else:
-            factor = pinv_factor(values, has_bias)
-            matches.append(Match(values, exact, None, factor.rank, factor.condition))
-    return matches
-
-
-def choose_layers(
-    problem: Problem, matches: Sequence[Match], layers: Sequence[int] | None
-) -> tuple[list[bool], tuple[LayerReport, ...]]:
-    """Which hidden layers are moved, and the reports that say why or why not."""
-    network = problem.network
-    moved, reports = [], []
-    for index, (activation, match) in enumerate(zip(network.activations, matches, strict=False), start=1):
-        n, width = match.inputs.shape
-        columns = width + (network.biases[index - 1] is not None)
-        if layers is not None and index not in layers:
-            reason = "not asked for"
-        elif n > columns:
-            reason = f"{n} samples cannot be independent in an input of {columns} columns (bias included)"
-        elif match.rank < n:
-            reason = f"the {n} samples have rank {match.rank} in the layer's input"
-        elif match.gram_inverse is None:
-            reason = f"the layer's input is ill-conditioned (κ ≈ {match.condition:.1e})"
-        elif not activation.contains(matches[index].inputs):
-            reason = f"activations lie on the edge of the domain {activation.domain} of the inverse of {activation}"
-        else:
-            reason = ""
-        moved.append(not reason)
-        reports.append(
-            LayerReport(
-                index=index,
-                n=n,
-                width=network.weights[index - 1].shape[0],
-                rank=match.rank,
-                condition=match.condition,
-                teleported=not reason,
-                reason=reason or "teleported",
-            )
-        )
-    refused = [report for report in reports if not report.teleported and report.reason != "not asked for"]
-    if not any(moved) or (layers is not None and refused):
-        details = "; ".join(f"hidden layer {report.index}: {report.reason}" for report in refused)
-        wanted = "layers" if layers is not None else "batch"
-        raise TeleportError(
-            f"{wanted}: expected samples that the layers' inputs can tell apart, got a batch of n = "
-            f"{len(problem.samples)} with {details}. Use fewer or more varied samples."
-        )
-    return moved, tuple(reports)
 
 
 class _LossModule(nn.Module):

@@ -16,7 +16,8 @@ from .mlp import Chain, check_batch, read_chain
 from .objectives import GradNorm, Lookahead, Objective
 from .options import Options, make_options
 from .pinv import condition_from_gram, gram, invert_gram
-from .problem import Holdout, Problem, choose_layers, layer_inputs, match_inputs, read_network
+from .planning import make_plan, match_inputs
+from .problem import Holdout, Problem, layer_inputs, read_network
 from .report import TeleportReport
 from .search import FastPath, GeneralPath, Path, SearchResult, ascend, ascend_fixed
 
@@ -137,16 +138,20 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
     """Plan, search and check; the report (without its time) and the weights to write if it is accepted."""
     network = problem.network
     matches = match_inputs(problem)
-    moved, layer_reports = choose_layers(problem, matches, options.layers)
-    plan = Plan.make(
-        [*moved, False], [match.gram_inverse is not None for match in matches], options.action, options.inverse
+    plan, layer_reports = make_plan(
+        problem,
+        matches,
+        options.layers,
+        action=options.action,
+        inverse=options.inverse,
+        group_steps=options.step_size is not None,
     )
     state = initial_state(network, plan, problem.outputs, matches)
     path = _path(problem, plan, options.objective)
     evaluation = path.evaluate(state)
     objective_before = evaluation.value
     if any(plan.zero_reference):  # at g = I the paper's action has already changed the network
-        untouched = Plan.make([False] * len(network), [False] * len(network), options.action, options.inverse)
+        untouched = Plan.untouched(network)
         original = initial_state(network, untouched, problem.outputs, matches)
         objective_before = _path(problem, untouched, options.objective).evaluate(original).value
     norm_before = _gradient_norm(problem, options.objective, objective_before, network)
