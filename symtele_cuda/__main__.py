@@ -1,0 +1,285 @@
+"""The command line: `python -m symtele_cuda {info,booth,rosenbrock,regression,mnist,digits}`.
+
+Each experiment's defaults are the published settings (for digits the demo's); an option that is not given leaves its
+setting alone. Figures (PNG) and all their numbers (JSON) go to the folder `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+
+from symtele_cuda.errors import TeleportError
+from symtele_cuda.experiments import classification, override, planar, regression, require_extra
+from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist
+from symtele_cuda.experiments.records import Run
+from symtele_cuda.experiments.training import OPTIMIZERS, TeleportSettings, TrainingSettings, default_lr
+from symtele_cuda.info import describe
+from symtele_cuda.ops import ACTIONS
+
+OBJECTIVES = ("grad_norm", "lookahead")
+Number = TypeVar("Number", int, float)
+PROGRAM = "python -m symtele_cuda"
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 after an error (one line on stderr) or 130 after an interrupt."""
+    options = make_parser().parse_args(arguments)
+    try:
+        print(options.run(options))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError, TeleportError) as error:
+        print(f"{PROGRAM} {options.command}: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}\n")
+
+
+def _with_results(run: Callable[[argparse.Namespace], str], options: argparse.Namespace) -> str:
+    """`run`, after a look at what it needs at its end: a folder to write to, and something to draw with."""
+    require_extra("matplotlib.figure")
+    options.out.mkdir(parents=True, exist_ok=True)
+    return f"{run(options)}\n\nFigures and numbers are in {options.out}/"
+
+
+def run_info(options: argparse.Namespace) -> str:
+    return describe()
+
+
+def run_booth(options: argparse.Namespace) -> str:
+    return _run_planar(options, planar.BOOTH)
+
+
+def run_rosenbrock(options: argparse.Namespace) -> str:
+    return _run_planar(options, planar.ROSENBROCK)
+
+
+def run_regression(options: argparse.Namespace) -> str:
+    names = regression.PUBLISHED if options.optimizer is None else (options.optimizer,)
+    baselines = []
+    for baseline in (regression.BASELINES[name] for name in names):
+        training = override(baseline.training, epochs=options.epochs, lr=options.lr, device=options.device)
+        baselines.append(replace(baseline, training=training, teleports=_teleports(options, baseline.teleports)))
+    epochs = sum(2 * baseline.training.epochs for baseline in baselines)
+    with _progress(epochs * options.seeds) as on_epoch:
+        return regression.run(baselines, regression.published_seeds(_seeds(options)), options.out, on_epoch)
+
+
+def run_mnist(options: argparse.Namespace) -> str:
+    dataset = load_mnist(options.data_dir)
+    preset = classification.PRESETS[options.preset]
+    if options.teleport_epochs is not None:
+        preset = replace(preset, schedules=(options.teleport_epochs,))
+    training = replace(classification.MNIST_TRAINING, epochs=preset.epochs, batch_size=preset.batch_size)
+    defaults = preset.published_teleports() if options.published else preset.teleports()
+    teleports = [_teleports(options, settings) for settings in defaults]
+    return _classify(options, dataset, classification.MNIST_WIDTHS, training, teleports)
+
+
+def run_digits(options: argparse.Namespace) -> str:
+    dataset = load_digits() if options.data_dir is None else load_mnist(options.data_dir)
+    teleports = [_teleports(options, classification.DIGITS_TELEPORTS)]
+    return _classify(options, dataset, classification.DIGITS_WIDTHS, classification.DIGITS_TRAINING, teleports)
+
+
+def _run_planar(options: argparse.Namespace, defaults: planar.PlanarSettings) -> str:
+    settings = override(
+        defaults,
+        steps=options.epochs,
+        lr=options.lr,
+        optimizer=options.optimizer,
+        teleport_steps=options.teleport_epochs,
+        ascent_steps=options.teleport_steps,
+        ascent_rate=options.step_size,
+    )
+    return planar.run(settings, _seeds(options), options.out)
+
+
+def _classify(
+    options: argparse.Namespace,
+    dataset: Dataset,
+    widths: tuple[int, ...],
+    defaults: TrainingSettings,
+    teleports: list[TeleportSettings],
+) -> str:
+    optimizer = options.optimizer or defaults.optimizer
+    training = override(
+        replace(defaults, optimizer=optimizer, lr=default_lr(optimizer, sgd_lr=defaults.lr)),
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        device=options.device,
+    )
+    with _progress(training.epochs * (1 + len(teleports)) * options.seeds) as on_epoch:
+        return classification.run(
+            options.command, dataset, widths, training, teleports, _seeds(options), options.out, on_epoch
+        )
+
+
+def _teleports(options: argparse.Namespace, defaults: TeleportSettings) -> TeleportSettings:
+    return override(
+        defaults,
+        epochs=options.teleport_epochs,
+        teleports_per_epoch=options.teleports_per_epoch,
+        batch_size=options.teleport_batch_size,
+        objective=options.objective,
+        action=options.action,
+        steps=options.teleport_steps,
+        step_size=options.step_size,
+        lr=options.teleport_lr,
+    )
+
+
+def _seeds(options: argparse.Namespace) -> range:
+    return range(options.seed, options.seed + options.seeds)
+
+
+@contextmanager
+def _progress(epochs: int) -> Iterator[Callable[[Run], None]]:
+    """A bar over all epochs of all runs on stderr, fed with the run so far."""
+    with require_extra("tqdm").tqdm(total=epochs, unit="epoch", dynamic_ncols=True, delay=0.1) as bar:
+
+        def on_epoch(run: Run) -> None:
+            bar.set_description(f"seed {run.seed}, {run.label}", refresh=False)
+            bar.set_postfix_str(f"train loss {run.final.train_loss:.4g}", refresh=False)
+            bar.update()
+
+        yield on_epoch
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=PROGRAM, description="Symmetry teleportation: experiments.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(run: Callable[[argparse.Namespace], str], seeds: int, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(run.__name__.removeprefix("run_"), help=text, description=text)
+        command.set_defaults(run=lambda options: _with_results(run, options))
+        _add_run_options(command, seeds)
+        return command
+
+    info = commands.add_parser("info", help="versions, what was built and for what, and what is visible")
+    info.set_defaults(run=run_info)
+    for run_function in (run_booth, run_rosenbrock):
+        name = run_function.__name__.removeprefix("run_")
+        command = add(run_function, 5, f"gradient descent on the {name} function, with and without teleports")
+        _add_search_options(command, epochs="steps, counted from 1, that a teleport precedes", step_size=positive_float)
+    command = add(run_regression, 5, "multi-layer regression on 4 samples, GD and AdaGrad, one teleport")
+    _add_teleport_options(command)
+    command = add(run_mnist, 1, "784-512-512-10 on MNIST, the published schedules")
+    _add_teleport_options(command)
+    _add_data_options(command, required=True)
+    command.add_argument(
+        "--preset",
+        choices=classification.PRESETS,
+        default=classification.DEFAULT_PRESET,
+        help="which published figure: its schedules, number of epochs and batch size (default: %(default)s)",
+    )
+    command.add_argument("--published", action="store_true", help="teleport by the published algorithm")
+    command = add(run_digits, 5, "the demo: 64-128-128-10 on scikit-learn's digits, or on MNIST-format files")
+    _add_teleport_options(command)
+    _add_data_options(command, required=False)
+    return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser, seeds: int) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=natural, default=0, help="the first seed (default: %(default)s)")
+    group.add_argument("--seeds", type=positive_int, default=seeds, help="how many seeds (default: %(default)s)")
+    group.add_argument("--epochs", type=positive_int, help="epochs, or steps of booth and rosenbrock")
+    group.add_argument("--optimizer", choices=OPTIMIZERS)
+    group.add_argument("--lr", type=positive_float, help="learning rate")
+    group.add_argument("--out", type=Path, default=Path("symtele_out"), help="results' folder (default: %(default)s)")
+
+
+def _add_search_options(
+    parser: argparse.ArgumentParser, epochs: str, step_size: Callable[[str], float | str]
+) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("teleports")
+    group.add_argument("--teleport-epochs", type=epoch_list, metavar="E,E,…", help=epochs)
+    group.add_argument("--teleport-steps", type=positive_int, help="ascent steps of one teleport")
+    group.add_argument("--step-size", type=step_size, help="the rate of the ascent")
+    return group
+
+
+def _add_teleport_options(parser: argparse.ArgumentParser) -> None:
+    epochs = "epochs with teleports, counted from 0, such as 1,7,13,19"
+    group = _add_search_options(parser, epochs, step_size=auto_or(positive_float))
+    group.add_argument("--teleports-per-epoch", type=positive_int)
+    group.add_argument("--teleport-batch-size", type=auto_or(positive_int), help="a number of samples, or auto")
+    group.add_argument("--objective", choices=OBJECTIVES)
+    group.add_argument("--action", choices=ACTIONS)
+    group.add_argument(
+        "--teleport-lr",
+        type=positive_float,
+        help="the plain rate of the lookahead (default: the optimizer's own for sgd and momentum, 0.1 for the others)",
+    )
+    parser.add_argument("--device", type=device, default="auto", help="cpu, cuda, … (default: cuda if there is one)")
+
+
+def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-dir", type=Path, required=required, help="folder with train-images-idx3-ubyte[.gz] and so on, or t10k-*"
+    )
+    group.add_argument("--batch-size", type=positive_int, help="samples of a mini-batch")
+
+
+def positive_int(text: str) -> int:
+    return _parse(text, int, lambda value: value >= 1, "a whole number >= 1")
+
+
+def natural(text: str) -> int:
+    return _parse(text, int, lambda value: value >= 0, "a whole number >= 0")
+
+
+def positive_float(text: str) -> float:
+    return _parse(text, float, lambda value: math.isfinite(value) and value > 0, "a finite number > 0")
+
+
+def epoch_list(text: str) -> tuple[int, ...]:
+    """`1,7,13` → (1, 7, 13), sorted and without repetitions."""
+    return tuple(sorted({natural(part) for part in text.split(",")}))
+
+
+def auto_or(parse: Callable[[str], float]) -> Callable[[str], float | str]:
+    return lambda text: text if text == "auto" else parse(text)
+
+
+def device(text: str) -> str:
+    """A device that this torch can use; `auto` is cuda where there is one."""
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot use device {text!r}: {str(error).splitlines()[0]}") from error
+    return text
+
+
+def _parse(text: str, convert: Callable[[str], Number], accepts: Callable[[Number], bool], expected: str) -> Number:
+    with suppress(ValueError):
+        value = convert(text)
+        if accepts(value):
+            return value
+    raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""The training loop of the neural-network experiments, plain and teleported: same seed, same start, same batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from symtele_cuda.experiments.data import Dataset
+from symtele_cuda.experiments.records import EpochRecord, Run, TeleportRecord
+from symtele_cuda.report import TeleportReport
+from symtele_cuda.teleporter import Schedule, Teleporter
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+}
+
+ADAPTIVE_LRS = {"adagrad": 1e-2, "rmsprop": 1e-3, "adam": 1e-3}
+
+# The plain rate that the lookahead assumes for an optimizer with a step of its own making.
+ADAPTIVE_LOOKAHEAD_LR = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: an MLP without bias, LeakyReLU of slope 0.1 between its layers, on `train` with `loss_fn`.
+
+    The weights start uniform in `weight_range`, or in ±1/√fan_in (torch's own default) without one.
+    """
+
+    dims: tuple[int, ...]
+    loss_fn: Loss
+    train: Dataset
+    validation: Dataset | None = None
+    weight_range: tuple[float, float] | None = None
+    negative_slope: float = 0.1
+
+    def to(self, device: str) -> Task:
+        validation = None if self.validation is None else self.validation.to(device)
+        moved = (self.train.to(device), validation)
+        return Task(self.dims, self.loss_fn, *moved, self.weight_range, self.negative_slope)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    epochs: int
+    batch_size: int
+    optimizer: str
+    lr: float
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class TeleportSettings:
+    """When and how a run teleports; the options are those of `Teleporter` and `teleport_mlp`."""
+
+    epochs: tuple[int, ...] = (1,)
+    teleports_per_epoch: int = 4
+    batch_size: int | str = "auto"
+    objective: str = "lookahead"
+    action: str = "least_change"
+    inverse: str = "exact"
+    steps: int = 10
+    step_size: float | str = "auto"
+    lr: float | None = None
+
+    def teleporter(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Loss) -> Teleporter:
+        return Teleporter(
+            model,
+            optimizer,
+            loss_fn,
+            schedule=Schedule(self.epochs, self.teleports_per_epoch),
+            batch_size=self.batch_size,
+            objective=self.objective,
+            lr=self._lookahead_lr(optimizer),
+            action=self.action,
+            inverse=self.inverse,
+            steps=self.steps,
+            step_size=self.step_size,
+        )
+
+    def _lookahead_lr(self, optimizer: torch.optim.Optimizer) -> float | None:
+        """None where the teleporter needs no rate, or reads it from the optimizer itself."""
+        if self.objective != "lookahead" or self.lr is not None or isinstance(optimizer, torch.optim.SGD):
+            return self.lr
+        return ADAPTIVE_LOOKAHEAD_LR
+
+
+def default_lr(optimizer: str, sgd_lr: float) -> float:
+    """A rate for `optimizer` where plain SGD takes `sgd_lr`; momentum 0.9 makes ten times as long steps."""
+    return {"sgd": sgd_lr, "momentum": sgd_lr / 10, **ADAPTIVE_LRS}[optimizer]
+
+
+def make_optimizer(name: str, parameters: list[nn.Parameter] | list[Tensor], lr: float) -> torch.optim.Optimizer:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {sorted(OPTIMIZERS)}, got {name!r}")
+    return OPTIMIZERS[name](parameters, lr=lr)
+
+
+def make_mlp(task: Task, generator: torch.Generator) -> nn.Sequential:
+    """The MLP of `task` on the CPU, its weights drawn from `generator`."""
+    layers: list[nn.Module] = []
+    for d_in, d_out in pairwise(task.dims):
+        linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=False)
+        low, high = task.weight_range or (-1 / math.sqrt(d_in), 1 / math.sqrt(d_in))
+        nn.init.uniform_(linear.weight, low, high, generator=generator)
+        layers += [linear, nn.LeakyReLU(task.negative_slope)]
+    return nn.Sequential(*layers[:-1])
+
+
+def compare(
+    make_task: Callable[[int], Task],
+    training: TrainingSettings,
+    arms: dict[str, TeleportSettings | None],
+    seeds: Iterable[int],
+    on_epoch: Callable[[Run], None] = lambda run: None,
+) -> list[Run]:
+    """One run for every seed and arm (label → teleports, None: plain); `on_epoch` gets the run so far, for progress."""
+    runs = []
+    for seed in seeds:
+        task = make_task(seed).to(training.device)
+        for teleports in arms.values():
+            _check_schedule(teleports, training, task)
+        _warm_up(task, training)
+        runs += [train(task, training, teleports, label, seed, on_epoch) for label, teleports in arms.items()]
+    return runs
+
+
+def train(
+    task: Task,
+    training: TrainingSettings,
+    teleports: TeleportSettings | None,
+    label: str,
+    seed: int,
+    on_epoch: Callable[[Run], None] = lambda run: None,
+) -> Run:
+    """One run. A run whose train loss is no longer finite ends at that epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    model = make_mlp(task, generator).to(training.device)
+    optimizer = make_optimizer(training.optimizer, list(model.parameters()), training.lr)
+    teleporter = None if teleports is None else teleports.teleporter(model, optimizer, task.loss_fn)
+    run = Run(label, seed, (_evaluate(model, task, epoch=0, seconds=0.0),), ())
+    for epoch in range(training.epochs):
+        batches = torch.randperm(len(task.train), generator=generator).to(training.device).split(training.batch_size)
+        started = time.perf_counter()
+        made = _train_epoch(model, optimizer, task, batches, teleporter, epoch)
+        _synchronize(training.device)
+        seconds = run.final.seconds + time.perf_counter() - started
+        record = _evaluate(model, task, epoch + 1, seconds)
+        run = Run(label, seed, (*run.epochs, record), (*run.teleports, *made))
+        on_epoch(run)
+        if not math.isfinite(record.train_loss):
+            break
+    return run
+
+
+def _train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    batches: tuple[Tensor, ...],
+    teleporter: Teleporter | None,
+    epoch: int,
+) -> list[TeleportRecord]:
+    made = []
+    for iteration, indices in enumerate(batches):
+        x, y = task.train.inputs[indices], task.train.targets[indices]
+        report = None if teleporter is None else teleporter.step((x, y), epoch=epoch)
+        if report is not None:
+            made.append(_teleport_record(report, position=epoch + iteration / len(batches)))
+        optimizer.zero_grad()
+        task.loss_fn(model(x), y).backward()
+        optimizer.step()
+    return made
+
+
+def _teleport_record(report: TeleportReport, position: float) -> TeleportRecord:
+    return TeleportRecord(
+        position=position,
+        samples=report.layers[0].n,
+        accepted=report.accepted,
+        reason=report.reason,
+        loss_before=report.loss_before,
+        loss_after=report.loss_after,
+        gradient_norm_before=report.grad_norm_before,
+        gradient_norm_after=report.grad_norm_after,
+        drift=report.drift,
+        seconds=report.seconds,
+    )
+
+
+def _evaluate(model: nn.Module, task: Task, epoch: int, seconds: float) -> EpochRecord:
+    train_loss = task.loss_fn(model(task.train.inputs), task.train.targets)
+    gradients = torch.autograd.grad(train_loss, list(model.parameters()))
+    gradient_norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    validation_loss, accuracy = _validate(model, task)
+    return EpochRecord(epoch, train_loss.item(), gradient_norm.item(), validation_loss, accuracy, seconds)
+
+
+@torch.no_grad()
+def _validate(model: nn.Module, task: Task) -> tuple[float | None, float | None]:
+    if task.validation is None:
+        return None, None
+    outputs, targets = model(task.validation.inputs), task.validation.targets
+    accuracy = (outputs.argmax(dim=1) == targets).float().mean()
+    return task.loss_fn(outputs, targets).item(), accuracy.item()
+
+
+def _warm_up(task: Task, training: TrainingSettings, iterations: int = 20) -> None:
+    """A few discarded iterations, so that the first run does not pay for torch's own start in its wall-clock."""
+    model = make_mlp(task, torch.Generator().manual_seed(0)).to(training.device)
+    optimizer = make_optimizer(training.optimizer, list(model.parameters()), training.lr)
+    batch = torch.arange(min(training.batch_size, len(task.train)), device=training.device)
+    _train_epoch(model, optimizer, task, (batch,) * iterations, teleporter=None, epoch=0)
+    _synchronize(training.device)
+
+
+def _synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _check_schedule(teleports: TeleportSettings | None, training: TrainingSettings, task: Task) -> None:
+    if teleports is None:
+        return
+    if max(teleports.epochs) >= training.epochs:
+        raise ValueError(
+            f"teleport epochs are counted from 0 and must lie below the {training.epochs} epochs of the run, "
+            f"got {list(teleports.epochs)}"
+        )
+    if isinstance(teleports.batch_size, int) and teleports.batch_size > len(task.train):
+        raise ValueError(
+            f"teleport batch size must be at most the {len(task.train)} training samples, got {teleports.batch_size}"
+        )
