@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -56,10 +57,7 @@ def make_options(
     check_name("backend", backend, BACKENDS)
     if backend == "cuda":
         raise ValueError(f'backend "cuda" is not available: {cuda_unavailable_reason()}')
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an int, got {type(steps).__name__}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_int("steps", steps, at_least=1)
     if isinstance(step_size, str) and step_size != "auto":
         raise ValueError(f'step_size must be "auto" or a number > 0, got {step_size!r}')
     check_number("max_growth", max_growth, above=1.0, finite=False)
@@ -83,6 +81,15 @@ def check_name(argument: str, value: object, known: Collection[str]) -> None:
     """Raise unless `value` is one of the `known` names."""
     if value not in known:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def check_int(argument: str, value: object, *, at_least: int) -> int:
+    """`value` as an int; raise unless it is an integer >= `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{argument} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{argument} must be >= {at_least}, got {value}")
+    return int(value)
 
 
 def check_number(

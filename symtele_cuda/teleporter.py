@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import numbers
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from .loss import LossFunction
 from .mlp import Chain, check_batch, read_chain
 from .objectives import Objective
-from .options import check_name, make_options
+from .options import check_int, check_name, make_options
 from .report import LayerReport, TeleportReport
 from .search import StepRecord
 from .teleport import matched_batch_size, teleport_mlp
@@ -23,14 +22,6 @@ AUTO_BATCH_SIZE = 200  # the most samples that batch_size="auto" gathers
 OPTIMIZER_STATES = ("keep", "reset")
 
 Batch = tuple[Tensor, Tensor]
-
-
-def _check_int(argument: str, value: object, *, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{argument} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < at_least:
-        raise ValueError(f"{argument} must be >= {at_least}, got {value}")
-    return int(value)
 
 
 @dataclass(frozen=True)
@@ -46,9 +37,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if isinstance(self.epochs, (str, bytes)) or not isinstance(self.epochs, Collection):
             raise TypeError(f"epochs must be a collection of ints >= 0, got {self.epochs!r}")
-        epochs = {_check_int("epochs", epoch, at_least=0) for epoch in self.epochs}
+        epochs = {check_int("epochs", epoch, at_least=0) for epoch in self.epochs}
         object.__setattr__(self, "epochs", tuple(sorted(epochs)))
-        count = _check_int("teleports_per_epoch", self.teleports_per_epoch, at_least=1)
+        count = check_int("teleports_per_epoch", self.teleports_per_epoch, at_least=1)
         object.__setattr__(self, "teleports_per_epoch", count)
 
 
@@ -133,7 +124,7 @@ class Teleporter:
 
         If it raises, the samples gathered and the teleports counted are what they were before.
         """
-        epoch = _check_int("epoch", epoch, at_least=0)
+        epoch = check_int("epoch", epoch, at_least=0)
         if epoch != self._epoch:
             self._epoch, self._done, self._gathered = epoch, 0, ()
         if epoch not in self.schedule.epochs or self._done >= self.schedule.teleports_per_epoch:
@@ -247,7 +238,7 @@ def _check_options(options: Mapping[str, Any], chain: Chain) -> Sequence[int] | 
 def _check_batch_size(batch_size: object) -> int:
     if isinstance(batch_size, str):
         raise ValueError(f'batch_size must be an int >= 1 or "auto", got {batch_size!r}')
-    return _check_int("batch_size", batch_size, at_least=1)
+    return check_int("batch_size", batch_size, at_least=1)
 
 
 def _check_alike(batches: Sequence[Batch]) -> None:

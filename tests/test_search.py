@@ -1,0 +1,127 @@
+"""The trust region and the fixed step, on scripted objective values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from networks import make_batch, make_mlp
+
+from symtele_cuda import search
+from symtele_cuda.action import Gradient, Plan, State, initial_state
+from symtele_cuda.activation_space import Evaluation
+from symtele_cuda.mlp import read_chain
+from symtele_cuda.planning import make_plan, match_inputs
+from symtele_cuda.problem import Problem
+from symtele_cuda.search import SearchResult, ascend, ascend_fixed
+
+START = 1.0
+
+
+@dataclass
+class ScriptedPath:
+    """Says the values it is given, one a state, whatever the state; the gradient is a constant, or zero."""
+
+    values: Iterator[float]
+    inputs: torch.Tensor
+
+    def evaluate(self, state: State) -> Evaluation:
+        return Evaluation(next(self.values), lambda: Gradient((None, self.inputs), (None, None), ((), ())))
+
+
+def set_up() -> tuple[Problem, Plan, State]:
+    model = make_mlp([20, 24, 5])
+    with torch.no_grad():
+        problem = Problem.make(model, read_chain(model), make_batch(12, 20, 5), None)
+        matches = match_inputs(problem)
+        plan, _ = make_plan(problem, matches, None, action="least_change", inverse="exact", group_steps=False)
+        return problem, plan, initial_state(problem.network, plan, problem.outputs, matches)
+
+
+def run(values: list[float], *, maximise=True, cap=math.inf, guard=lambda state: None, scale=1e-3) -> SearchResult:
+    problem, plan, state = set_up()
+    path = ScriptedPath(iter([START, *values]), scale * torch.ones_like(state.inputs[1]))
+    options = {"maximise": maximise, "steps": len(values), "cap": cap, "guard": guard}
+    return ascend(path, problem.network, plan, state, path.evaluate(state), **options)
+
+
+def sizes(result: SearchResult) -> list[float]:
+    """The steps tried, in units of the first."""
+    return [record.size / result.records[0].size for record in result.records]
+
+
+@pytest.mark.parametrize("maximise", [True, False])
+def test_the_radius_grows_on_success_and_shrinks_on_failure(maximise):
+    better, worse = ([2.0, 3.0, 4.0], 0.0) if maximise else ([0.9, 0.8, 0.7], 9.0)
+    result = run([better[0], better[1], worse, better[2]], maximise=maximise)
+    assert [record.accepted for record in result.records] == [True, True, False, True]
+    assert sizes(result)[2] / sizes(result)[1] > 0  # one direction throughout
+    lengths = [abs(record.size) * length(result, k) for k, record in enumerate(result.records)]
+    growth, shrinkage = search.GROWTH, search.SHRINKAGE
+    assert lengths == pytest.approx([lengths[0] * f for f in (1, growth, growth**2, growth**2 * shrinkage)], rel=1e-9)
+    assert [waypoint.value for waypoint in result.waypoints] == [START, *better]
+    assert math.copysign(1, result.records[0].size) == (1 if maximise else -1)
+    assert result.reason == "all steps taken"
+
+
+def length(result: SearchResult, k: int) -> float:
+    """‖(B Bᵀ) ∂f/∂B‖ at the state from which step k was tried."""
+    _, _, state = set_up()
+    accepted = sum(record.accepted for record in result.records[:k])
+    targets = result.waypoints[accepted].targets[0]
+    batch = torch.nn.functional.leaky_relu(targets, 0.1)
+    return float((batch @ batch.T @ (1e-3 * torch.ones_like(state.inputs[1]))).norm())
+
+
+def test_the_first_radius_is_a_share_of_the_activations_norm():
+    result = run([2.0])
+    _, _, state = set_up()
+    assert abs(result.records[0].size) * length(result, 0) == pytest.approx(
+        search.FIRST_RADIUS * float(state.inputs[1].norm()), rel=1e-9
+    )
+
+
+def test_what_is_not_finite_is_refused():
+    result = run([math.nan, math.inf, 2.0])
+    assert [record.note for record in result.records] == ["not finite", "not finite", "accepted"]
+
+
+def test_the_growth_cap_refuses_what_is_above_and_ends_the_search_just_below():
+    result = run([5.0, 1.5, 3.99], cap=4.0)
+    assert [record.note for record in result.records] == ["above the growth cap", "accepted", "accepted"]
+    assert result.reason == "growth cap reached" and result.waypoints[-1].value == 3.99
+    # log 4 / log 5 of the way, less three percent: a line through the logarithms.
+    assert sizes(result)[1] == pytest.approx(0.97 * math.log(4) / math.log(5), rel=1e-9)
+
+
+def test_the_guard_s_words_are_the_reason():
+    refusals = iter(["the holdout loss rose", None])
+    result = run([2.0, 3.0], guard=lambda state: next(refusals))
+    assert [record.note for record in result.records] == ["the holdout loss rose", "accepted"]
+
+
+def test_a_search_without_an_acceptable_step_ends_early():
+    result = run([0.0] * 50)
+    assert len(result.records) < 15 and result.reason == "no acceptable step left (no improvement)"
+    assert len(result.waypoints) == 1
+
+
+@pytest.mark.parametrize(("scale", "reason"), [(0.0, "is zero"), (math.nan, "not finite")])
+def test_a_gradient_that_leads_nowhere_ends_the_search(scale, reason):
+    result = run([2.0], scale=scale)
+    assert result.records == () and reason in result.reason
+
+
+@pytest.mark.parametrize("maximise", [True, False])
+def test_fixed_steps_are_taken_whatever_the_objective_says_until_it_is_not_finite(maximise):
+    problem, plan, state = set_up()
+    path = ScriptedPath(iter([START, 0.5, 2.0, math.inf]), 1e-3 * torch.ones_like(state.inputs[1]))
+    result = ascend_fixed(
+        path, problem.network, plan, state, path.evaluate(state), maximise=maximise, steps=5, step_size=1e-4
+    )
+    assert [record.accepted for record in result.records] == [True, True, False]
+    assert {record.size for record in result.records} == {1e-4 if maximise else -1e-4}
+    assert "not finite" in result.reason and [w.value for w in result.waypoints] == [START, 0.5, 2.0]
