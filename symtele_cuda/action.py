@@ -192,7 +192,10 @@ class LayerStep:
 
 @dataclass(frozen=True)
 class Direction:
-    """The step of every layer whose input moves, and the Frobenius norm of the change of all activations at ε = 1."""
+    """The step of every layer whose input moves, and the Frobenius norm of the change of all activations at ε = 1.
+
+    Along targets that norm is the one to first order in ε.
+    """
 
     steps: dict[int, LayerStep]
     norm: float
@@ -218,6 +221,27 @@ def initial_state(network: Network, plan: Plan, outputs: Sequence[Tensor], match
         coefficients=tuple(coefficients),
         slopes=tuple(a.derivative(y) for a, y in zip(network.activations, outputs, strict=False)),
         formed=tuple(map(_form_thin, inputs, references, coefficients)),
+    )
+
+
+def plain_state(
+    network: Network, inputs: Tensor, outputs: Sequence[Tensor], grams: Sequence[Tensor] | None = None
+) -> State:
+    """The state of a network that nothing is done to: R = W, E = 0."""
+    values = [inputs, *(a.forward(y) for a, y in zip(network.activations, outputs, strict=False))]
+    if grams is None:
+        grams = [kernel(batch, batch, bias is not None) for batch, bias in zip(values, network.biases, strict=True)]
+    nothing = (None,) * len(network)
+    return State(
+        inputs=tuple(values),
+        targets=tuple(outputs),
+        references=network.weights,
+        images=tuple(outputs),
+        grams=tuple(grams),
+        gram_inverses=nothing,
+        coefficients=nothing,
+        slopes=tuple(a.derivative(y) for a, y in zip(network.activations, outputs, strict=False)),
+        formed=nothing,
     )
 
 
@@ -292,7 +316,7 @@ def domain_limit(network: Network, state: State, direction: Direction, size: flo
 
 
 def advance(network: Network, plan: Plan, state: State, direction: Direction, size: float) -> State:
-    """The state after g ← (I + size·T) g.
+    """The state after a step of `size`: g ← (I + size·T)g, or its like along the targets.
 
     Raises:
         StepFailed: an activation leaves the domain of σ⁻¹, or a matched input loses its full row rank.
@@ -339,18 +363,18 @@ def advance(network: Network, plan: Plan, state: State, direction: Direction, si
 
 def form_weights(
     network: Network, plan: Plan, inputs: Tensor, targets: Sequence[Tensor], references: Sequence[Tensor | None]
-) -> tuple[Network, Tensor]:
-    """The weights [R, r] + Eᵀ P(B) that turn the batch `inputs` into `targets` layer by layer, and their logits.
+) -> tuple[Network, list[Tensor]]:
+    """The weights [R, r] + Eᵀ P(B) that turn the batch `inputs` into `targets` layer by layer, and what they produce.
 
     B is the activation that the new weights really produce, so that a layer mends the rounding of those before it,
-    and an output layer that absorbs is corrected once more: the logits keep the precision of the arithmetic, not of
-    P. The logits returned are those of the weights returned, not the targets.
+    and an output layer that absorbs is corrected once more: then the logits keep the precision of the arithmetic, not
+    of P. The pre-activations returned are those of the weights returned, not the targets.
     """
     weights, biases = list(network.weights), list(network.biases)
-    output = inputs
+    outputs: list[Tensor] = []
     for layer, target in enumerate(targets):
         if layer > 0:
-            inputs = network.activations[layer - 1].forward(output)
+            inputs = network.activations[layer - 1].forward(outputs[-1])
         if plan.carried[layer]:
             reference = references[layer]
             assert reference is not None
@@ -369,8 +393,8 @@ def form_weights(
                 else:
                     weight, bias = weight + change[:, :-1], bias + change[:, -1]
             weights[layer], biases[layer] = weight, bias
-        output = F.linear(inputs, weights[layer], biases[layer])
-    return replace(network, weights=tuple(weights), biases=tuple(biases)), output
+        outputs.append(F.linear(inputs, weights[layer], biases[layer]))
+    return replace(network, weights=tuple(weights), biases=tuple(biases)), outputs
 
 
 def coefficients_of(plan: Plan, state: State, layer: int) -> Tensor | None:
@@ -400,9 +424,10 @@ def weights_of(network: Network, plan: Plan, state: State) -> Network:
 def pull_back_weights(
     network: Network, plan: Plan, state: State, formed: Network, gradients: Sequence[tuple[Tensor, Tensor | None]]
 ) -> Gradient:
-    """∂f/∂B_l and ∂f/∂R_l from V = ∂f/∂W' (d_l×d_{l−1}) and v = ∂f/∂b', through W' = R + AᵀB, b' = r + Aᵀ1, A = K⁻¹E.
+    """∂f/∂B_l, ∂f/∂Y_l and ∂f/∂R_l from V = ∂f/∂W' (d_l×d_{l−1}) and v = ∂f/∂b'.
 
-    `formed` are the state's weights, `gradients` the pairs (V, v) per layer.
+    They follow through W' = R + AᵀB, b' = r + Aᵀ1, A = K⁻¹E. `formed` are the state's weights, `gradients` the pairs
+    (V, v) per layer.
     """
     by_inputs: list[Tensor | None] = []
     by_targets: list[Tensor | None] = [None]

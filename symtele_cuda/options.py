@@ -71,7 +71,7 @@ def make_options(
         max_growth=float(max_growth),
         action=action,
         inverse=inverse,
-        layers=None if layers is None else _check_layers(layers, hidden_layers),
+        layers=None if layers is None else check_layers(layers, hidden_layers),
         drift_tol=float(drift_tol),
         holdout_tol=float(holdout_tol),
     )
@@ -124,7 +124,8 @@ def _make_objective(objective: str | Objective, lr: float | None, margin: float)
     return objective
 
 
-def _check_layers(layers: Sequence[int], hidden_layers: int) -> tuple[int, ...]:
+def check_layers(layers: Sequence[int], hidden_layers: int) -> tuple[int, ...]:
+    """`layers` as a tuple; raise unless they are distinct hidden layer numbers 1..hidden_layers."""
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence):
         raise TypeError(f"layers must be a sequence of hidden layer numbers 1..{hidden_layers}, got {layers!r}")
     numbers = tuple(layers)

@@ -19,15 +19,14 @@ from .objectives import LossOfParameters
 class Problem:
     """A model and a batch, read and checked: everything that the search needs of them.
 
-    data_loss is the loss with its weight terms, if it has any, held at the old weights: what the action keeps.
+    outputs: the pre-activations Y_l; output_delta: ∂L/∂logits; loss_of: the loss as a function of all parameters, and
+    weight_terms whether it depends on them other than through the logits.
     """
 
     network: Network
     samples: Tensor
     outputs: tuple[Tensor, ...]
     loss: BatchLoss
-    loss_before: float
-    data_loss: float
     output_delta: Tensor
     loss_of: LossOfParameters
     weight_terms: bool
@@ -61,8 +60,6 @@ class Problem:
             samples=samples,
             outputs=outputs,
             loss=loss,
-            loss_before=float(loss_of(parameter_list(network))) if at_start.weight_terms else at_start.value,
-            data_loss=at_start.value,
             output_delta=at_start.gradient,
             loss_of=loss_of,
             weight_terms=at_start.weight_terms,
@@ -72,11 +69,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Holdout:
-    """A second batch: its samples, its loss, and what the search's guard can work out beforehand."""
+    """A second batch: its samples and its loss."""
 
     samples: Tensor
     loss: BatchLoss
-    loss_before: float
 
     @classmethod
     def make(cls, chain: Chain, batch: tuple[Tensor, Tensor], problem: Problem) -> Holdout:
@@ -89,7 +85,7 @@ class Holdout:
         except (TypeError, ValueError) as error:
             raise type(error)(f"holdout: {error}") from None
         loss = BatchLoss(problem.loss.function, targets, chain.output)
-        return cls(samples, loss, loss.value(logits))
+        return cls(samples, loss)
 
 
 def layer_inputs(network: Network, samples: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .action import Network, Plan, State, StepFailed, form_weights, initial_state, parameter_list, predict
+from .action import Match, Network, Plan, State, StepFailed, form_weights, initial_state, parameter_list, predict
 from .loss import LossFunction
+from .measurement import Measurement, measure, relative_change
 from .mlp import Chain, check_batch, read_chain
-from .objectives import GradNorm, Lookahead, Objective
-from .options import Options, make_options
+from .objectives import GradNorm, Objective
+from .options import Options, check_layers, make_options
+from .paths import choose_path
 from .pinv import condition_from_gram, gram, invert_gram
 from .planning import make_plan, match_inputs
 from .problem import Holdout, Problem, layer_inputs, read_network
 from .report import TeleportReport
-from .search import FastPath, GeneralPath, Path, SearchResult, ascend, ascend_fixed
+from .search import Search, SearchResult, ascend, ascend_fixed
 
 # `batch_size="auto"` keeps the layers' inputs below this condition number. Float32 would bear more, the data outside
 # the batch would not: the nearer the samples are to dependence, the larger the weights that tell them apart.
@@ -77,7 +79,8 @@ def teleport_mlp(
         metric: "euclidean", the norm in which a change of the weights is least.
         inverse: of g where a layer needs it, "exact" or "first_order" (I − εT, the published rule).
         layers: the hidden layers k = 1..m to teleport; default: all that the batch allows.
-        drift_tol: the largest |loss_after − loss_before| / |loss_before| on the batch.
+        drift_tol: the largest |loss_after − loss_before| / |loss_before| on the batch, a loss's weight terms held at
+            the old weights; for 16-bit models before the rounding.
         holdout: (x, y) of a second batch; holdout_tol: by what share of its value its loss may rise.
         backend: "torch", "cuda", or "auto" for the best that is there.
 
@@ -117,21 +120,21 @@ def teleport_mlp(
     return replace(report, seconds=time.perf_counter() - start)
 
 
-def matched_batch_size(model: nn.Module, x: Tensor) -> int:
-    """The largest n so that the first n samples of `x` are matched, and well conditioned, as the input of every
-    hidden layer.
+def matched_batch_size(model: nn.Module, x: Tensor, layers: Sequence[int] | None = None) -> int:
+    """The largest n so that the first n samples of `x` are matched, and well conditioned, as the hidden layers' inputs.
 
-    At least 1. The condition number of the leading rows grows with their number, so n is found by bisection.
+    Of all hidden layers, or of those that `layers` (1..m) names. At least 1. The condition number of the leading rows
+    grows with their number, so n is found by bisection.
     """
     chain = read_chain(model)
     network = read_network(chain)
+    named = range(1, len(network)) if layers is None else check_layers(layers, len(network) - 1)
     with torch.no_grad():
         samples = check_batch(chain, (x, torch.zeros(len(x), device=x.device)))[0].to(network.weights[0].dtype)
-        outputs = network.forward(samples)
-        inputs = layer_inputs(network, samples, outputs)[: len(network.activations)]
+        inputs = layer_inputs(network, samples, network.forward(samples))
         size = len(samples)
-        for values, bias in zip(inputs, network.biases, strict=False):
-            size = _leading_rows(gram(values[:size], bias is not None), min(size, values.shape[1] + (bias is not None)))
+        for values, bias in ((inputs[k - 1], network.biases[k - 1] is not None) for k in named):
+            size = _leading_rows(gram(values[:size], bias), min(size, values.shape[1] + bias))
     return size
 
 
@@ -147,57 +150,50 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
         inverse=options.inverse,
         group_steps=options.step_size is not None,
     )
-    state = initial_state(network, plan, problem.outputs, matches)
-    path = _path(problem, plan, options.objective)
-    evaluation = path.evaluate(state)
-    objective_before = evaluation.value
-    if any(plan.zero_reference):  # at g = I the paper's action has already changed the network
-        untouched = Plan.untouched(network)
-        original = initial_state(network, untouched, problem.outputs, matches)
-        objective_before = _path(problem, untouched, options.objective).evaluate(original).value
-    norm_before = _gradient_norm(problem, options.objective, objective_before, network)
+    start = initial_state(network, plan, problem.outputs, matches)
+    path = choose_path(problem, plan, options.objective)
+    evaluation = path.evaluate(start)
+    before = _measure_start(problem, options.objective, held, plan, matches, evaluation.value)
+    search = Search(path, network, plan, options.objective.maximise, options.steps)
     if options.step_size is not None:
-        result = ascend_fixed(
-            path,
-            network,
-            plan,
-            state,
-            evaluation,
-            maximise=options.objective.maximise,
-            steps=options.steps,
-            step_size=options.step_size,
-        )
+        result = ascend_fixed(search, start, evaluation, step_size=options.step_size)
     else:
         capped = isinstance(options.objective, GradNorm)
-        result = ascend(
-            path,
-            network,
-            plan,
-            state,
-            evaluation,
-            maximise=options.objective.maximise,
-            steps=options.steps,
-            cap=(options.max_growth * norm_before) ** 2 if capped else math.inf,
-            guard=_guard(problem, plan, options, held),
-        )
+        cap = (options.max_growth * before.gradient_norm) ** 2 if capped else math.inf
+        guard = _guard(problem, plan, options, held, before)
+        result = ascend(search, start, evaluation, cap=cap, guard=guard)
     unchanged = TeleportReport(
         accepted=False,
         reason=result.reason,
         steps=0,
-        loss_before=problem.loss_before,
-        loss_after=problem.loss_before,
-        grad_norm_before=norm_before,
-        grad_norm_after=norm_before,
-        objective_before=objective_before,
-        objective_after=objective_before,
+        loss_before=before.loss,
+        loss_after=before.loss,
+        grad_norm_before=before.gradient_norm,
+        grad_norm_after=before.gradient_norm,
+        objective_before=before.objective,
+        objective_after=before.objective,
         drift=0.0,
-        holdout_before=None if held is None else held.loss_before,
-        holdout_after=None if held is None else held.loss_before,
+        holdout_before=before.holdout,
+        holdout_after=before.holdout,
         layers=layer_reports,
         trace=result.records,
         seconds=0.0,
     )
-    return _settle(problem, plan, options, held, result, unchanged)
+    return _settle(problem, plan, options, held, result, before, unchanged)
+
+
+def _measure_start(
+    problem: Problem,
+    objective: Objective,
+    held: Holdout | None,
+    plan: Plan,
+    matches: Sequence[Match],
+    value_at_identity: float,
+) -> Measurement:
+    """What is true of the model's own weights, which the state at g = I stands for unless R = 0 has changed them."""
+    grams = [match.gram.to(problem.samples.dtype) for match in matches]
+    known = None if any(plan.zero_reference) else value_at_identity
+    return measure(problem, objective, held, problem.network, problem.outputs, grams, known_objective=known)
 
 
 def _settle(
@@ -206,122 +202,82 @@ def _settle(
     options: Options,
     held: Holdout | None,
     result: SearchResult,
+    before: Measurement,
     unchanged: TeleportReport,
 ) -> tuple[TeleportReport, Network]:
-    """Form the weights of the last state whose true loss passes the guards, going back along the accepted steps."""
-    network, reason = problem.network, result.reason
+    """Form the weights of the last state that keeps what the search promised, going back along the accepted steps.
+
+    Loss, objective and ‖∇L‖ are measured on the weights formed, before and after they are rounded for 16-bit models.
+    """
+    reason = result.reason
     for steps in range(len(result.waypoints) - 1, 0, -1):
         waypoint = result.waypoints[steps]
         try:
-            formed, logits = form_weights(network, plan, problem.samples, waypoint.targets, waypoint.references)
+            formed, outputs = form_weights(
+                problem.network, plan, problem.samples, waypoint.targets, waypoint.references
+            )
         except StepFailed as failure:
             reason = str(failure)
             continue
-        losses = _losses(problem, held, formed, logits)
-        refusal = _refusal(problem, options, held, losses)
-        if refusal is None and not _improves(options, unchanged.objective_before, waypoint.value):
-            refusal = "the objective did not improve"
+        after = measure(problem, options.objective, held, formed, outputs)
+        refusal = _refusal(options, before, after.data_loss, after.holdout) or _no_gain(options, before, after)
         if refusal is not None:
             reason = refusal
             continue
         written = _round(formed, problem.parameter_dtype)
         if written is not formed:
-            losses = _losses(problem, held, written, written.forward(problem.samples)[-1])
-        return (
-            replace(
-                unchanged,
-                accepted=True,
-                reason=reason,
-                steps=steps,
-                loss_after=losses.total,
-                grad_norm_after=_gradient_norm(problem, options.objective, waypoint.value, formed),
-                objective_after=waypoint.value,
-                drift=_drift(problem.data_loss, losses.data),
-                holdout_after=losses.holdout,
-            ),
-            written,
+            after = measure(problem, options.objective, held, written, written.forward(problem.samples))
+        report = replace(
+            unchanged,
+            accepted=True,
+            reason=reason,
+            steps=steps,
+            loss_after=after.loss,
+            grad_norm_after=after.gradient_norm,
+            objective_after=after.objective,
+            drift=relative_change(before.data_loss, after.data_loss),
+            holdout_after=after.holdout,
         )
-    return replace(unchanged, reason=reason), network
+        return report, written
+    return replace(unchanged, reason=reason), problem.network
 
 
-def _path(problem: Problem, plan: Plan, objective: Objective) -> Path:
-    """In activation space where loss and objective allow it, else with the weights formed."""
-    if isinstance(objective, (GradNorm, Lookahead)) and not problem.weight_terms:
-        return FastPath(problem.network, plan, objective, problem.loss, problem.output_delta)
-    return GeneralPath(problem.network, plan, objective, problem.loss_of)
-
-
-def _guard(problem: Problem, plan: Plan, options: Options, held: Holdout | None) -> Callable[[State], str | None]:
-    """The test of a state during the search: the batch's loss where it can drift, the holdout's loss where there is
-    one."""
+def _guard(
+    problem: Problem, plan: Plan, options: Options, held: Holdout | None, before: Measurement
+) -> Callable[[State], str | None]:
+    """The test of a state during the search: the batch's loss where it can drift, the holdout's where there is one."""
 
     def guard(state: State) -> str | None:
-        loss_now = problem.loss.value(state.logits) if plan.first_order_inverse else problem.data_loss
+        loss_now = problem.loss.value(state.logits) if plan.first_order_inverse else before.data_loss
         held_now = None if held is None else held.loss.value(predict(problem.network, plan, state, held.samples))
-        return _refusal(problem, options, held, _Losses(loss_now, loss_now, held_now))
+        return _refusal(options, before, loss_now, held_now)
 
     return guard
 
 
-def _refusal(problem: Problem, options: Options, held: Holdout | None, losses: _Losses) -> str | None:
+def _refusal(options: Options, before: Measurement, data_loss: float, holdout: float | None) -> str | None:
     """Why a state with these losses is not acceptable, or None; without a trust region only finiteness counts."""
-    if not math.isfinite(losses.total):
+    if not math.isfinite(data_loss):
         return "the loss on the batch is not finite"
     if options.step_size is not None:
         return None
-    if (drift := _drift(problem.data_loss, losses.data)) > options.drift_tol:
+    if (drift := relative_change(before.data_loss, data_loss)) > options.drift_tol:
         return f"the loss on the batch drifted by {drift:.1e}, more than drift_tol = {options.drift_tol:g}"
-    if held is None or losses.holdout is None:
+    if before.holdout is None or holdout is None:
         return None
-    if losses.holdout <= held.loss_before + options.holdout_tol * abs(held.loss_before):
+    if holdout <= before.holdout + options.holdout_tol * abs(before.holdout):
         return None
-    return f"the holdout loss rose from {held.loss_before:.4g} to {losses.holdout:.4g}"  # or is NaN
+    return f"the holdout loss rose from {before.holdout:.4g} to {holdout:.4g}"  # or is NaN
 
 
-def _improves(options: Options, before: float, after: float) -> bool:
+def _no_gain(options: Options, before: Measurement, after: Measurement) -> str | None:
+    """Why the objective on the weights formed is no reason to write them, or None."""
+    if not math.isfinite(after.objective):
+        return "the objective is not finite"
     if options.step_size is not None:
-        return math.isfinite(after)
-    return after > before if options.objective.maximise else after < before
-
-
-@dataclass(frozen=True)
-class _Losses:
-    """On the batch: the loss, and the loss with its weight terms held at the old weights; on the holdout: the
-    latter."""
-
-    total: float
-    data: float
-    holdout: float | None
-
-
-def _losses(problem: Problem, held: Holdout | None, formed: Network, logits: Tensor) -> _Losses:
-    """The true losses of the formed weights, whose `logits` on the batch are given."""
-    data = problem.loss.value(logits)
-    return _Losses(
-        total=float(problem.loss_of(parameter_list(formed))) if problem.weight_terms else data,
-        data=data,
-        holdout=None if held is None else held.loss.value(formed.forward(held.samples)[-1]),
-    )
-
-
-def _gradient_norm(problem: Problem, objective: Objective, value: float, network: Network) -> float:
-    """‖∇L‖ of `network`, whose objective is `value`."""
-    if isinstance(objective, GradNorm):
-        return math.sqrt(value)
-    with torch.enable_grad():
-        parameters = parameter_list(network, requires_grad=True)
-        if problem.weight_terms:
-            loss = problem.loss_of(parameters)
-        else:
-            loss = problem.loss(network.with_parameters(parameters).forward(problem.samples)[-1])
-        gradients = torch.autograd.grad(loss, parameters)
-    return math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
-
-
-def _drift(before: float, after: float) -> float:
-    if after == before:
-        return 0.0
-    return abs(after - before) / abs(before) if before != 0 else math.inf
+        return None
+    gained = after.objective > before.objective if options.objective.maximise else after.objective < before.objective
+    return None if gained else "the objective did not improve"
 
 
 def _leading_rows(gram_matrix: Tensor, most: int) -> int:

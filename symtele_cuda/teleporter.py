@@ -165,7 +165,7 @@ class Teleporter:
         options = self._options
         if self._lr_is_read:
             options = options | {"lr": _plain_rate(self.optimizer, self.model)}
-        size = matched_batch_size(self.model, inputs) if self._fit_batch else len(inputs)
+        size = matched_batch_size(self.model, inputs, self._options.get("layers")) if self._fit_batch else len(inputs)
         report = teleport_mlp(self.model, (inputs[:size], targets[:size]), self.loss_fn, **options)
         if report.accepted and self.optimizer_state == "reset":
             for parameter in self.model.parameters():

@@ -11,9 +11,9 @@ from torch import Tensor
 from symtele_cuda.action import Network, Plan, State, advance, domain_limit, initial_state, steepest_direction
 from symtele_cuda.mlp import read_chain
 from symtele_cuda.objectives import GradNorm, Lookahead
+from symtele_cuda.paths import FastPath, GeneralPath
 from symtele_cuda.planning import make_plan, match_inputs
 from symtele_cuda.problem import Problem
-from symtele_cuda.search import FastPath, GeneralPath
 
 # κ of these batches is below 1e3; the general path squares it through K⁻¹, hence 1e-9 and not 1e-13.
 AGREEMENT = 1e-9

@@ -16,7 +16,7 @@ from symtele_cuda.activation_space import Evaluation
 from symtele_cuda.mlp import read_chain
 from symtele_cuda.planning import make_plan, match_inputs
 from symtele_cuda.problem import Problem
-from symtele_cuda.search import SearchResult, ascend, ascend_fixed
+from symtele_cuda.search import Search, SearchResult, ascend, ascend_fixed
 
 START = 1.0
 
@@ -44,8 +44,8 @@ def set_up() -> tuple[Problem, Plan, State]:
 def run(values: list[float], *, maximise=True, cap=math.inf, guard=lambda state: None, scale=1e-3) -> SearchResult:
     problem, plan, state = set_up()
     path = ScriptedPath(iter([START, *values]), scale * torch.ones_like(state.inputs[1]))
-    options = {"maximise": maximise, "steps": len(values), "cap": cap, "guard": guard}
-    return ascend(path, problem.network, plan, state, path.evaluate(state), **options)
+    search_ = Search(path, problem.network, plan, maximise, steps=len(values))
+    return ascend(search_, state, path.evaluate(state), cap=cap, guard=guard)
 
 
 def sizes(result: SearchResult) -> list[float]:
@@ -119,9 +119,8 @@ def test_a_gradient_that_leads_nowhere_ends_the_search(scale, reason):
 def test_fixed_steps_are_taken_whatever_the_objective_says_until_it_is_not_finite(maximise):
     problem, plan, state = set_up()
     path = ScriptedPath(iter([START, 0.5, 2.0, math.inf]), 1e-3 * torch.ones_like(state.inputs[1]))
-    result = ascend_fixed(
-        path, problem.network, plan, state, path.evaluate(state), maximise=maximise, steps=5, step_size=1e-4
-    )
+    five_steps = Search(path, problem.network, plan, maximise, steps=5)
+    result = ascend_fixed(five_steps, state, path.evaluate(state), step_size=1e-4)
     assert [record.accepted for record in result.records] == [True, True, False]
     assert {record.size for record in result.records} == {1e-4 if maximise else -1e-4}
     assert "not finite" in result.reason and [w.value for w in result.waypoints] == [START, 0.5, 2.0]

@@ -157,7 +157,7 @@ def test_auto_gathers_what_the_widths_allow(bias: bool, layers: list[int] | None
     teleporter = make_teleporter(model, batch_size="auto", layers=layers)
     batches = make_batches(most, size=1)
     expected = copy.deepcopy(model)
-    n = st.matched_batch_size(model, join(batches)[0])
+    n = st.matched_batch_size(model, join(batches)[0], layers)
     reports = [teleporter.step(batch, epoch=0) for batch in batches]
     assert [report is not None for report in reports] == [False] * (most - 1) + [True]
     assert reports[-1].layers[0].n == n <= most
