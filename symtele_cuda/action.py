@@ -63,10 +63,10 @@ class Network:
 
 
 def parameter_list(network: Network, requires_grad: bool = False) -> list[Tensor]:
-    """Weights and biases in the order of the layers; as new leaves of the same values if a gradient is required."""
+    """Weights and biases in the order of the layers; as leaves of their own memory if a gradient is required."""
     pairs = zip(network.weights, network.biases, strict=True)
     tensors = [tensor for pair in pairs for tensor in pair if tensor is not None]
-    return [tensor.detach().requires_grad_() for tensor in tensors] if requires_grad else tensors
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors] if requires_grad else tensors
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,6 @@ class Plan:
     zero_reference: tuple[bool, ...]
     along_targets: tuple[bool, ...]
     first_order_inverse: bool
-
-    @classmethod
-    def untouched(cls, network: Network) -> Plan:
-        """The plan that changes nothing."""
-        nothing = [False] * len(network)
-        return cls.make(network, nothing, nothing, action="least_change", inverse="exact", group_steps=False)
 
     @classmethod
     def make(
@@ -224,27 +218,6 @@ def initial_state(network: Network, plan: Plan, outputs: Sequence[Tensor], match
     )
 
 
-def plain_state(
-    network: Network, inputs: Tensor, outputs: Sequence[Tensor], grams: Sequence[Tensor] | None = None
-) -> State:
-    """The state of a network that nothing is done to: R = W, E = 0."""
-    values = [inputs, *(a.forward(y) for a, y in zip(network.activations, outputs, strict=False))]
-    if grams is None:
-        grams = [kernel(batch, batch, bias is not None) for batch, bias in zip(values, network.biases, strict=True)]
-    nothing = (None,) * len(network)
-    return State(
-        inputs=tuple(values),
-        targets=tuple(outputs),
-        references=network.weights,
-        images=tuple(outputs),
-        grams=tuple(grams),
-        gram_inverses=nothing,
-        coefficients=nothing,
-        slopes=tuple(a.derivative(y) for a, y in zip(network.activations, outputs, strict=False)),
-        formed=nothing,
-    )
-
-
 def steepest_direction(network: Network, plan: Plan, state: State, gradient: Gradient) -> Direction:
     """The direction of steepest ascent g ← (I + εT)g, T = ∇_T f = ∂f/∂Bᵀ B − Rᵀ ∂f/∂R, in the metric of the group.
 
@@ -362,19 +335,21 @@ def advance(network: Network, plan: Plan, state: State, direction: Direction, si
 
 
 def form_weights(
-    network: Network, plan: Plan, inputs: Tensor, targets: Sequence[Tensor], references: Sequence[Tensor | None]
+    network: Network, plan: Plan, start: State, targets: Sequence[Tensor], references: Sequence[Tensor | None]
 ) -> tuple[Network, list[Tensor]]:
-    """The weights [R, r] + Eᵀ P(B) that turn the batch `inputs` into `targets` layer by layer, and what they produce.
+    """The weights [R, r] + Eᵀ P(B) that turn the batch of `start` into `targets` layer by layer, and what they produce.
 
     B is the activation that the new weights really produce, so that a layer mends the rounding of those before it,
     and an output layer that absorbs is corrected once more: then the logits keep the precision of the arithmetic, not
     of P. The pre-activations returned are those of the weights returned, not the targets.
     """
     weights, biases = list(network.weights), list(network.biases)
+    inputs = start.inputs[0]
+    image: Tensor | None = start.images[0]  # B Rᵀ + r where it is known
     outputs: list[Tensor] = []
     for layer, target in enumerate(targets):
         if layer > 0:
-            inputs = network.activations[layer - 1].forward(outputs[-1])
+            inputs, image = network.activations[layer - 1].forward(outputs[-1]), None
         if plan.carried[layer]:
             reference = references[layer]
             assert reference is not None
@@ -387,7 +362,8 @@ def form_weights(
             if plan.zero_reference[layer]:
                 weight, bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
             for _ in range(2 if layer == len(network) - 1 else 1):
-                change = (target - F.linear(inputs, weight, bias)).T @ factor
+                image = F.linear(inputs, weight, bias) if image is None else image
+                change, image = (target - image).T @ factor, None
                 if bias is None:
                     weight = change.add_(weight)
                 else:
@@ -529,9 +505,14 @@ def _form(inputs: Tensor, reference: Tensor | None, coefficients: Tensor) -> Ten
     return change if reference is None else change.add_(reference)
 
 
+def is_thin(values: Tensor) -> bool:
+    """Whether an n×c tensor is so narrow that products with c×d matrices are cheaper than those with n×n ones."""
+    return 2 * values.shape[1] <= len(values)
+
+
 def _form_thin(inputs: Tensor, reference: Tensor | None, coefficients: Tensor | None) -> Tensor | None:
     """The weights of a thin layer that absorbs, None for every other."""
-    if coefficients is None or 2 * coefficients.shape[1] > len(inputs):
+    if coefficients is None or not is_thin(coefficients):
         return None
     return _form(inputs, reference, coefficients)
 

@@ -7,7 +7,7 @@ n×d and n×n matrices (notation of `action`):
     ‖∇L‖² = Σ_l ⟨δ_l δ_lᵀ, K_l⟩
 
 `pull_back` is the reverse mode of these lines written out: it takes what an objective f says of δ_l, A_l, K_l, B_l, Y_l
-and R_l, and returns ∂f/∂B_l and ∂f/∂R_l.
+and R_l, and returns ∂f/∂B_l, ∂f/∂Y_l and ∂f/∂R_l.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from .action import Gradient, Network, Plan, State, add, input_gradient, residual_gradient
+from .action import Gradient, Network, Plan, State, add, input_gradient, residual_gradient, squared_norm
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,31 @@ def backpropagate(network: Network, state: State, output_delta: Tensor) -> Backp
     )
 
 
-def squared_gradient_norm(state: State, deltas: tuple[Tensor, ...]) -> tuple[float, list[Tensor]]:
-    """‖∇L‖² = Σ_l ⟨δ_l, K_l δ_l⟩ over all weights and biases, and the products K_l δ_l."""
-    products = [gram @ delta for gram, delta in zip(state.grams, deltas, strict=True)]
-    total = sum((delta.flatten() @ product.flatten()) for delta, product in zip(deltas, products, strict=True))
-    return float(total), products
+def squared_gradient_norm(network: Network, state: State, deltas: tuple[Tensor, ...]) -> tuple[float, list[Tensor]]:
+    """‖∇L‖² = Σ_l ⟨δ_l, K_l δ_l⟩ over all weights and biases, and the products K_l δ_l.
+
+    With more samples than columns δ may lie in the null space of [B, 1]ᵀ; there K δ = B (Bᵀ δ) + 1 (1ᵀ δ) is formed
+    from the gradient itself, whose square cannot cancel (and which is the smaller matrix).
+    """
+    products, terms = [], []
+    for inputs, gram, bias, delta in zip(state.inputs, state.grams, network.biases, deltas, strict=True):
+        if len(inputs) <= inputs.shape[1]:
+            products.append(gram @ delta)
+            terms.append(delta.flatten() @ products[-1].flatten())
+            continue
+        gradient = inputs.T @ delta
+        product, term = inputs @ gradient, squared_norm(gradient)
+        if bias is not None:
+            by_bias = delta.sum(0)
+            product, term = product.add_(by_bias), term + squared_norm(by_bias)
+        products.append(product)
+        terms.append(term)
+    return float(torch.stack(terms).sum()), products
 
 
 def pull_back(network: Network, plan: Plan, state: State, backward: Backpropagation, seeds: Seeds) -> Gradient:
-    """∂f/∂B_l and ∂f/∂R_l from the seeds, by reverse mode through `backpropagate`, A = K⁻¹(Y − BRᵀ − r) and K = BBᵀ
-    + 1."""
+    """∂f/∂B_l, ∂f/∂Y_l, ∂f/∂R_l from the seeds, by reverse mode through `backpropagate`, A = K⁻¹(Y − BRᵀ − r) and K
+    = BBᵀ + 1."""
     by_inputs: list[Tensor | None] = [None]
     by_targets: list[Tensor | None] = [None]
     by_references: list[tuple[tuple[Tensor, Tensor], ...]] = [()]
@@ -131,14 +147,11 @@ def _pull_back_wide(
         by_delta = by_delta.addmm(by_back, reference.T)
     if coefficients is not None and mixing is not None:
         by_mixing = by_back @ batch.T
-        by_residual = residual_gradient(
-            state, layer, _add_product(seeds.coefficients.get(layer), by_mixing.T, backward.deltas[layer])
-        )
+        by_residual, overlap = _through_residual(state, layer, backward.deltas[layer], mixing, by_mixing, seeds)
         by_target = add(by_target, by_residual)
         if by_delta is not None:
             by_delta = by_delta.addmm(by_mixing, coefficients)
         if moved:
-            overlap = by_residual @ coefficients.T
             by_gram = add(by_gram, (overlap + overlap.T).mul_(-0.5))
             by_inputs = _add_product(by_inputs, mixing.T, by_back)
             if reference is not None:
@@ -146,6 +159,19 @@ def _pull_back_wide(
     if moved and by_gram is not None:
         by_inputs = _add_product(by_inputs, by_gram, batch, alpha=2)
     return _LayerTerms(by_delta, by_target, by_inputs)
+
+
+def _through_residual(
+    state: State, layer: int, delta: Tensor, mixing: Tensor, by_mixing: Tensor, seeds: Seeds
+) -> tuple[Tensor, Tensor]:
+    """∂f/∂E = K⁻¹ ∂f/∂A and the overlap ∂f/∂E Aᵀ = −∂f/∂K, where ∂f/∂A = ∂f/∂Sᵀ δ + the seed and S = δAᵀ."""
+    seed, coefficients = seeds.coefficients.get(layer), state.coefficients[layer]
+    assert coefficients is not None
+    if seed is None:  # ∂f/∂E = C δ and ∂f/∂E Aᵀ = C S with the n×n matrix C = K⁻¹ ∂f/∂Sᵀ
+        carrier = residual_gradient(state, layer, by_mixing.T)
+        return carrier @ delta, carrier @ mixing
+    by_residual = residual_gradient(state, layer, seed.addmm(by_mixing.T, delta))
+    return by_residual, by_residual @ coefficients.T
 
 
 def _pull_back_thin(

@@ -16,11 +16,15 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """L(logits) = loss_fn(output(logits), targets), with the network's trailing activation `output`."""
+    """L(logits) = loss_fn(output(logits), targets), with the network's trailing activation `output`.
+
+    default: whether the function is `default_loss`, chosen by the targets, and not the user's.
+    """
 
     function: LossFunction
     targets: Tensor
     output: Activation
+    default: bool = False
 
     def __call__(self, logits: Tensor) -> Tensor:
         """L as a scalar tensor."""

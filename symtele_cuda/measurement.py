@@ -1,18 +1,16 @@
-"""What is true of given weights: measured on them, not taken from the search that led there."""
+"""What is true of given weights: measured on them with plain backpropagation, not taken from the search."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .action import Network, Plan, parameter_list, plain_state
-from .activation_space import backpropagate, squared_gradient_norm
-from .objectives import GradNorm, Objective
-from .paths import choose_path
+from .action import Network, parameter_list
+from .objectives import GradNorm, Lookahead, Objective
 from .problem import Holdout, Problem
 
 
@@ -30,43 +28,67 @@ class Measurement:
     objective: float
     gradient_norm: float
 
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.loss, self.data_loss, self.objective, self.gradient_norm)))
+
 
 def measure(
-    problem: Problem,
-    objective: Objective,
-    held: Holdout | None,
-    network: Network,
-    outputs: Sequence[Tensor],
-    grams: Sequence[Tensor] | None = None,
-    known_objective: float | None = None,
+    problem: Problem, objective: Objective, held: Holdout | None, network: Network, outputs: Sequence[Tensor]
 ) -> Measurement:
-    """Measure `network` in the place of the problem's own weights.
-
-    Args:
-        outputs: the network's pre-activations on the batch.
-        grams: the Gram matrices of the layers' inputs, if they are known.
-        known_objective: the objective's value, if it is known.
-    """
+    """Measure `network`, whose pre-activations on the batch are `outputs`, in the place of the problem's own
+    weights."""
     data_loss, output_delta = problem.loss.value_and_gradient(outputs[-1])
-    here = replace(problem, network=network, output_delta=output_delta)
-    plan, state = Plan.untouched(network), plain_state(network, problem.samples, outputs, grams)
-    value = known_objective
-    if value is None:
-        value = choose_path(here, plan, objective).evaluate(state).value
-    if isinstance(objective, GradNorm):
-        gradient_norm = math.sqrt(value)
-    elif problem.weight_terms:
-        gradient_norm = _gradient_norm_with_weight_terms(here)
+    if problem.weight_terms:
+        loss, gradients = _value_and_gradients(problem, network)
     else:
-        deltas = backpropagate(network, state, output_delta).deltas
-        gradient_norm = math.sqrt(squared_gradient_norm(state, deltas)[0])
+        loss, gradients = data_loss, loss_gradients(network, problem.samples, outputs, output_delta)
+    squared_norm = sum(float(gradient.square().sum()) for gradient in gradients)
     return Measurement(
-        loss=float(problem.loss_of(parameter_list(network))) if problem.weight_terms else data_loss,
+        loss=loss,
         data_loss=data_loss,
         holdout=None if held is None else held.loss.value(network.forward(held.samples)[-1]),
-        objective=value,
-        gradient_norm=gradient_norm,
+        objective=_objective_value(problem, objective, network, gradients, squared_norm),
+        gradient_norm=math.sqrt(squared_norm),
     )
+
+
+def loss_gradients(network: Network, samples: Tensor, outputs: Sequence[Tensor], output_delta: Tensor) -> list[Tensor]:
+    """∂L/∂W_l = δ_lᵀ B_l and ∂L/∂b_l = Σ δ_l, in the order of `parameter_list`, from ∂L/∂logits = `output_delta`."""
+    gradients: list[Tensor] = []
+    delta = output_delta
+    for layer in range(len(network) - 1, -1, -1):
+        activation = network.activations[layer - 1] if layer > 0 else None
+        inputs = samples if activation is None else activation.forward(outputs[layer - 1])
+        if network.biases[layer] is not None:
+            gradients.append(delta.sum(0))
+        gradients.append(delta.T @ inputs)
+        if activation is not None:
+            delta = (delta @ network.weights[layer]).mul_(activation.derivative(outputs[layer - 1]))
+    return gradients[::-1]
+
+
+def _objective_value(
+    problem: Problem, objective: Objective, network: Network, gradients: Sequence[Tensor], squared_norm: float
+) -> float:
+    parameters = parameter_list(network)
+    if type(objective) is GradNorm:
+        return squared_norm
+    if type(objective) is Lookahead:
+        stepped = torch._foreach_add(parameters, list(gradients), alpha=-objective.rate)
+        if problem.weight_terms:
+            return float(problem.loss_of(stepped))
+        return problem.loss.value(network.with_parameters(stepped).forward(problem.samples)[-1])
+    with torch.enable_grad():
+        return float(objective.value(problem.loss_of, parameter_list(network, requires_grad=True)).detach())
+
+
+def _value_and_gradients(problem: Problem, network: Network) -> tuple[float, list[Tensor]]:
+    """The loss with its weight terms, and its gradients."""
+    with torch.enable_grad():
+        parameters = parameter_list(network, requires_grad=True)
+        value = problem.loss_of(parameters)
+        return float(value.detach()), list(torch.autograd.grad(value, parameters))
 
 
 def relative_change(before: float, after: float) -> float:
@@ -74,9 +96,3 @@ def relative_change(before: float, after: float) -> float:
     if after == before:
         return 0.0
     return abs(after - before) / abs(before) if before != 0 else math.inf
-
-
-def _gradient_norm_with_weight_terms(problem: Problem) -> float:
-    with torch.enable_grad():
-        parameters = parameter_list(problem.network, requires_grad=True)
-        return math.sqrt(float(GradNorm().value(problem.loss_of, parameters).detach()))

@@ -21,8 +21,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .action import Gradient, Network, Plan, State, kernel, reference_image
+from .action import Gradient, Network, Plan, State, is_thin, kernel, reference_image
 from .activation_space import Backpropagation, Evaluation, Seeds, backpropagate, pull_back, squared_gradient_norm
+from .checks import check_number
 from .loss import BatchLoss
 
 LossOfParameters = Callable[[Sequence[Tensor]], Tensor]
@@ -50,7 +51,7 @@ class GradNorm:
     def evaluate(self, network: Network, plan: Plan, state: State, loss: BatchLoss, output_delta: Tensor) -> Evaluation:
         """f = Σ_l ⟨δ_l δ_lᵀ, K_l⟩ and its gradient."""
         backward = backpropagate(network, state, output_delta)
-        value, products = squared_gradient_norm(state, backward.deltas)
+        value, products = squared_gradient_norm(network, state, backward.deltas)
 
         def gradient() -> Gradient:
             seeds = Seeds(deltas={layer: 2 * product for layer, product in enumerate(products)})
@@ -72,6 +73,9 @@ class Lookahead:
     rate: float
 
     maximise = False
+
+    def __post_init__(self) -> None:
+        check_number("rate", self.rate, above=0.0)
 
     def value(self, loss_of: LossOfParameters, parameters: Sequence[Tensor]) -> Tensor:
         gradients = torch.autograd.grad(loss_of(parameters), list(parameters), create_graph=True)
@@ -95,37 +99,32 @@ class Lookahead:
     def _step(self, network: Network, state: State, backward: Backpropagation) -> _TrialStep:
         """The forward pass after the step."""
         first = torch.addmm(state.targets[0], state.grams[0], backward.deltas[0], alpha=-self.rate)
-        outputs, hiddens, kernels, changes = [first], [first], [first], [first]
+        outputs, products = [first], dict[int, KernelProduct]()
         for layer in range(1, len(network)):
             hidden = network.activations[layer - 1].forward(outputs[-1])
-            overlap = kernel(hidden, state.inputs[layer], network.biases[layer] is not None)
             change, coefficients = backward.deltas[layer] * -self.rate, state.coefficients[layer]
             if coefficients is not None:
                 change = change + coefficients
-            outputs.append(torch.addmm(reference_image(network, state, layer, hidden), overlap, change))
-            hiddens.append(hidden)
-            kernels.append(overlap)
-            changes.append(change)
-        return _TrialStep(outputs, hiddens, kernels, changes)
+            bias = network.biases[layer] is not None
+            products[layer] = KernelProduct.make(hidden, state.inputs[layer], change, bias)
+            outputs.append(products[layer].added_to(reference_image(network, state, layer, hidden)))
+        return _TrialStep(outputs, products)
 
     def _seeds(self, network: Network, plan: Plan, state: State, trial: _TrialStep, output_gradient: Tensor) -> Seeds:
         """The reverse pass of `_step`."""
         seeds, adjoint = Seeds(), output_gradient
         for layer in range(len(network) - 1, 0, -1):
-            hidden, overlap, change = trial.hiddens[layer], trial.kernels[layer], trial.changes[layer]
-            reference = state.references[layer]
-            overlap_gradient = adjoint @ change.T
-            hidden_gradient = overlap_gradient @ state.inputs[layer]
+            product, reference = trial.products[layer], state.references[layer]
+            by_hidden, by_change, by_inputs = product.pull_back(adjoint)
             if reference is not None:
-                hidden_gradient.addmm_(adjoint, reference)
-            change_gradient = overlap.T @ adjoint
-            seeds.coefficients[layer] = change_gradient
-            seeds.deltas[layer] = change_gradient * -self.rate
+                by_hidden.addmm_(adjoint, reference)
+            seeds.coefficients[layer] = by_change
+            seeds.deltas[layer] = by_change * -self.rate
             if plan.moved[layer - 1]:
-                seeds.inputs[layer] = overlap_gradient.T @ hidden
+                seeds.inputs[layer] = by_inputs
             if plan.carried[layer]:
-                seeds.references[layer] = (adjoint, hidden)
-            adjoint = hidden_gradient * network.activations[layer - 1].derivative(trial.outputs[layer - 1])
+                seeds.references[layer] = (adjoint, product.hidden)
+            adjoint = by_hidden * network.activations[layer - 1].derivative(trial.outputs[layer - 1])
         seeds.targets[0] = adjoint
         seeds.deltas[0] = (state.grams[0] @ adjoint) * -self.rate
         return seeds
@@ -133,10 +132,46 @@ class Lookahead:
 
 @dataclass(frozen=True)
 class _TrialStep:
-    """z_l, q_l, q_l B_lᵀ + 1 and A_l − η δ_l of the step, per weight layer; the entries of layer 0 but z_0 are
-    unused."""
+    """z_l of every layer, and (q_l B_lᵀ + 1)(A_l − η δ_l) of every layer but the first."""
 
     outputs: list[Tensor]
-    hiddens: list[Tensor]
-    kernels: list[Tensor]
-    changes: list[Tensor]
+    products: dict[int, KernelProduct]
+
+
+@dataclass(frozen=True)
+class KernelProduct:
+    """(q Bᵀ + 1) C for q, B (n×d) and C (n×c), and its reverse mode, in the cheaper order of the products.
+
+    inner is q Bᵀ + 1 (n×n), or Bᵀ C (d×c) where C is thin.
+    """
+
+    hidden: Tensor
+    inputs: Tensor
+    change: Tensor
+    bias: bool
+    thin: bool
+    inner: Tensor
+
+    @classmethod
+    def make(cls, hidden: Tensor, inputs: Tensor, change: Tensor, bias: bool) -> KernelProduct:
+        thin = is_thin(change)
+        inner = inputs.T @ change if thin else kernel(hidden, inputs, bias)
+        return cls(hidden, inputs, change, bias, thin, inner)
+
+    def added_to(self, base: Tensor) -> Tensor:
+        """base + (q Bᵀ + 1) C."""
+        if not self.thin:
+            return torch.addmm(base, self.inner, self.change)
+        total = torch.addmm(base, self.hidden, self.inner)
+        return total.add_(self.change.sum(0)) if self.bias else total
+
+    def pull_back(self, adjoint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """∂f/∂q = (adjoint Cᵀ) B,  ∂f/∂C = (B qᵀ + 1) adjoint,  ∂f/∂B = (C adjointᵀ) q."""
+        if not self.thin:
+            by_kernel = adjoint @ self.change.T
+            return by_kernel @ self.inputs, self.inner.T @ adjoint, by_kernel.T @ self.hidden
+        outer = self.hidden.T @ adjoint
+        by_change = self.inputs @ outer
+        if self.bias:
+            by_change.add_(adjoint.sum(0))
+        return adjoint @ self.inner.T, by_change, self.change @ outer.T

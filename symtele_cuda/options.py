@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .checks import check_int, check_name, check_number
 from .objectives import GradNorm, Lookahead, Objective
 from .ops import ACTIONS, BACKENDS, cuda_unavailable_reason
 
@@ -77,34 +77,6 @@ def make_options(
     )
 
 
-def check_name(argument: str, value: object, known: Collection[str]) -> None:
-    """Raise unless `value` is one of the `known` names."""
-    if value not in known:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {value!r}")
-
-
-def check_int(argument: str, value: object, *, at_least: int) -> int:
-    """`value` as an int; raise unless it is an integer >= `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{argument} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < at_least:
-        raise ValueError(f"{argument} must be >= {at_least}, got {value}")
-    return int(value)
-
-
-def check_number(
-    argument: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf, finite: bool = True
-) -> float:
-    """`value` as a float; raise unless it is a number > `above`, ≥ `at_least`, and finite if asked."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    number = float(value)
-    if not (number > above and number >= at_least) or (finite and not math.isfinite(number)):
-        bound = f"> {above:g}" if above > -math.inf else f">= {at_least:g}"
-        raise ValueError(f"{argument} must be a {'finite ' if finite else ''}number {bound}, got {value!r}")
-    return number
-
-
 def _make_objective(objective: str | Objective, lr: float | None, margin: float) -> Objective:
     if lr is not None:
         check_number("lr", lr, above=0.0)
@@ -113,10 +85,12 @@ def _make_objective(objective: str | Objective, lr: float | None, margin: float)
     if objective == "lookahead":
         if lr is None:
             raise ValueError('lr must be given for objective "lookahead": the learning rate of plain gradient descent')
-        return Lookahead(rate=margin * lr)
+        return Lookahead(rate=float(margin) * float(lr))
     if isinstance(objective, str):
         raise ValueError(f"objective must be one of 'grad_norm', 'lookahead' or an object, got {objective!r}")
-    if not (isinstance(getattr(objective, "maximise", None), bool) and callable(getattr(objective, "value", None))):
+    if isinstance(objective, type) or not (
+        isinstance(getattr(objective, "maximise", None), bool) and callable(getattr(objective, "value", None))
+    ):
         raise TypeError(
             "objective must have an attribute maximise (bool) and a method value(loss_of, parameters), "
             f"got {type(objective).__name__}"
@@ -128,11 +102,11 @@ def check_layers(layers: Sequence[int], hidden_layers: int) -> tuple[int, ...]:
     """`layers` as a tuple; raise unless they are distinct hidden layer numbers 1..hidden_layers."""
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence):
         raise TypeError(f"layers must be a sequence of hidden layer numbers 1..{hidden_layers}, got {layers!r}")
-    numbers = tuple(layers)
-    if (
-        not numbers
-        or len(set(numbers)) != len(numbers)
-        or not all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= hidden_layers for k in numbers)
-    ):
+    named = tuple(layers)
+    if not named or len(set(named)) != len(named) or not all(_is_layer(k, hidden_layers) for k in named):
         raise ValueError(f"layers must be distinct hidden layer numbers in 1..{hidden_layers}, got {list(layers)}")
-    return numbers
+    return named
+
+
+def _is_layer(value: object, hidden_layers: int) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 1 <= int(value) <= hidden_layers

@@ -68,6 +68,8 @@ class GeneralPath:
 
 def choose_path(problem: Problem, plan: Plan, objective: Objective) -> Path:
     """In activation space where loss and objective allow it, else with the weights formed."""
-    if isinstance(objective, (GradNorm, Lookahead)) and not problem.weight_terms:
+    # The type itself: a subclass has a value of its own, of which the fast path knows nothing.
+    if type(objective) in (GradNorm, Lookahead) and not problem.weight_terms:
+        assert isinstance(objective, (GradNorm, Lookahead))
         return FastPath(problem.network, plan, objective, problem.loss, problem.output_delta)
     return GeneralPath(problem.network, plan, objective, problem.loss_of)

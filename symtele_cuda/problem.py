@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch.func import functional_call
 
 from .action import Network, parameter_list
 from .loss import BatchLoss, LossFunction, check_default_targets, default_loss, examine
-from .mlp import Chain, check_batch, check_parameters
+from .mlp import Chain, check_batch
 from .objectives import LossOfParameters
 
 
@@ -36,23 +38,18 @@ class Problem:
     def make(
         cls, model: nn.Module, chain: Chain, batch: tuple[Tensor, Tensor], loss_fn: LossFunction | None
     ) -> Problem:
-        check_parameters(chain, range(len(chain.linears)))
-        flat, targets = check_batch(chain, batch)
         network = read_network(chain)
         dtype = network.weights[0].dtype
-        samples = flat.detach().to(dtype)
-        if targets.is_floating_point() and targets.dtype == flat.dtype:
-            targets = targets.to(dtype)
+        samples, targets = _prepare(chain, batch, dtype)
         outputs = tuple(network.forward(samples))
         if loss_fn is None:
             check_default_targets(targets, len(samples), outputs[-1].shape[1])
-            loss_fn = default_loss(targets)
         elif not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}")
-        loss = BatchLoss(loss_fn, targets, chain.output)
+        loss = BatchLoss(loss_fn or default_loss(targets), targets, chain.output, default=loss_fn is None)
         parameters = [parameter for _, parameter in chain.named_parameters()]
         at_start = examine(loss, outputs[-1], parameters)
-        loss_of = _loss_of_parameters(model, chain, loss_fn, batch[0].detach().to(dtype), targets)
+        loss_of = _loss_of_parameters(model, chain, loss.function, batch[0].detach().to(dtype), targets)
         if at_start.weight_terms:
             _check_reaches_weights(loss_of, network, parameters)
         return cls(
@@ -77,15 +74,42 @@ class Holdout:
     @classmethod
     def make(cls, chain: Chain, batch: tuple[Tensor, Tensor], problem: Problem) -> Holdout:
         try:
-            flat, targets = check_batch(chain, batch)
-            samples = flat.detach().to(problem.samples.dtype)
+            samples, targets = _prepare(chain, batch, problem.samples.dtype)
             logits = problem.network.forward(samples)[-1]
-            if problem.loss.function is default_loss(targets):
+            if problem.loss.default:
+                if targets.is_floating_point() != problem.loss.targets.is_floating_point():
+                    raise TypeError(
+                        f"targets must be of the batch's kind {problem.loss.targets.dtype}, got {targets.dtype}"
+                    )
                 check_default_targets(targets, len(samples), logits.shape[1])
+            loss = replace(problem.loss, targets=targets)
+            if not math.isfinite(value := loss.value(logits)):
+                raise ValueError(f"the loss must be finite, got {value}")
         except (TypeError, ValueError) as error:
-            raise type(error)(f"holdout: {error}") from None
-        loss = BatchLoss(problem.loss.function, targets, chain.output)
+            raise type(error)(f"holdout: {error}") from error
         return cls(samples, loss)
+
+
+def _prepare(chain: Chain, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x, y) checked, x flattened; both in the dtype of the search where they had the model's."""
+    samples, targets = check_batch(chain, batch)
+    if targets.is_floating_point() and targets.dtype == samples.dtype:
+        targets = targets.to(dtype)
+    return samples.detach().to(dtype), targets.detach()
+
+
+@contextmanager
+def parameters_kept(chain: Chain) -> Iterator[None]:
+    """Whatever happens inside, the model's modules hold their own parameter objects afterwards.
+
+    The loss with other weights swaps tensors into the live model, which an interrupt may leave there.
+    """
+    own = [(linear, name, parameter) for linear in chain.linears for name, parameter in linear.named_parameters()]
+    try:
+        yield
+    finally:
+        for linear, name, parameter in own:
+            linear._parameters[name] = parameter
 
 
 def layer_inputs(network: Network, samples: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -30,7 +30,8 @@ class TeleportReport:
 
     accepted: whether the weights were written; reason: why the search ended, or why nothing was written.
     steps: accepted ascent steps; trace: every step tried.
-    loss_*: on the teleport batch; drift: |loss_after − loss_before| / |loss_before|.
+    loss_*: on the teleport batch; drift: |loss_after − loss_before| / |loss_before|, with the weight terms of a loss
+    that has them held at the old weights.
     grad_norm_*: ‖∇L‖ (not squared) over the weights and biases of all layers; objective_*: the objective's own value.
     holdout_*: the loss on the holdout batch, None without one. seconds: wall-clock of the whole call.
     If not accepted the *_after fields equal the *_before fields: nothing has changed.

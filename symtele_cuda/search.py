@@ -42,11 +42,10 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Waypoint:
-    """An accepted state, as far as its weights depend on it: the targets Y_l, the references R_l; and the objective."""
+    """An accepted state, as far as its weights depend on it: the targets Y_l and the references R_l."""
 
     targets: tuple[Tensor, ...]
     references: tuple[Tensor | None, ...]
-    value: float
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def ascend(
         guard: called with every state that improves the objective; a text it returns is the reason to refuse the state.
     """
     state, sign = start, search.sign
-    waypoints, records = [_waypoint(start, evaluation)], list[StepRecord]()
+    waypoints, records = [_waypoint(start)], list[StepRecord]()
     radius = first_radius = FIRST_RADIUS * _moved_norm(search.plan, start)
     direction: Direction | None = None
 
@@ -108,8 +107,6 @@ def ascend(
         return SearchResult(tuple(waypoints), tuple(records), reason)
 
     for _ in range(search.steps):
-        if evaluation.value >= CAP_SHARE * cap:
-            return ended("growth cap reached")
         if direction is None:
             direction = search.direction(state, evaluation)
             if direction.norm == 0:
@@ -133,19 +130,21 @@ def ascend(
         records.append(StepRecord(value, size, note is None, note or (SHORTENED if shortened else ACCEPTED)))
         if note is None:
             state, evaluation, direction = trial, trial_evaluation, None
-            waypoints.append(_waypoint(state, evaluation))
+            waypoints.append(_waypoint(state))
             radius *= GROWTH
+            if value >= CAP_SHARE * cap:
+                return ended("growth cap reached")
         else:
             radius *= shrinkage
         if radius < SMALLEST_RADIUS * first_radius:
             return ended(f"no acceptable step left ({records[-1].note})")
-    return ended("growth cap reached" if evaluation.value >= CAP_SHARE * cap else "all steps taken")
+    return ended("all steps taken")
 
 
 def ascend_fixed(search: Search, start: State, evaluation: Evaluation, *, step_size: float) -> SearchResult:
     """The paper's rule, g ← (I ± step_size·∇_T f) g; a step is taken unless its result is not finite."""
     state = start
-    waypoints, records = [_waypoint(start, evaluation)], list[StepRecord]()
+    waypoints, records = [_waypoint(start)], list[StepRecord]()
     for _ in range(search.steps):
         direction = search.direction(state, evaluation)
         size = search.limit(state, direction, search.sign * step_size)
@@ -157,12 +156,12 @@ def ascend_fixed(search: Search, start: State, evaluation: Evaluation, *, step_s
             return SearchResult(tuple(waypoints), tuple(records), reason)
         note = SHORTENED if abs(size) < step_size else ACCEPTED
         records.append(StepRecord(evaluation.value, size, True, note))
-        waypoints.append(_waypoint(state, evaluation))
+        waypoints.append(_waypoint(state))
     return SearchResult(tuple(waypoints), tuple(records), "all steps taken")
 
 
-def _waypoint(state: State, evaluation: Evaluation) -> Waypoint:
-    return Waypoint(state.targets, state.references, evaluation.value)
+def _waypoint(state: State) -> Waypoint:
+    return Waypoint(state.targets, state.references)
 
 
 def _moved_norm(plan: Plan, state: State) -> float:
@@ -173,7 +172,7 @@ def _moved_norm(plan: Plan, state: State) -> float:
 
 def _share_to_cap(value: float, trial: float, cap: float) -> float:
     """The share of a step from `value` to `trial` that ends just below `cap` if the logarithm grows evenly."""
-    if value <= 0:
+    if not 0 < value < cap:  # the paper's action may start above the cap, the network's own gradient being smaller
         return SHRINKAGE
     share = math.log(cap / value) / math.log(trial / value)
     return min(0.9, max(0.1, 0.97 * share))

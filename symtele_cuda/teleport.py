@@ -10,16 +10,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .action import Match, Network, Plan, State, StepFailed, form_weights, initial_state, parameter_list, predict
+from .action import Network, Plan, State, StepFailed, form_weights, initial_state, parameter_list, predict
+from .errors import TeleportError
 from .loss import LossFunction
 from .measurement import Measurement, measure, relative_change
-from .mlp import Chain, check_batch, read_chain
+from .mlp import Chain, check_batch, check_parameters, read_chain
 from .objectives import GradNorm, Objective
 from .options import Options, check_layers, make_options
 from .paths import choose_path
 from .pinv import condition_from_gram, gram, invert_gram
 from .planning import make_plan, match_inputs
-from .problem import Holdout, Problem, layer_inputs, read_network
+from .problem import Holdout, Problem, layer_inputs, parameters_kept, read_network
 from .report import TeleportReport
 from .search import Search, SearchResult, ascend, ascend_fixed
 
@@ -80,7 +81,7 @@ def teleport_mlp(
         inverse: of g where a layer needs it, "exact" or "first_order" (I − εT, the published rule).
         layers: the hidden layers k = 1..m to teleport; default: all that the batch allows.
         drift_tol: the largest |loss_after − loss_before| / |loss_before| on the batch, a loss's weight terms held at
-            the old weights; for 16-bit models before the rounding.
+            the old weights. The rounding of 16-bit models counts: 1e-4 is tight for them.
         holdout: (x, y) of a second batch; holdout_tol: by what share of its value its loss may rise.
         backend: "torch", "cuda", or "auto" for the best that is there.
 
@@ -110,8 +111,13 @@ def teleport_mlp(
         holdout_tol=holdout_tol,
         backend=backend,
     )
+    if torch.is_inference_mode_enabled():
+        raise TeleportError(
+            "teleport_mlp cannot run inside torch.inference_mode(), expected torch.no_grad() or neither"
+        )
+    check_parameters(chain, range(len(chain.linears)))
     device_type = chain.linears[0].weight.device.type
-    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+    with torch.no_grad(), torch.autocast(device_type, enabled=False), parameters_kept(chain):
         problem = Problem.make(model, chain, batch, loss_fn)
         held = None if holdout is None else Holdout.make(chain, holdout, problem)
         report, weights = _teleport(problem, options, held)
@@ -153,13 +159,13 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
     start = initial_state(network, plan, problem.outputs, matches)
     path = choose_path(problem, plan, options.objective)
     evaluation = path.evaluate(start)
-    before = _measure_start(problem, options.objective, held, plan, matches, evaluation.value)
+    before = measure(problem, options.objective, held, network, problem.outputs)
     search = Search(path, network, plan, options.objective.maximise, options.steps)
     if options.step_size is not None:
         result = ascend_fixed(search, start, evaluation, step_size=options.step_size)
     else:
-        capped = isinstance(options.objective, GradNorm)
-        cap = (options.max_growth * before.gradient_norm) ** 2 if capped else math.inf
+        largest = options.max_growth * before.gradient_norm
+        cap = largest * largest if isinstance(options.objective, GradNorm) else math.inf
         guard = _guard(problem, plan, options, held, before)
         result = ascend(search, start, evaluation, cap=cap, guard=guard)
     unchanged = TeleportReport(
@@ -179,21 +185,7 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
         trace=result.records,
         seconds=0.0,
     )
-    return _settle(problem, plan, options, held, result, before, unchanged)
-
-
-def _measure_start(
-    problem: Problem,
-    objective: Objective,
-    held: Holdout | None,
-    plan: Plan,
-    matches: Sequence[Match],
-    value_at_identity: float,
-) -> Measurement:
-    """What is true of the model's own weights, which the state at g = I stands for unless R = 0 has changed them."""
-    grams = [match.gram.to(problem.samples.dtype) for match in matches]
-    known = None if any(plan.zero_reference) else value_at_identity
-    return measure(problem, objective, held, problem.network, problem.outputs, grams, known_objective=known)
+    return _settle(problem, plan, options, held, start, result, before, unchanged)
 
 
 def _settle(
@@ -201,32 +193,29 @@ def _settle(
     plan: Plan,
     options: Options,
     held: Holdout | None,
+    start: State,
     result: SearchResult,
     before: Measurement,
     unchanged: TeleportReport,
 ) -> tuple[TeleportReport, Network]:
     """Form the weights of the last state that keeps what the search promised, going back along the accepted steps.
 
-    Loss, objective and ‖∇L‖ are measured on the weights formed, before and after they are rounded for 16-bit models.
+    Everything is measured on the weights as they will stand in the model, for 16-bit models after the rounding.
     """
     reason = result.reason
     for steps in range(len(result.waypoints) - 1, 0, -1):
         waypoint = result.waypoints[steps]
         try:
-            formed, outputs = form_weights(
-                problem.network, plan, problem.samples, waypoint.targets, waypoint.references
-            )
+            formed, outputs = form_weights(problem.network, plan, start, waypoint.targets, waypoint.references)
         except StepFailed as failure:
             reason = str(failure)
             continue
-        after = measure(problem, options.objective, held, formed, outputs)
+        written, outputs = _round(formed, outputs, problem)
+        after = measure(problem, options.objective, held, written, outputs)
         refusal = _refusal(options, before, after.data_loss, after.holdout) or _no_gain(options, before, after)
         if refusal is not None:
             reason = refusal
             continue
-        written = _round(formed, problem.parameter_dtype)
-        if written is not formed:
-            after = measure(problem, options.objective, held, written, written.forward(problem.samples))
         report = replace(
             unchanged,
             accepted=True,
@@ -272,8 +261,8 @@ def _refusal(options: Options, before: Measurement, data_loss: float, holdout: f
 
 def _no_gain(options: Options, before: Measurement, after: Measurement) -> str | None:
     """Why the objective on the weights formed is no reason to write them, or None."""
-    if not math.isfinite(after.objective):
-        return "the objective is not finite"
+    if not after.finite:
+        return "the loss, the objective or the gradient of the new weights is not finite"
     if options.step_size is not None:
         return None
     gained = after.objective > before.objective if options.objective.maximise else after.objective < before.objective
@@ -297,16 +286,13 @@ def _leading_rows(gram_matrix: Tensor, most: int) -> int:
     return low
 
 
-def _round(network: Network, dtype: torch.dtype) -> Network:
-    """The network with its values rounded to `dtype`, held in its own dtype."""
-    own = network.weights[0].dtype
-    if dtype == own:
-        return network
-    return replace(
-        network,
-        weights=tuple(weight.to(dtype).to(own) for weight in network.weights),
-        biases=tuple(None if bias is None else bias.to(dtype).to(own) for bias in network.biases),
-    )
+def _round(network: Network, outputs: list[Tensor], problem: Problem) -> tuple[Network, list[Tensor]]:
+    """The network rounded to the dtype of the model's parameters, held in its own dtype, and its pre-activations."""
+    if problem.parameter_dtype == problem.samples.dtype:
+        return network, outputs
+    rounded = [tensor.to(problem.parameter_dtype).to(tensor.dtype) for tensor in parameter_list(network)]
+    network = network.with_parameters(rounded)
+    return network, network.forward(problem.samples)
 
 
 def _write(chain: Chain, network: Network) -> None:

@@ -13,6 +13,8 @@ from networks import ACTIVATIONS, make_batch, make_mlp, snapshot, unchanged
 from torch import nn
 
 import symtele_cuda as st
+from symtele_cuda.mlp import read_chain
+from symtele_cuda.problem import parameters_kept
 
 # Float32 keeps the loss to 1e-5 and float64 to 1e-12 relative after ten steps: the promise of the README.
 DRIFT = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -161,9 +163,47 @@ def test_half_precision_models_teleport_in_float32_and_round_once(dtype):
     x, y = make_batch(20, 30, 5, dtype=dtype)
     half = make_mlp([30, 40, 36, 5], dtype=dtype)
     single = make_mlp([30, 40, 36, 5], dtype=dtype).float()
-    assert st.teleport_mlp(half, (x, y)).accepted and st.teleport_mlp(single, (x.float(), y)).accepted
+    for model, inputs in ((half, x), (single, x.float())):
+        assert st.teleport_mlp(model, (inputs, y), drift_tol=0.1).accepted
     assert all(p.dtype == dtype for p in half.parameters())
     assert all(torch.equal(p, q.to(dtype)) for p, q in zip(half.parameters(), single.parameters(), strict=True))
+
+
+def test_the_guards_judge_a_half_precision_model_after_its_rounding():
+    x, y = make_batch(20, 30, 5, dtype=torch.bfloat16)
+    model = make_mlp([30, 40, 36, 5], dtype=torch.bfloat16)
+    before, loss = snapshot(model), F.cross_entropy(model.float()(x.float()), y).item()
+    model.bfloat16()
+    report = st.teleport_mlp(model, (x, y), drift_tol=1e-12)
+    assert not report.accepted and "drift" in report.reason and unchanged(model, before)
+    assert st.teleport_mlp(model, (x, y), drift_tol=1e-2).drift <= 1e-2
+    assert abs(F.cross_entropy(model.float()(x.float()), y).item() / loss - 1) <= 1e-2
+
+
+def test_weights_beyond_the_range_of_float16_are_not_written():
+    model = make_mlp([4, 16, 1], bias=False).half()
+    with torch.no_grad():
+        model[0].weight.div_(model[0].weight.abs().max()).mul_(6e4)
+        model[2].weight.mul_(1e-3)
+    x, y = 1e-3 * make_batch(2, 4, 1)[0].half(), torch.randn(2, 1, generator=torch.Generator().manual_seed(0)).half()
+    st.teleport_mlp(model, (x, y), steps=40, max_growth=1e6, drift_tol=0.5)
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_the_gradient_norm_is_right_where_almost_nothing_is_left_of_it():
+    """A linear head fitted to its features: δ lies in the null space of [B, 1]ᵀ, and ⟨δ, K δ⟩ would be rounding
+    alone."""
+    model = make_mlp([20, 3, 2], "tanh", dtype=torch.float32)
+    x, _ = make_batch(12, 20, 2, dtype=torch.float32)
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.zero_()
+        features = torch.cat([model[1](model[0](x)), torch.ones(12, 1)], 1).double()
+        y = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+        y = (y - features @ torch.linalg.lstsq(features, y).solution).float()
+    true = gradient_norm(model.double(), x.double(), y.double(), F.mse_loss)
+    report = st.teleport_mlp(model.float(), (x, y), objective="lookahead", lr=0.1)
+    assert report.grad_norm_before == pytest.approx(true, abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["grad_norm", "lookahead"])
@@ -212,6 +252,49 @@ def test_a_user_supplied_objective():
     assert report.accepted and after < before
     assert report.objective_after == pytest.approx(after, rel=1e-9)
     assert torch.allclose(model(x), outputs, rtol=0, atol=1e-11)
+
+
+def test_a_subclass_of_an_objective_is_asked_for_its_own_value():
+    class Louder(st.GradNorm):
+        def value(self, loss_of, parameters):
+            return 1000 * super().value(loss_of, parameters)
+
+    report = st.teleport_mlp(make_mlp([30, 40, 36, 5]), make_batch(20, 30, 5), objective=Louder())
+    assert report.objective_before == pytest.approx(1000 * report.grad_norm_before**2, rel=1e-9)
+
+
+def test_what_an_objective_does_to_its_tensors_does_not_reach_the_model():
+    class Vandal:
+        maximise = True
+
+        def value(self, loss_of, parameters):
+            value = parameters[0].square().sum()
+            with torch.no_grad():
+                parameters[-1].add_(1.0)
+            return value
+
+    model = make_mlp([30, 40, 36, 34, 5])
+    before = model[-1].bias.detach().clone()
+    assert st.teleport_mlp(model, make_batch(20, 30, 5), objective=Vandal(), layers=[1]).accepted
+    assert torch.equal(model[-1].bias, before)
+
+
+def test_the_model_keeps_its_parameter_objects_whatever_interrupts_a_swap():
+    model = make_mlp([30, 40, 5])
+    own = list(model.parameters())
+    with pytest.raises(KeyboardInterrupt), parameters_kept(read_chain(model)):
+        model[0]._parameters["weight"] = torch.zeros(40, 30)
+        raise KeyboardInterrupt
+    assert all(p is q for p, q in zip(model.parameters(), own, strict=True))
+
+
+@pytest.mark.parametrize("max_growth", [1.005, 1e200, math.inf])
+def test_any_growth_factor_above_one_is_a_cap(max_growth):
+    model = make_mlp([30, 40, 36, 5])
+    x, y = make_batch(20, 30, 5)
+    report = st.teleport_mlp(model, (x, y), max_growth=max_growth)
+    assert report.accepted
+    assert 1 < report.grad_norm_after / report.grad_norm_before <= max_growth * (1 + 1e-9)
 
 
 def test_mean_squared_error_and_a_trailing_activation():

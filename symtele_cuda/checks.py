@@ -1,0 +1,38 @@
+"""Checks of single arguments: each raises one error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Collection
+
+
+def check_name(argument: str, value: object, known: Collection[str]) -> None:
+    """Raise unless `value` is one of the `known` names."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def check_int(argument: str, value: object, *, at_least: int) -> int:
+    """`value` as an int; raise unless it is an integer >= `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{argument} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{argument} must be >= {at_least}, got {value}")
+    return int(value)
+
+
+def check_number(
+    argument: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf, finite: bool = True
+) -> float:
+    """`value` as a float; raise unless it is a number > `above`, ≥ `at_least`, and finite if asked."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (number > above and number >= at_least) or (finite and not math.isfinite(number)):
+        bound = f"> {above:g}" if above > -math.inf else f">= {at_least:g}"
+        raise ValueError(f"{argument} must be a {'finite ' if finite else ''}number {bound}, got {value!r}")
+    return number
