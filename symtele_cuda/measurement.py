@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .action import Network, parameter_list
+from .action import Network, kernel, parameter_list, squared_norm
 from .objectives import GradNorm, Lookahead, Objective
-from .problem import Holdout, Problem
+from .problem import Holdout, Problem, layer_inputs
+
+# ⟨δ, K δ⟩ below this share of ‖K‖ ‖δ‖² has lost more than three of float32's seven digits.
+CANCELLED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -39,56 +43,72 @@ def measure(
     """Measure `network`, whose pre-activations on the batch are `outputs`, in the place of the problem's own
     weights."""
     data_loss, output_delta = problem.loss.value_and_gradient(outputs[-1])
-    if problem.weight_terms:
-        loss, gradients = _value_and_gradients(problem, network)
+    if problem.weight_terms or type(objective) not in (GradNorm, Lookahead):
+        loss, gradient_norm, value = _measure_with_autograd(problem, objective, network)
     else:
-        loss, gradients = data_loss, loss_gradients(network, problem.samples, outputs, output_delta)
-    squared_norm = sum(float(gradient.square().sum()) for gradient in gradients)
+        inputs = layer_inputs(network, problem.samples, outputs)
+        deltas = _backpropagate(network, outputs, output_delta)
+        loss, gradient_norm = data_loss, math.sqrt(_squared_gradient_norm(network, inputs, deltas))
+        if isinstance(objective, Lookahead):
+            value = problem.loss.value(_logits_after_step(network, inputs, outputs, deltas, objective.rate))
+        else:
+            value = gradient_norm**2
     return Measurement(
         loss=loss,
         data_loss=data_loss,
         holdout=None if held is None else held.loss.value(network.forward(held.samples)[-1]),
-        objective=_objective_value(problem, objective, network, gradients, squared_norm),
-        gradient_norm=math.sqrt(squared_norm),
+        objective=value,
+        gradient_norm=gradient_norm,
     )
 
 
-def loss_gradients(network: Network, samples: Tensor, outputs: Sequence[Tensor], output_delta: Tensor) -> list[Tensor]:
-    """∂L/∂W_l = δ_lᵀ B_l and ∂L/∂b_l = Σ δ_l, in the order of `parameter_list`, from ∂L/∂logits = `output_delta`."""
-    gradients: list[Tensor] = []
-    delta = output_delta
-    for layer in range(len(network) - 1, -1, -1):
-        activation = network.activations[layer - 1] if layer > 0 else None
-        inputs = samples if activation is None else activation.forward(outputs[layer - 1])
-        if network.biases[layer] is not None:
-            gradients.append(delta.sum(0))
-        gradients.append(delta.T @ inputs)
-        if activation is not None:
-            delta = (delta @ network.weights[layer]).mul_(activation.derivative(outputs[layer - 1]))
-    return gradients[::-1]
+def _backpropagate(network: Network, outputs: Sequence[Tensor], output_delta: Tensor) -> list[Tensor]:
+    """δ_l = ∂L/∂Y_l of every layer, δ_{l−1} = (δ_l W_l) ⊙ σ'(Y_{l−1})."""
+    deltas = [output_delta]
+    for layer in range(len(network) - 1, 0, -1):
+        slope = network.activations[layer - 1].derivative(outputs[layer - 1])
+        deltas.append((deltas[-1] @ network.weights[layer]).mul_(slope))
+    return deltas[::-1]
 
 
-def _objective_value(
-    problem: Problem, objective: Objective, network: Network, gradients: Sequence[Tensor], squared_norm: float
-) -> float:
-    parameters = parameter_list(network)
-    if type(objective) is GradNorm:
-        return squared_norm
-    if type(objective) is Lookahead:
-        stepped = torch._foreach_add(parameters, list(gradients), alpha=-objective.rate)
-        if problem.weight_terms:
-            return float(problem.loss_of(stepped))
-        return problem.loss.value(network.with_parameters(stepped).forward(problem.samples)[-1])
-    with torch.enable_grad():
-        return float(objective.value(problem.loss_of, parameter_list(network, requires_grad=True)).detach())
+def _squared_gradient_norm(network: Network, inputs: Sequence[Tensor], deltas: Sequence[Tensor]) -> float:
+    """‖∇L‖² = Σ_l ⟨δ_l, K_l δ_l⟩, or of the gradients themselves, ‖δ_lᵀ [B_l, 1]‖², where that sum cancels."""
+    total = 0.0
+    for batch, bias, delta in zip(inputs, network.biases, deltas, strict=True):
+        gram_matrix = kernel(batch, batch, bias is not None)
+        square = float(delta.flatten() @ (gram_matrix @ delta).flatten())
+        if not square > CANCELLED * math.sqrt(float(squared_norm(gram_matrix))) * float(squared_norm(delta)):
+            square = float(squared_norm(delta.T @ batch))
+            square += 0.0 if bias is None else float(squared_norm(delta.sum(0)))
+        total += square
+    return total
 
 
-def _value_and_gradients(problem: Problem, network: Network) -> tuple[float, list[Tensor]]:
-    """The loss with its weight terms, and its gradients."""
+def _logits_after_step(
+    network: Network, inputs: Sequence[Tensor], outputs: Sequence[Tensor], deltas: Sequence[Tensor], rate: float
+) -> Tensor:
+    """The logits after W_l ← W_l − η δ_lᵀ B_l, b_l ← b_l − η Σ δ_l, without forming the gradients.
+
+    z_l = q_l W_lᵀ + b_l − η (q_l B_lᵀ + 1) δ_l, q_{l+1} = σ_l(z_l), q_0 = X.
+    """
+    hidden = inputs[0]
+    for layer, (batch, delta, bias) in enumerate(zip(inputs, deltas, network.biases, strict=True)):
+        output = outputs[0] if layer == 0 else F.linear(hidden, network.weights[layer], bias)
+        output = torch.addmm(output, kernel(hidden, batch, bias is not None), delta, alpha=-rate)
+        if layer < len(network) - 1:
+            hidden = network.activations[layer].forward(output)
+    return output
+
+
+def _measure_with_autograd(problem: Problem, objective: Objective, network: Network) -> tuple[float, float, float]:
+    """Loss, ‖∇L‖ and objective of any loss of the parameters and any objective."""
     with torch.enable_grad():
         parameters = parameter_list(network, requires_grad=True)
-        value = problem.loss_of(parameters)
-        return float(value.detach()), list(torch.autograd.grad(value, parameters))
+        loss = problem.loss_of(parameters)
+        gradients = torch.autograd.grad(loss, parameters)
+        value = objective.value(problem.loss_of, parameters)
+    square = sum(float(squared_norm(gradient)) for gradient in gradients)
+    return float(loss.detach()), math.sqrt(square), float(value.detach())
 
 
 def relative_change(before: float, after: float) -> float:

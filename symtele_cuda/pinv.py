@@ -107,7 +107,7 @@ def condition_from_gram(gram: Tensor, inverse: Tensor) -> float:
         gram: K (n×n, float64).
         inverse: K⁻¹ (n×n, float64).
     """
-    return float(_spectral_norms(torch.stack([gram, inverse])).prod().sqrt())
+    return float((_spectral_norm(gram) * _spectral_norm(inverse)).sqrt())
 
 
 def probe_vectors(matrix: Tensor) -> Tensor:
@@ -166,19 +166,18 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     return triangle if info.item() == 0 else None
 
 
-def _spectral_norms(matrices: Tensor) -> Tensor:
-    """‖A‖₂ of symmetric positive semidefinite matrices (k×n×n), from below: the growth of a few vectors by power
-    iteration.
+def _spectral_norm(matrix: Tensor) -> Tensor:
+    """‖A‖₂ of a symmetric positive semidefinite A, from below: the growth of a few vectors in the last power iteration.
 
-    The Frobenius norms are divided out before, so that no power can overflow.
+    The Frobenius norm is divided out before, so that no power of A can overflow.
     """
-    scales = torch.linalg.matrix_norm(matrices)
-    scaled = matrices / scales[:, None, None]
-    vectors = probe_vectors(matrices[0]).expand(len(matrices), -1, -1)
+    scale = torch.linalg.matrix_norm(matrix)
+    scaled = matrix / scale
+    vectors = probe_vectors(matrix)
     for _ in range(_POWER_ITERATIONS):
         vectors = vectors @ scaled
-    growth = torch.linalg.vector_norm(vectors @ scaled, dim=2) / torch.linalg.vector_norm(vectors, dim=2)
-    return growth.amax(1) * scales
+    growth = torch.linalg.vector_norm(vectors @ scaled, dim=1) / torch.linalg.vector_norm(vectors, dim=1)
+    return growth.max() * scale
 
 
 def _unmatched(extended: Tensor) -> PinvFactor:
