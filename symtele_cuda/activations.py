@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -49,8 +51,11 @@ class Activation:
 
     def contains(self, b: Tensor) -> bool:
         """Whether every element of b is finite and lies in the open interval `domain`."""
+        if b.numel() == 0:
+            return True
         low, high = self.domain
-        return bool(torch.isfinite(b).all()) and bool(((b > low) & (b < high)).all())
+        least, largest = torch.aminmax(b)  # both NaN if any element is
+        return bool(low < least) and bool(largest < high)
 
     def __str__(self) -> str:
         return self.name
@@ -84,7 +89,7 @@ class LeakyReLU(Activation):
     name = "leaky_relu"
 
     def __post_init__(self) -> None:
-        _require_positive("negative_slope", self.parameter)
+        _require_invertible("negative_slope", self.parameter)
 
     def forward(self, z: Tensor) -> Tensor:
         return F.leaky_relu(z, self.parameter)
@@ -152,7 +157,7 @@ class Softplus(Activation):
     threshold = 20.0
 
     def __post_init__(self) -> None:
-        _require_positive("beta", self.parameter)
+        _require_invertible("beta", self.parameter)
 
     def forward(self, z: Tensor) -> Tensor:
         return F.softplus(z, self.parameter, self.threshold)
@@ -181,7 +186,7 @@ class ELU(Activation):
     name = "elu"
 
     def __post_init__(self) -> None:
-        _require_positive("alpha", self.parameter)
+        _require_invertible("alpha", self.parameter)
 
     @property
     def domain(self) -> tuple[float, float]:  # type: ignore[override]
@@ -232,6 +237,11 @@ def activation_of_module(module: nn.Module) -> Activation | None:
     return None
 
 
-def _require_positive(argument: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{argument} must be a finite number > 0 so that the activation is invertible, got {value!r}")
+def _require_invertible(argument: str, value: float) -> None:
+    """Neither a slope or scale nor its inverse, which σ⁻¹ needs, may overflow or lose digits in float32."""
+    least, largest = _TINY, 1 / _TINY
+    if not least <= value <= largest:
+        raise ValueError(
+            f"{argument} must be a finite number > 0 that leaves the activation invertible in float32, "
+            f"from {least:.1e} to {largest:.1e}, got {value!r}"
+        )

@@ -26,13 +26,16 @@ differentiable in these: the gradients above are total, they count how Z and Y m
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .activations import Activation, make_activation
+from .activations import ACTIVATIONS, Activation, make_activation
+from .checks import check_name
 from .errors import TeleportError
 from .info import build_record
 from .pinv import MAX_CONDITION, append_ones, pinv_factor, probe_vectors
@@ -42,8 +45,12 @@ ACTIONS: dict[str, float] = {"least_change": 1.0, "paper": 0.0}
 
 BACKENDS = ("auto", "torch", "cuda")
 
-_VANISHED = 1e-6
+# g counts as near to I where this many rounds of products shrink a vector to this share of its length.
 _ROUNDS = 8
+_VANISHED = 1e-6
+
+# Between these magnitudes of the inputs no Gram matrix, and no norm of one or of its inverse, leaves float64.
+_SCALES = (1e-70, 1e70)
 
 _COMPUTE_DTYPE = {
     torch.float64: torch.float64,
@@ -71,15 +78,18 @@ def teleport_layer(
     action="paper", R = 0, r = 0: W' = Yᵀ H⁺ᵀ (Zhao, Dehmamy, Walters, Yu 2022, eq. 8), which forgets what W does off
     the batch. The two agree where H̃ is square. Without bias b, r and the column of ones are absent.
 
-    Differentiable in weight, g and bias, twice; inputs are data and get no gradient. Deterministic on the CPU.
+    Differentiable in weight, g and bias, twice, by backward mode; inputs are data and get no gradient. A third
+    derivative and forward mode (torch.func.jvp and jacfwd, torch.autograd.forward_ad) raise NotImplementedError. The
+    other transforms of torch.func (vmap, grad, jacrev, ...) and torch.compile(fullgraph=True) are not supported: torch
+    refuses them, as the values of the arguments are checked. Deterministic on the CPU.
 
     Args:
         weight: W (d_out×d_in), float64, float32, bfloat16 or float16 (these two computed in float32, rounded once).
         inputs: H (n×d_in), the layer's inputs, n ≤ d_in + 1 (n ≤ d_in without bias), H̃ of full row rank.
         g: the group element (d_out×d_out), invertible.
         bias: b (d_out), or None for a layer without bias. All tensors have one dtype and one device.
-        activation: the layer's σ, a name ("leaky_relu", "tanh", "sigmoid", "softplus", "elu", "identity") or an
-            Activation, which also gives ELU its α and Softplus its β.
+        activation: the layer's σ, a name ("leaky_relu", "tanh", "sigmoid", "softplus", "elu", "identity") or one of the
+            library's Activations, which also gives ELU its α and Softplus its β.
         negative_slope: slope of activation="leaky_relu", > 0; the other activations do not read it.
         action: "least_change" or "paper".
         backend: "auto" and "torch" compute with torch on the tensors' device; "cuda" demands the compiled kernels.
@@ -89,19 +99,26 @@ def teleport_layer(
 
     Raises:
         TypeError: an argument of the wrong type, dtypes that differ or are no floating-point dtype of the list above.
-        ValueError: wrong shapes, devices that differ, elements that are not finite, an unknown name, a slope that is
-            not positive, a singular g, more samples than can be matched, σ(Z) gᵀ outside the domain of σ⁻¹, or
-            backend="cuda" without kernels.
-        TeleportError: inputs that are not of full row rank, or worse conditioned than `pinv.MAX_CONDITION`.
+        ValueError: wrong shapes, devices that differ or are "meta", elements that are not finite, an unknown name, a
+            slope that is not positive, a singular g, more samples than can be matched, σ(Z) gᵀ outside the domain of
+            σ⁻¹, new weights that overflow their dtype, or backend="cuda" without kernels.
+        TeleportError: inputs that are not of full row rank, worse conditioned than `pinv.MAX_CONDITION`, or of a scale
+            whose Gram matrix leaves float64.
+        NotImplementedError: a derivative in forward mode, or a third one.
     """
     chosen = _choose_activation(activation, negative_slope)
     _check_backend(backend)
-    _check_action(action)
+    check_name("action", action, ACTIONS)
     _check_tensors(weight, inputs, g, bias)
+    _check_no_tangent(_named(weight, inputs, g, bias))
     _check_values(weight, inputs, g, bias)
     operator = torch.ops.symtele_cuda.teleport_layer
     new_weight, new_bias, *_ = operator(weight, inputs, g, bias, chosen.name, chosen.parameter, action)
-    return new_weight, None if bias is None else new_bias
+    _check_range("weight", new_weight)
+    if bias is None:
+        return new_weight, None
+    _check_range("bias", new_bias)
+    return new_weight, new_bias
 
 
 def cuda_unavailable_reason() -> str:
@@ -138,10 +155,10 @@ torch.library.define(
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """W', b' (empty without bias), Z, Y and P."""
     layer = _Layer(*arguments)
-    _check_action(layer.action)
+    check_name("action", layer.action, ACTIONS)
     _check_tensors(*layer.tensors())
     with _full_precision(layer.weight):
-        packed = layer.pack(layer.weight, layer.bias)
+        packed = _pack(layer.weight, layer.bias)
         factor = _exact_factor(_widen(layer.inputs), layer.has_bias).contiguous()
         z = layer.extended_inputs() @ packed.T
         b = layer.sigma.forward(z) @ _widen(layer.g).T
@@ -155,18 +172,18 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def _backward(
     with_layer: bool, grad_weight: Tensor, grad_bias: Tensor, z: Tensor, y: Tensor, factor: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂f/∂W, ∂f/∂g and ∂f/∂b; the first and the last empty unless `with_layer`, the last also without bias."""
+    """∂f/∂W, ∂f/∂g and ∂f/∂b. Those of W and b, half of the work, are empty unless `with_layer` asks for them."""
     layer = _Layer(*arguments)
     with _full_precision(layer.weight):
-        grad = layer.pack(grad_weight, grad_bias)
+        grad = _pack(grad_weight, grad_bias)
         grad_y = factor @ grad.T
         grad_b = grad_y / layer.sigma.derivative(y)
         by_g = (grad_b.T @ layer.sigma.forward(z)).to(layer.g.dtype)
-        if not with_layer:
-            return layer.weight.new_empty(0), by_g, layer.weight.new_empty(0)
-        grad_z = (grad_b @ _widen(layer.g)) * layer.sigma.derivative(z)
-        through_z = torch.sub(grad_z, grad_y, alpha=layer.rho).T
-        by_weight, by_bias = layer.unpack(torch.addmm(grad, through_z, layer.extended_inputs(), beta=layer.rho))
+        by_weight, by_bias = layer.nothing()
+        if with_layer:
+            grad_z = (grad_b @ _widen(layer.g)) * layer.sigma.derivative(z)
+            through_z = torch.sub(grad_z, grad_y, alpha=layer.rho).T
+            by_weight, by_bias = layer.unpack(torch.addmm(grad, through_z, layer.extended_inputs(), beta=layer.rho))
         return by_weight, by_g, by_bias
 
 
@@ -186,7 +203,7 @@ def _double_backward(
     layer = _Layer(*arguments)
     with _full_precision(layer.weight):
         sigma, inputs, g, change_g = layer.sigma, layer.extended_inputs(), _widen(layer.g), _widen(change_g)
-        grad, change = layer.pack(grad_weight, grad_bias), layer.pack(change_weight, change_bias)
+        grad, change = _pack(grad_weight, grad_bias), _pack(change_weight, change_bias)
         s, slope_z, slope_y = sigma.forward(z), sigma.derivative(z), sigma.derivative(y)
 
         change_z = inputs @ change.T
@@ -216,21 +233,21 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
         layer.weight.new_empty(samples, width, dtype=_COMPUTE_DTYPE[layer.weight.dtype])
         for width in (outputs, outputs, columns + layer.has_bias)
     )
-    return *layer.empty_like(), z, y, factor
+    return *layer.new_empty(), z, y, factor
 
 
 @torch.library.register_fake("symtele_cuda::teleport_layer_backward")
 def _backward_fake(with_layer: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    layer = _Layer(*arguments[5:])
-    nothing = layer.weight.new_empty(0)
-    by_weight, by_bias = layer.empty_like() if with_layer else (nothing, nothing.clone())
+    layer = _Layer.at_the_end_of(arguments)
+    by_weight, by_bias = layer.new_empty() if with_layer else layer.nothing()
     return by_weight, layer.g.new_empty(layer.g.shape), by_bias
 
 
 @torch.library.register_fake("symtele_cuda::teleport_layer_double_backward")
 def _double_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layer = _Layer(*arguments[8:])
-    return *layer.empty_like(), layer.empty_like()[0], layer.g.new_empty(layer.g.shape), layer.empty_like()[1]
+    layer = _Layer.at_the_end_of(arguments)
+    by_weight, by_bias = layer.new_empty()
+    return *layer.new_empty(), by_weight, layer.g.new_empty(layer.g.shape), by_bias
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -242,6 +259,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _differentiate_forward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    _check_no_tangent({"the gradient of the new weight": grad_weight, "the gradient of the new bias": grad_bias})
     needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
     by_weight, by_g, by_bias = torch.ops.symtele_cuda.teleport_layer_backward(
         needs_weight or needs_bias, grad_weight, grad_bias, *ctx.saved_tensors, *ctx.description
@@ -268,10 +286,15 @@ def _differentiate_backward(
     return None, by_grad_weight, by_grad_bias, None, None, None, *by_layer, None, None, None
 
 
+def _refuse_third_derivative(ctx: Any, *_: Tensor) -> NoReturn:
+    raise NotImplementedError("teleport_layer is differentiable twice, got a request for its third derivative")
+
+
 torch.library.register_autograd("symtele_cuda::teleport_layer", _differentiate_forward, setup_context=_save_forward)
 torch.library.register_autograd(
     "symtele_cuda::teleport_layer_backward", _differentiate_backward, setup_context=_save_backward
 )
+torch.library.register_autograd("symtele_cuda::teleport_layer_double_backward", _refuse_third_derivative)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +304,7 @@ torch.library.register_autograd(
 
 @dataclass(frozen=True)
 class _Layer:
-    """The operator's arguments in the order of its schema, and the symbols of the formulas in terms of them."""
+    """The operator's arguments in the order of its schema, and what the kernels read off them."""
 
     weight: Tensor
     inputs: Tensor
@@ -290,6 +313,11 @@ class _Layer:
     activation: str
     parameter: float
     action: str
+
+    @classmethod
+    def at_the_end_of(cls, arguments: tuple[Any, ...]) -> _Layer:
+        """These are the last arguments of all three operators."""
+        return cls(*arguments[-7:])
 
     @property
     def sigma(self) -> Activation:
@@ -311,21 +339,21 @@ class _Layer:
         inputs = _widen(self.inputs)
         return append_ones(inputs) if self.has_bias else inputs
 
-    def pack(self, matrix: Tensor, column: Tensor | None) -> Tensor:
-        """W̃ = [W, b] in the dtype of the computation; W alone where the layer has no bias."""
-        return _widen(torch.cat([matrix, column.unsqueeze(1)], dim=1) if self.has_bias else matrix)
-
     def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """W and b, tensors of their own, rounded to the layer's dtype; b is empty where the layer has no bias."""
         if not self.has_bias:
             return packed.to(self.weight.dtype), self.weight.new_empty(0)
-        new = self.empty_like()
-        return new[0].copy_(packed[:, :-1]), new[1].copy_(packed[:, -1])
+        weight, bias = self.new_empty()
+        return weight.copy_(packed[:, :-1]), bias.copy_(packed[:, -1])
 
-    def empty_like(self) -> tuple[Tensor, Tensor]:
-        """Memory for W and b."""
+    def new_empty(self) -> tuple[Tensor, Tensor]:
+        """Memory for a W and a b."""
         outputs = len(self.weight)
         return self.weight.new_empty(self.weight.shape), self.weight.new_empty(outputs if self.has_bias else 0)
+
+    def nothing(self) -> tuple[Tensor, Tensor]:
+        """What stands for a W and a b that were not asked for."""
+        return self.weight.new_empty(0), self.weight.new_empty(0)
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -333,19 +361,29 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.to(_COMPUTE_DTYPE[tensor.dtype])
 
 
+def _pack(matrix: Tensor, column: Tensor | None) -> Tensor:
+    """[W, b] in the dtype of the computation, or W where there is no b: None or empty."""
+    if column is None or column.numel() == 0:
+        return _widen(matrix)
+    return _widen(torch.cat([matrix, column.unsqueeze(1)], dim=1))
+
+
 def _exact_factor(inputs: Tensor, bias: bool) -> Tensor:
     found = pinv_factor(inputs, bias)
     if found.factor is not None:
         return found.factor
-    name, samples = "[inputs, 1]" if bias else "inputs", len(inputs)
+    name, samples, (low, high) = "[inputs, 1]" if bias else "inputs", len(inputs), _SCALES
+    largest = inputs.abs().max().item()
+    advice = f" for n={samples} samples; use fewer or more different samples"
     if found.rank < samples:
         expected, came = "full row rank, so that every sample can be matched", f"rank {found.rank}"
+    elif not low <= largest <= high:
+        expected, came = f"a largest magnitude from {low:g} to {high:g}", f"{largest:.1e}"
+        advice = ": their Gram matrix is out of the range of float64; rescale them"
     else:
         expected = f"a condition number of at most {MAX_CONDITION[inputs.dtype]:g} in {inputs.dtype}"
         came = f"{found.condition:.2g} at full rank {found.rank}"
-    raise TeleportError(
-        f"{name} must have {expected}, got {came} for n={samples} samples; use fewer or more different samples"
-    )
+    raise TeleportError(f"{name} must have {expected}, got {came}{advice}")
 
 
 def _second_derivative(activation: Activation, z: Tensor) -> Tensor:
@@ -365,26 +403,23 @@ def _full_precision(tensor: Tensor) -> torch.autocast:
 
 def _choose_activation(activation: str | Activation, negative_slope: float) -> Activation:
     if isinstance(activation, Activation):
+        if type(activation) not in ACTIVATIONS.values():  # the operator goes by the name, which a subclass inherits
+            known = ", ".join(cls.__name__ for cls in ACTIVATIONS.values())
+            raise TypeError(f"activation must be a name or one of {known} itself, got {type(activation).__name__}")
         return activation
     if not isinstance(activation, str):
         raise TypeError(f"activation must be a name or an Activation, got {type(activation).__name__}")
     if activation != "leaky_relu":
         return make_activation(activation)
-    if not isinstance(negative_slope, (int, float)):
+    if isinstance(negative_slope, bool) or not isinstance(negative_slope, numbers.Real):
         raise TypeError(f"negative_slope must be a number, got {type(negative_slope).__name__}")
     return make_activation(activation, negative_slope)
 
 
 def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    check_name("backend", backend, BACKENDS)
     if backend == "cuda":
         raise ValueError(f"backend='cuda' is not available: {cuda_unavailable_reason()}")
-
-
-def _check_action(action: str) -> None:
-    if action not in ACTIONS:
-        raise ValueError(f"action must be one of {tuple(ACTIONS)}, got {action!r}")
 
 
 def _check_tensors(weight: Tensor, inputs: Tensor, g: Tensor, bias: Tensor | None) -> None:
@@ -420,14 +455,53 @@ def _check_tensors(weight: Tensor, inputs: Tensor, g: Tensor, bias: Tensor | Non
         )
 
 
+def _check_no_tangent(named: dict[str, Tensor]) -> None:
+    """torch drops the tangents that reach an operator without a forward derivative, and does not say so."""
+    for name, tensor in named.items():
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} must have no tangent, got one: teleport_layer has no forward-mode derivative; "
+                "torch.autograd.functional.jvp computes the same from its backward derivatives"
+            )
+
+
+@torch.no_grad()
 def _check_values(weight: Tensor, inputs: Tensor, g: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in _named(weight, inputs, g, bias).items():
-        if not _is_finite(tensor):
-            raise ValueError(f"{name} must be finite, got NaN or infinite elements")
-    exact = _widen(g.detach())
-    if _is_near_identity(exact):
+    if weight.is_meta:
+        raise ValueError("weight must hold numbers to compute with, got a tensor on the meta device")
+    _check_finite("weight", weight)
+    _check_finite("inputs", inputs)
+    if bias is not None:
+        _check_finite("bias", bias)
+    _check_invertible(g)
+
+
+@torch.no_grad()
+def _check_range(name: str, new: Tensor) -> None:
+    if not _is_finite(new):
+        raise ValueError(
+            f"the new {name} must be at most {torch.finfo(new.dtype).max:g}, the largest number of {new.dtype}, "
+            "got an overflow; use a dtype of wider range or a g nearer to I"
+        )
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not _is_finite(tensor):
+        raise ValueError(f"{name} must be finite, got NaN or infinite elements")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """From the extremes, which are NaN if any element is: several times faster than `isfinite` of every element."""
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def _check_invertible(g: Tensor) -> None:
+    """The LU factorisation of d_out³ is left out where g is so near to I that a few products show it invertible."""
+    widened = _widen(g)
+    if _is_near_identity(widened):
         return
-    reciprocal, limit = _reciprocal_condition(exact), 10 * torch.finfo(exact.dtype).eps
+    _check_finite("g", g)
+    reciprocal, limit = _reciprocal_condition(widened), 10 * torch.finfo(widened.dtype).eps
     if not reciprocal > limit:
         raise ValueError(
             f"g must be invertible, got a matrix with 1/condition = {reciprocal:.1e} "
@@ -435,17 +509,11 @@ def _check_values(weight: Tensor, inputs: Tensor, g: Tensor, bias: Tensor | None
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """From the extremes, which are NaN if any element is: several times faster than `isfinite` of every element."""
-    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))
-
-
 def _is_near_identity(g: Tensor) -> bool:
-    """Whether g − I and its transpose in turn, a few times, make a fixed vector vanish, so that g is invertible.
+    """Whether g − I and its transpose, applied in turn a few times, make a fixed vector vanish; never with NaN or Inf.
 
-    This spares the g near I an LU factorisation, which takes longer than all the rest where n is small. A singular g
-    has ‖g − I‖₂ ≥ 1, and what the vector holds of the directions with such a stretch never shrinks: that g passes only
-    if their share of the vector is below _VANISHED.
+    Then g is invertible: a singular g has ‖g − I‖₂ ≥ 1, and what the vector holds of the directions with such a stretch
+    does not shrink. Such a g would pass only if their share of the vector were below _VANISHED.
     """
     vector = probe_vectors(g)[0]
     vanished = _VANISHED * torch.linalg.vector_norm(vector)

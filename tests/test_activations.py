@@ -153,6 +153,18 @@ def test_domain_is_open_and_its_edges_are_outside(activation: Activation) -> Non
 
 
 @every_activation
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_domain_in_every_dtype(activation: Activation, dtype: torch.dtype) -> None:
+    inside = torch.full((2, 3), 0.25, dtype=dtype)
+    assert activation.contains(inside)
+    assert activation.contains(inside[:0])
+    for bad in (math.nan, math.inf, -math.inf):
+        outside = inside.clone()
+        outside[1, 1] = bad
+        assert not activation.contains(outside)
+
+
+@every_activation
 def test_inverse_is_not_finite_outside_the_domain(activation: Activation) -> None:
     edges = [edge for edge in activation.domain if math.isfinite(edge)]
     beyond = torch.tensor([edge + math.copysign(0.1, edge - 0.25) for edge in edges], dtype=torch.float64)
@@ -164,6 +176,19 @@ def test_inverse_is_not_finite_outside_the_domain(activation: Activation) -> Non
 def test_parameters_that_leave_no_inverse_are_refused(cls: type[Activation], parameter: float) -> None:
     with pytest.raises(ValueError, match="must be a finite number > 0"):
         cls(parameter)
+
+
+@pytest.mark.parametrize("cls", [LeakyReLU, Softplus, ELU])
+@pytest.mark.parametrize("parameter", [1e-40, 1e-38, 1e38, 1e39])
+def test_parameters_that_float32_cannot_invert_are_refused(cls: type[Activation], parameter: float) -> None:
+    with pytest.raises(ValueError, match=r"must be a finite number > 0 .* float32, from 1.2e-38 to 8.5e\+37, got 1e"):
+        cls(parameter)
+
+
+@pytest.mark.parametrize("parameter", [2.0**-126, 2.0**126])
+def test_the_extreme_slopes_of_float32(parameter: float) -> None:
+    z = torch.tensor([-1.0, 1.0])
+    assert torch.equal(LeakyReLU(parameter).inverse(LeakyReLU(parameter).forward(z)), z)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

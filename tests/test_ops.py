@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from symtele_cuda import ops, reference
+from symtele_cuda import info, ops, reference
 from symtele_cuda.activations import ELU, Activation, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
+from symtele_cuda.build_decision import TorchBuild, decide
 from symtele_cuda.errors import TeleportError
 from symtele_cuda.ops import teleport_layer
 
@@ -275,16 +279,25 @@ def test_gradcheck_and_gradgradcheck(activation: Activation, action: str, bias: 
     assert torch.autograd.gradgradcheck(function, layer.leaves())
 
 
-def operator_arguments(bias: bool, activation: Activation, action: str) -> tuple[Any, ...]:
-    layer = make_layer(4, 5, 3, bias).with_gradient()
-    return (*layer.tensors(), activation.name, activation.parameter, action)
+@one_of_each
+@every_action
+def test_gradgradcheck_where_only_g_is_differentiated(activation: Activation, action: str) -> None:
+    layer = make_layer(3, 5, 3, bias=True, seed=2)
+    g = layer.g.clone().requires_grad_()
+
+    def function(g: Tensor) -> tuple[Tensor, ...]:
+        return apply(replace(layer, g=g), activation, action)
+
+    assert torch.autograd.gradgradcheck(function, g)
 
 
-def cotangents(bias: bool, *, g: bool = False) -> tuple[Tensor, ...]:
-    """Random gradients of the outputs of the operator (weight, bias), or of its backward (weight, g, bias)."""
+def cotangents(tensors: tuple[Tensor, ...], requires_grad: bool) -> tuple[Tensor, ...]:
+    """Random gradients of these tensors."""
     generator = torch.Generator().manual_seed(3)
-    shapes = [(3, 5), (3, 3), (3 * bias,)] if g else [(3, 5), (3 * bias,)]
-    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(not g) for shape in shapes)
+    return tuple(
+        torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).requires_grad_(requires_grad)
+        for tensor in tensors
+    )
 
 
 @one_of_each
@@ -292,21 +305,82 @@ def cotangents(bias: bool, *, g: bool = False) -> tuple[Tensor, ...]:
 @with_and_without_bias
 def test_opcheck(activation: Activation, action: str, bias: bool) -> None:
     library = torch.ops.symtele_cuda
-    layer = operator_arguments(bias, activation, action)
-    constant = tuple(value.detach() if isinstance(value, Tensor) else value for value in layer)
-    grads = cotangents(bias)
-    calls = {
-        library.teleport_layer.default: layer,
-        library.teleport_layer_backward.default: (*grads, *layer),
-        library.teleport_layer_double_backward.default: (
-            *cotangents(bias, g=True),
-            *(grad.detach() for grad in grads),
-            *constant,
+    description = (activation.name, activation.parameter, action)
+    constant = (*make_layer(4, 5, 3, bias).tensors(), *description)
+    layer = (*make_layer(4, 5, 3, bias).with_gradient().tensors(), *description)
+    new_weight, new_bias, *saved = library.teleport_layer(*constant)
+    grads = cotangents((new_weight, new_bias), requires_grad=True)
+    constant_grads = cotangents((new_weight, new_bias), requires_grad=False)
+    gradients = library.teleport_layer_backward(True, *constant_grads, *saved, *constant)
+    calls = [
+        (library.teleport_layer.default, layer),
+        (library.teleport_layer_backward.default, (True, *grads, *saved, *layer)),
+        (library.teleport_layer_backward.default, (False, *grads, *saved, *layer)),
+        (
+            library.teleport_layer_double_backward.default,
+            (*cotangents(gradients, requires_grad=False), *constant_grads, *saved, *constant),
         ),
-    }
-    for operator, arguments in calls.items():
+    ]
+    for operator, arguments in calls:
         results = torch.library.opcheck(operator, arguments)
         assert set(results.values()) == {"SUCCESS"}, (operator, results)
+
+
+@pytest.mark.parametrize("name", ["weight", "inputs", "g", "bias"])
+def test_forward_mode_is_refused(name: str) -> None:
+    layer = make_layer(4, 5, 3, bias=True)
+    tensor = getattr(layer, name)
+
+    def function(changed: Tensor) -> Tensor:
+        return teleport_layer(*replace(layer, **{name: changed}).tensors())[0]
+
+    message = f"{name} must have no tangent, got one: teleport_layer has no forward-mode derivative"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(function, (tensor,), (tensor,))
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jacfwd(function)(tensor)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        function(forward_ad.make_dual(tensor, tensor))
+
+
+def test_forward_mode_is_refused_in_the_incoming_gradient() -> None:
+    layer = make_layer(4, 5, 3, bias=True).with_gradient()
+    new_weight, _ = apply(layer, Tanh(), "least_change")
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="the gradient of the new weight must have"):
+        new_weight.backward(forward_ad.make_dual(torch.ones_like(new_weight), torch.ones_like(new_weight)))
+
+
+def test_the_forward_derivative_by_backward_mode() -> None:
+    layer = make_layer(4, 5, 3, bias=True)
+    change = torch.outer(layer.g[0], layer.g[1])
+
+    def function(g: Tensor) -> Tensor:
+        return apply(replace(layer, g=g), Tanh(), "least_change")[0]
+
+    _, tangent = torch.autograd.functional.jvp(function, layer.g, change)
+    difference = (function(layer.g + 1e-5 * change) - function(layer.g - 1e-5 * change)) / 2e-5
+    assert_agree("tangent", tangent, difference, 1e-8)
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacrev, torch.func.grad, torch.func.hessian])
+def test_the_other_transforms_are_refused(transform: Callable[..., Any]) -> None:
+    layer = make_layer(4, 5, 3, bias=True)
+
+    def function(g: Tensor) -> Tensor:
+        return teleport_layer(*replace(layer, g=g).tensors())[0].sum()
+
+    with pytest.raises(RuntimeError):
+        transform(function)(torch.stack([layer.g, layer.g]) if transform is torch.func.vmap else layer.g)
+
+
+@pytest.mark.parametrize("activation", [LeakyReLU(), Tanh()], ids=str)
+def test_a_third_derivative_is_refused(activation: Activation) -> None:
+    layer = make_layer(4, 5, 3, bias=True).with_gradient()
+    value = _weighted_sum(tuple(output.square() for output in apply(layer, activation, "least_change")))
+    for _ in range(2):
+        value = _weighted_sum(torch.autograd.grad(value, layer.leaves(), create_graph=True))
+    with pytest.raises(NotImplementedError, match="differentiable twice, got a request for its third derivative"):
+        torch.autograd.grad(value, layer.leaves())
 
 
 def test_inputs_get_no_gradient() -> None:
@@ -329,9 +403,11 @@ def test_only_what_is_asked_for_is_differentiated() -> None:
 def test_fake_kernels_know_the_shapes_and_refuse_wrong_ones() -> None:
     layer = make_layer(4, 5, 3, bias=True, dtype=torch.float32).map(lambda tensor: tensor.to("meta"))
     operator = torch.ops.symtele_cuda.teleport_layer
-    new_weight, new_bias = operator(*layer.tensors(), "tanh", 0.0, "paper")
-    assert (new_weight.shape, new_bias.shape, new_weight.device.type) == ((3, 5), (3,), "meta")
-    assert operator(*layer.tensors()[:3], None, "tanh", 0.0, "paper")[1].shape == (0,)
+    outputs = operator(*layer.tensors(), "tanh", 0.0, "paper")
+    assert {output.device.type for output in outputs} == {"meta"}
+    assert [tuple(output.shape) for output in outputs] == [(3, 5), (3,), (4, 3), (4, 3), (4, 6)]
+    without_bias = operator(*layer.tensors()[:3], None, "tanh", 0.0, "paper")
+    assert [tuple(output.shape) for output in without_bias] == [(3, 5), (0,), (4, 3), (4, 3), (4, 5)]
     with pytest.raises(ValueError, match=r"g must have shape \(d_out=3, d_out=3\), got \(5, 3\)"):
         operator(layer.weight, layer.inputs, layer.weight.T, layer.bias, "tanh", 0.0, "paper")
 
@@ -364,7 +440,23 @@ def test_cuda_backend_says_why_it_is_not_there_and_what_to_do() -> None:
     layer = make_layer(4, 6, 3, bias=False)
     with pytest.raises(ValueError, match=r"backend='cuda' is not available: .*no CUDA kernels.*backend='torch'"):
         teleport_layer(*layer.tensors(), backend="cuda")
-    assert ops.cuda_unavailable_reason()
+
+
+@pytest.mark.parametrize(
+    ("torch_build", "cause"),
+    [
+        (TorchBuild("2.13.0+cpu", None), r"torch 2\.13\.0\+cpu is a build without CUDA"),
+        (None, "torch cannot be imported"),
+    ],
+)
+def test_the_reason_is_the_one_that_the_build_recorded(
+    torch_build: TorchBuild | None, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "_build.json"
+    monkeypatch.setattr(info, "RECORD", record)
+    assert re.search("no CUDA kernels: it is a source tree .*backend='torch'", ops.cuda_unavailable_reason())
+    record.write_text(decide({}, torch_build, toolkit=None, sources=[]).to_json())
+    assert re.search(f"no CUDA kernels: .*{cause}.*backend='torch'", ops.cuda_unavailable_reason())
 
 
 def changed(**replacements: Any) -> Callable[[Layer], dict[str, Any]]:
@@ -400,6 +492,13 @@ def rank_one(layer: Layer) -> Tensor:
     return torch.outer(layer.g[0], layer.g[1])
 
 
+class SteepTanh(Tanh):
+    """It inherits the name, by which the operator knows its activations."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.tanh(3 * z)
+
+
 BAD_ARGUMENTS = [
     (changed(weight=[[1.0]]), TypeError, r"weight must be a Tensor, got list"),
     (changed(bias=1.0), TypeError, r"bias must be a Tensor, got float"),
@@ -424,12 +523,18 @@ BAD_ARGUMENTS = [
     (changed(g=torch.zeros(3, 3, dtype=torch.float64)), ValueError, r"g must be invertible"),
     (changed(activation="relu"), ValueError, r"activation must be one of \[.*\], got 'relu'"),
     (changed(activation=None), TypeError, r"activation must be a name or an Activation, got NoneType"),
-    (changed(action="least"), ValueError, r"action must be one of \('least_change', 'paper'\), got 'least'"),
-    (changed(backend="gpu"), ValueError, r"backend must be one of \('auto', 'torch', 'cuda'\), got 'gpu'"),
+    (changed(activation=SteepTanh()), TypeError, r"activation must be .* LeakyReLU, Tanh, .* itself, got SteepTanh"),
+    (changed(activation=Activation()), TypeError, r"activation must be a name or one of .*, got Activation"),
+    (changed(action="least"), ValueError, r"action must be one of 'least_change', 'paper', got 'least'"),
+    (changed(action=["paper"]), ValueError, r"action must be one of 'least_change', 'paper', got \['paper'\]"),
+    (changed(backend="gpu"), ValueError, r"backend must be one of 'auto', 'torch', 'cuda', got 'gpu'"),
+    (changed(backend=["torch"]), ValueError, r"backend must be one of .*, got \['torch'\]"),
     (changed(negative_slope=0.0), ValueError, r"negative_slope must be a finite number > 0"),
     (changed(negative_slope=-0.1), ValueError, r"negative_slope must be .*, got -0.1"),
     (changed(negative_slope=math.nan), ValueError, r"negative_slope must be .*, got nan"),
     (changed(negative_slope="0.1"), TypeError, r"negative_slope must be a number, got str"),
+    (changed(negative_slope=True), TypeError, r"negative_slope must be a number, got bool"),
+    (changed(negative_slope=1e-40), ValueError, r"negative_slope must be .* from 1.2e-38 to 8.5e\+37, got 1e-40"),
     *(
         (changed(**{name: with_element(name, value)}), ValueError, f"{name} must be finite, got NaN or infinite")
         for name in ("weight", "inputs", "g", "bias")
@@ -469,6 +574,47 @@ def test_a_g_that_leaves_the_domain_is_refused_with_the_worst_value(
     assert float(str(caught.value).rsplit(" ", 1)[1]) == pytest.approx(moved.flatten()[worst].item(), rel=1e-8)
 
 
+def test_meta_tensors_are_refused() -> None:
+    layer = make_layer(4, 6, 3, bias=True).map(lambda tensor: tensor.to("meta"))
+    with pytest.raises(ValueError, match="weight must hold numbers to compute with, got a tensor on the meta device"):
+        teleport_layer(*layer.tensors())
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-100, 1e100, 1e200, 1e300])
+def test_inputs_whose_gram_matrix_leaves_float64_are_refused_for_their_scale(scale: float) -> None:
+    layer = make_layer(4, 6, 3, bias=False)
+    with pytest.raises(TeleportError, match=r"^inputs must have a largest magnitude from 1e-70 to 1e\+70, got \d\.\de"):
+        teleport_layer(layer.weight, scale * layer.inputs, layer.g)
+
+
+@pytest.mark.parametrize("scale", [1e-70, 1e70])
+@every_action
+def test_inputs_of_the_extreme_scales(scale: float, action: str) -> None:
+    layer = make_layer(4, 6, 3, bias=False)
+    scaled = Layer(layer.weight / scale, scale * layer.inputs, layer.g, None)
+    (expected,) = apply(layer, Tanh(), action)
+    assert_agree("weight", scale * apply(scaled, Tanh(), action)[0], expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "largest"),
+    [
+        ("weight", torch.float16, "65504"),
+        ("bias", torch.float16, "65504"),
+        ("weight", torch.bfloat16, r"3.38953e\+38"),
+        ("weight", torch.float32, r"3.40282e\+38"),
+    ],
+    ids=str,
+)
+def test_new_weights_that_overflow_are_refused(name: str, dtype: torch.dtype, largest: str) -> None:
+    """A quarter of the largest number is moved to 5/8 of it, as σ(z), whose inverse doubles it once more."""
+    number = torch.full((1, 1), -torch.finfo(dtype).max / 4, dtype=dtype)
+    one, g = torch.ones_like(number), torch.full_like(number, 5.0)
+    layer = Layer(0 * one, 0 * one, g, number[0]) if name == "bias" else Layer(number, one, g, None)
+    with pytest.raises(ValueError, match=f"the new {name} must be at most {largest}, the largest number of {dtype}"):
+        teleport_layer(*layer.tensors(), negative_slope=0.5)
+
+
 @pytest.mark.parametrize("d_out", [1, 2, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_singular_and_merely_ill_conditioned_g(d_out: int, dtype: torch.dtype) -> None:
@@ -481,3 +627,27 @@ def test_singular_and_merely_ill_conditioned_g(d_out: int, dtype: torch.dtype) -
     singular = ((orthogonal * lengths) @ orthogonal.T).to(dtype)
     with pytest.raises(ValueError, match="g must be invertible"):
         teleport_layer(layer.weight, layer.inputs, singular)
+
+
+@pytest.mark.parametrize("d_out", [1, 2, 40, 300])
+@pytest.mark.parametrize("scale", [1.0, 1e25], ids=["", "near overflow"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_singular_g_near_the_identity_is_refused(d_out: int, scale: float, dtype: torch.dtype) -> None:
+    """A projection: the identity but for one direction."""
+    layer = make_layer(4, 6, d_out, bias=False, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        direction = torch.nn.functional.normalize(torch.randn(d_out, generator=generator, dtype=torch.float64), dim=0)
+        g = scale * (torch.eye(d_out, dtype=torch.float64) - torch.outer(direction, direction))
+        with pytest.raises(ValueError, match="g must be invertible"):
+            teleport_layer(layer.weight, layer.inputs, g.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_factorisation_is_left_out_only_near_the_identity(dtype: torch.dtype) -> None:
+    identity = torch.eye(50, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    noise = (torch.randn(50, 50, generator=generator, dtype=torch.float64) / math.sqrt(50)).to(dtype)
+    assert all(ops._is_near_identity(identity + size * noise) for size in (0.0, 1e-3, 0.1))
+    far = [-identity, 3 * identity, noise, identity + noise, identity * math.nan, identity * math.inf, 0 * identity]
+    assert not any(ops._is_near_identity(g) for g in far)
