@@ -5,7 +5,8 @@ from .errors import TeleportError
 from .objectives import GradNorm, Lookahead, Objective
 from .ops import teleport_layer
 from .report import LayerReport, TeleportReport
-from .teleport import matched_batch_size, teleport_mlp
+from .sampling import matched_samples
+from .teleport import teleport_mlp
 from .teleporter import Schedule, Teleporter
 
 __all__ = [
@@ -18,7 +19,7 @@ __all__ = [
     "TeleportReport",
     "Teleporter",
     "__version__",
-    "matched_batch_size",
+    "matched_samples",
     "teleport_layer",
     "teleport_mlp",
 ]

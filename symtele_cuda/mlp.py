@@ -7,6 +7,8 @@ forwards) is refused with an error that says where it is, what was expected and 
 
 from __future__ import annotations
 
+import collections
+import copy
 import itertools
 import math
 import operator
@@ -51,11 +53,11 @@ class Chain:
     names: tuple[str, ...]
     flattens: bool = False
 
-    def named_parameters(self, indices: Iterable[int] | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-        """(qualified name, parameter) of the weight layers `indices` (0-based), all by default."""
-        for index in range(len(self.linears)) if indices is None else indices:
-            for name, parameter in self.linears[index].named_parameters(recurse=False):
-                yield f"{self.names[index]}.{name}", parameter
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(qualified name, parameter) of all weight layers: weight, bias, weight, ..."""
+        for where, linear in zip(self.names, self.linears, strict=True):
+            for name, parameter in linear.named_parameters(recurse=False):
+                yield f"{where}.{name}", parameter
 
 
 def read_chain(model: nn.Module) -> Chain:
@@ -63,7 +65,12 @@ def read_chain(model: nn.Module) -> Chain:
 
     nn.Sequential is walked directly; other modules are traced symbolically (torch.fx), which follows calls of
     submodules, the functional forms of the supported activations and of dropout, and flattening by `flatten(1)`,
-    `view(x.size(0), -1)` or `reshape`. Deterministic; the model is only read.
+    `view(x.size(0), -1)` or `reshape`. Optional further arguments of a forward have their defaults, as in model(x).
+    Deterministic.
+
+    A traced forward runs once, on a symbolic input and in a stand-in with the module's attributes and copies of its
+    lists and dicts: what it keeps there does not reach the model. Other side effects (printing, counting in a buffer)
+    it has as in any forward pass.
 
     Raises TypeError if `model` is no module, ValueError if it is no such chain or has no hidden layer.
     """
@@ -72,19 +79,19 @@ def read_chain(model: nn.Module) -> Chain:
     return _assemble(_steps_of_module(model, ""))
 
 
-def check_parameters(chain: Chain, indices: Iterable[int]) -> None:
-    """Raise unless the weight layers `indices` (0-based) can be rewritten in place, and all layers computed with.
+def check_parameters(chain: Chain) -> None:
+    """Raise unless all weight layers can be computed with, and rewritten in place.
 
-    All parameters of the chain: plain dense tensors of one floating dtype on one device (not meta), finite, no two of
-    them sharing memory. Those of `indices` in addition: contiguous and not frozen. TypeError for wrong kinds of tensors
-    and dtypes, ValueError otherwise; the message has the parameter's qualified name.
+    Their parameters must be plain dense tensors of one floating dtype (16 bits or more) on one device (not meta),
+    finite, contiguous, not frozen, no two of them sharing memory. TypeError for wrong kinds of tensors and dtypes,
+    ValueError otherwise; the message has the parameter's qualified name.
     """
     parameters = list(chain.named_parameters())
     for name, parameter in parameters:
         _check_kind(name, parameter)
         _check_same_kind(name, parameter, *parameters[0])
     _check_untied(parameters)
-    for name, parameter in chain.named_parameters(indices):
+    for name, parameter in parameters:
         _check_writable(name, parameter)
     if not _all_finite(parameter for _, parameter in parameters):
         name = next(name for name, parameter in parameters if not _all_finite([parameter]))
@@ -92,36 +99,43 @@ def check_parameters(chain: Chain, indices: Iterable[int]) -> None:
 
 
 def check_batch(chain: Chain, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(x, y) of a batch that fits the chain; x is returned detached and as (n, d_0), flattened if the model does so.
+    """(x, y) of a batch that fits the chain; x is returned as by `check_inputs`.
 
-    x: (n, d_0), or (n, ...) for a model that flattens, finite, of the model's dtype and device, n ≥ 1.
     y: a tensor of n targets on the same device; its dtype and range are the loss's affair.
     """
     inputs, targets = _check_pair(batch)
+    flat = check_inputs(chain, inputs, "batch inputs")
+    _check_placed(chain, targets, "batch targets")
+    if targets.dim() == 0 or len(targets) != len(flat):
+        raise ValueError(
+            f"batch targets must have one entry for each of n={len(flat)} inputs, got shape {tuple(targets.shape)}"
+        )
+    return flat, targets
+
+
+def check_inputs(chain: Chain, inputs: Tensor, argument: str) -> Tensor:
+    """Samples that fit the chain, detached and as (n, d_0), flattened if the model does so.
+
+    inputs: (n, d_0), or (n, ...) for a model that flattens, finite, of the model's dtype and device, n ≥ 1; `argument`
+    is their name in the errors, TypeError for wrong kinds of tensors and dtypes, ValueError otherwise.
+    """
+    _check_placed(chain, inputs, argument)
     weight = chain.linears[0].weight
     if inputs.dtype != weight.dtype:
-        raise TypeError(f"batch inputs must have the model's dtype {weight.dtype}, got {inputs.dtype}")
-    for name, tensor in (("inputs", inputs), ("targets", targets)):
-        if tensor.device != weight.device:
-            raise ValueError(f"batch {name} must be on the model's device {weight.device}, got {tensor.device}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"batch {name} must be a dense tensor, got layout {tensor.layout}")
+        raise TypeError(f"{argument} must have the model's dtype {weight.dtype}, got {inputs.dtype}")
+    _check_real(argument, inputs)
     flat = inputs.detach()
     if chain.flattens and flat.dim() > 2:
         flat = flat.flatten(1)
     features = weight.shape[1]
     if flat.dim() != 2 or flat.shape[1] != features:
         hint = "" if chain.flattens or flat.dim() <= 2 else " (the model has no Flatten before its first Linear)"
-        raise ValueError(f"batch inputs must have shape (n, d_in={features}), got {tuple(inputs.shape)}{hint}")
+        raise ValueError(f"{argument} must have shape (n, d_in={features}), got {tuple(inputs.shape)}{hint}")
     if len(flat) == 0:
-        raise ValueError("batch must hold at least one sample, got 0")
-    if targets.dim() == 0 or len(targets) != len(flat):
-        raise ValueError(
-            f"batch targets must have one entry for each of n={len(flat)} inputs, got shape {tuple(targets.shape)}"
-        )
+        raise ValueError(f"{argument} must hold at least one sample, got 0")
     if not _all_finite([flat]):
-        raise ValueError("batch inputs must be finite, got NaN or Inf")
-    return flat, targets
+        raise ValueError(f"{argument} must be finite, got NaN or Inf")
+    return flat
 
 
 # --- steps: what a module does, one after the other -------------------------------------------------------------
@@ -251,7 +265,12 @@ def _steps_of_torch_module(module: nn.Module, where: str) -> list[Activation | _
 
 
 class _Tracer(fx.Tracer):
-    """Records the calls that one forward makes; submodules are read by themselves, so none is entered here."""
+    """Records the calls that one forward makes of one input; submodules are read by themselves, so none is entered."""
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -265,8 +284,6 @@ def _steps_of_traced(module: nn.Module, where: str) -> list[_Step]:
     for node in _trace(module, where).nodes:
         place = f"{where}.{node.name}" if where else node.name
         if node.op == "placeholder":
-            if current is not None:
-                raise _no_chain(where, "a forward with one argument", f"a second one, {node.target!r}")
             current = node
         elif (part := _part_of_shape(node, shapes)) is not None:
             shapes[node] = part
@@ -283,16 +300,25 @@ def _steps_of_traced(module: nn.Module, where: str) -> list[_Step]:
 
 
 def _trace(module: nn.Module, where: str) -> fx.Graph:
-    attributes = dict(vars(module))  # a forward may keep its intermediate values, which are symbolic here
     try:
-        return _Tracer().trace(module)
+        return _Tracer().trace(_stand_in(module))
     except Exception as error:  # whatever a forward raises on symbolic values
         raise _no_chain(
-            where, "a forward that torch.fx can trace", f"{type(module).__name__}, {type(error).__name__}: {error}"
+            where,
+            "a forward of one tensor that torch.fx can trace",
+            f"{type(module).__name__}, {type(error).__name__}: {error}",
         ) from error
-    finally:
-        vars(module).clear()
-        vars(module).update(attributes)
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    """The same module over again, where a forward can keep its intermediate values, which are symbolic when traced."""
+    twin = object.__new__(type(module))
+    for name, value in vars(module).items():
+        vars(twin)[name] = copy.copy(value) if isinstance(value, _CONTAINERS) else value
+    return twin
+
+
+_CONTAINERS = (list, dict, set, collections.deque)
 
 
 _SHAPE, _ROWS = "shape", "n"  # what shape arithmetic on a batch may yield here: its shape and its first entry
@@ -408,8 +434,30 @@ def _check_kind(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(f"parameter {name!r} must hold data, got a tensor on the meta device")
     if parameter.numel() == 0:
         raise ValueError(f"parameter {name!r} must have elements, got shape {tuple(parameter.shape)}")
-    if not parameter.is_floating_point():
-        raise TypeError(f"parameter {name!r} must be of a real floating dtype, got {parameter.dtype}")
+    _check_real(f"parameter {name!r}", parameter)
+
+
+def _check_real(argument: str, tensor: Tensor) -> None:
+    """Raise for dtypes without the arithmetic of real numbers, such as float8."""
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{argument} must be of a real floating dtype, got {tensor.dtype} (known are "
+            f"{', '.join(map(str, _DTYPES))})"
+        )
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_placed(chain: Chain, tensor: Tensor, argument: str) -> None:
+    """Raise unless `tensor` is a dense tensor on the model's device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{argument} must be a dense tensor, got layout {tensor.layout}")
+    device = chain.linears[0].weight.device
+    if tensor.device != device:
+        raise ValueError(f"{argument} must be on the model's device {device}, got {tensor.device}")
 
 
 def _check_same_kind(name: str, parameter: nn.Parameter, first_name: str, first: nn.Parameter) -> None:
@@ -459,7 +507,4 @@ def _check_pair(batch: object) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise TypeError(f"batch must be a pair (inputs, targets) of tensors, got {type(batch).__name__}{size}")
-    for name, tensor in zip(("inputs", "targets"), batch, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"batch {name} must be a tensor, got {type(tensor).__name__}")
     return batch[0], batch[1]

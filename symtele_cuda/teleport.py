@@ -14,19 +14,14 @@ from .action import Network, Plan, State, StepFailed, form_weights, initial_stat
 from .errors import TeleportError
 from .loss import LossFunction
 from .measurement import Measurement, measure, relative_change
-from .mlp import Chain, check_batch, check_parameters, read_chain
+from .mlp import Chain, check_parameters, read_chain
 from .objectives import GradNorm, Objective
-from .options import Options, check_layers, make_options
+from .options import Options, make_options
 from .paths import choose_path
-from .pinv import condition_from_gram, gram, invert_gram
 from .planning import make_plan, match_inputs
-from .problem import Holdout, Problem, layer_inputs, parameters_kept, read_network
+from .problem import Holdout, Problem, parameters_kept
 from .report import TeleportReport
 from .search import Search, SearchResult, ascend, ascend_fixed
-
-# `batch_size="auto"` keeps the layers' inputs below this condition number. Float32 would bear more, the data outside
-# the batch would not: the nearer the samples are to dependence, the larger the weights that tell them apart.
-GOOD_CONDITION = 200.0
 
 
 def teleport_mlp(
@@ -115,7 +110,7 @@ def teleport_mlp(
         raise TeleportError(
             "teleport_mlp cannot run inside torch.inference_mode(), expected torch.no_grad() or neither"
         )
-    check_parameters(chain, range(len(chain.linears)))
+    check_parameters(chain)
     device_type = chain.linears[0].weight.device.type
     with torch.no_grad(), torch.autocast(device_type, enabled=False), parameters_kept(chain):
         problem = Problem.make(model, chain, batch, loss_fn)
@@ -124,24 +119,6 @@ def teleport_mlp(
         if report.accepted:
             _write(chain, weights)
     return replace(report, seconds=time.perf_counter() - start)
-
-
-def matched_batch_size(model: nn.Module, x: Tensor, layers: Sequence[int] | None = None) -> int:
-    """The largest n so that the first n samples of `x` are matched, and well conditioned, as the hidden layers' inputs.
-
-    Of all hidden layers, or of those that `layers` (1..m) names. At least 1. The condition number of the leading rows
-    grows with their number, so n is found by bisection.
-    """
-    chain = read_chain(model)
-    network = read_network(chain)
-    named = range(1, len(network)) if layers is None else check_layers(layers, len(network) - 1)
-    with torch.no_grad():
-        samples = check_batch(chain, (x, torch.zeros(len(x), device=x.device)))[0].to(network.weights[0].dtype)
-        inputs = layer_inputs(network, samples, network.forward(samples))
-        size = len(samples)
-        for values, bias in ((inputs[k - 1], network.biases[k - 1] is not None) for k in named):
-            size = _leading_rows(gram(values[:size], bias), min(size, values.shape[1] + bias))
-    return size
 
 
 def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple[TeleportReport, Network]:
@@ -267,23 +244,6 @@ def _no_gain(options: Options, before: Measurement, after: Measurement) -> str |
         return None
     gained = after.objective > before.objective if options.objective.maximise else after.objective < before.objective
     return None if gained else "the objective did not improve"
-
-
-def _leading_rows(gram_matrix: Tensor, most: int) -> int:
-    """The largest number of leading rows, up to `most`, whose Gram matrix is well conditioned."""
-
-    def good(size: int) -> bool:
-        leading = gram_matrix[:size, :size]
-        inverse = invert_gram(leading)
-        return inverse is not None and condition_from_gram(leading, inverse) <= GOOD_CONDITION
-
-    if good(most):
-        return most
-    low, high = 1, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if good(middle) else (low, middle)
-    return low
 
 
 def _round(network: Network, outputs: list[Tensor], problem: Problem) -> tuple[Network, list[Tensor]]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_int, check_name
 from .loss import LossFunction
 from .mlp import Chain, check_batch, read_chain
 from .objectives import Objective
-from .options import check_int, check_name, make_options
+from .options import make_options
 from .report import LayerReport, TeleportReport
+from .sampling import matched_samples
 from .search import StepRecord
-from .teleport import matched_batch_size, teleport_mlp
+from .teleport import teleport_mlp
 
 AUTO_BATCH_SIZE = 200  # the most samples that batch_size="auto" gathers
 OPTIMIZER_STATES = ("keep", "reset")
@@ -46,6 +48,15 @@ class Schedule:
 AFTER_ONE_EPOCH = Schedule(epochs=(1,), teleports_per_epoch=4)
 
 
+@dataclass(frozen=True)
+class _Progress:
+    """Where a teleporter is in an epoch: the teleports done, and the batches gathered for the next one."""
+
+    epoch: int | None = None
+    done: int = 0
+    gathered: tuple[Batch, ...] = ()
+
+
 class Teleporter:
     """Teleports a model in its training loop, with one line at the top of the loop's body:
 
@@ -66,13 +77,14 @@ class Teleporter:
         loss_fn: loss_fn(outputs, y) → scalar; default as for `teleport_mlp`.
         schedule: a Schedule; the default is four teleports in epoch 1.
         batch_size: samples of one teleport. "auto" gathers the smaller of 200 and the number of columns of the inputs
-            of the teleported layers (the bias' column included), and uses as many of the first ones as all layers can
-            match with a good condition number; `report.layers[0].n` says how many.
+            of the teleported layers (the bias' column included), and teleports on those of them that all these layers
+            can tell apart well, `matched_samples`; `report.layers[0].n` says how many.
         optimizer_state: "keep", or "reset" to empty the optimizer's state of the model's parameters after each accepted
             teleport.
         objective: as for `teleport_mlp`. "lookahead" needs the rate of plain gradient descent: `lr` if given, else it
             is read from a torch.optim.SGD at every teleport (schedulers are followed) as the length of its averaged
             step, lr·(1 − dampening)/(1 − momentum), the largest over the groups that hold parameters of the model.
+            While it is 0, as at the start of a warm-up, `step` does nothing: there is no step to look ahead to.
         **options: the other keyword arguments of `teleport_mlp`.
 
     Attributes:
@@ -105,6 +117,8 @@ class Teleporter:
         check_name("optimizer_state", optimizer_state, OPTIMIZER_STATES)
         options["objective"] = objective
         self._lr_is_read = objective == "lookahead" and options.get("lr") is None
+        if objective == "lookahead":
+            _check_minimises(optimizer, model)
         if self._lr_is_read:
             _plain_rate(optimizer, model)
         # A scheduler may start at lr = 0: an lr that is read counts at the teleports only.
@@ -113,11 +127,9 @@ class Teleporter:
         self.optimizer_state = optimizer_state
         self.reports: list[TeleportReport] = []
         self._options = options
-        self._fit_batch = batch_size == "auto"
-        self._wanted = _most_matched(chain, layers) if self._fit_batch else _check_batch_size(batch_size)
-        self._epoch: int | None = None
-        self._done = 0
-        self._gathered: tuple[Batch, ...] = ()
+        self._selects = batch_size == "auto"
+        self._wanted = _most_matched(chain, layers) if self._selects else _check_batch_size(batch_size)
+        self._progress = _Progress()
 
     def step(self, batch: Batch, *, epoch: int) -> TeleportReport | None:
         """Gather or teleport as the schedule says; the report if there was a teleport, else None.
@@ -125,59 +137,113 @@ class Teleporter:
         If it raises, the samples gathered and the teleports counted are what they were before.
         """
         epoch = check_int("epoch", epoch, at_least=0)
-        if epoch != self._epoch:
-            self._epoch, self._done, self._gathered = epoch, 0, ()
-        if epoch not in self.schedule.epochs or self._done >= self.schedule.teleports_per_epoch:
-            return None
-        check_batch(read_chain(self.model), batch)
-        inputs, targets = batch[0].detach(), batch[1].detach()
-        pending = (*self._gathered, (inputs, targets))
-        _check_alike(pending)
-        if sum(len(x) for x, _ in pending) < self._wanted:
-            self._gathered = (*self._gathered, (inputs.clone(), targets.clone()))
-            return None
-        report = self._teleport(*(torch.cat(tensors)[: self._wanted] for tensors in zip(*pending, strict=True)))
-        self._done, self._gathered = self._done + 1, ()
-        self.reports.append(report)
+        progress = self._progress if epoch == self._progress.epoch else _Progress(epoch)
+        report = None
+        if self._is_due(progress):
+            progress, report = self._advance(progress, batch)
+        self._progress = progress
+        if report is not None:
+            self.reports.append(report)
         return report
 
     def state_dict(self) -> dict[str, Any]:
         """Where the teleporter is, as tensors and plain values: `torch.load(..., weights_only=True)` reads it."""
         return {
-            "epoch": self._epoch,
-            "done": self._done,
-            "gathered": list(self._gathered),
+            "epoch": self._progress.epoch,
+            "done": self._progress.done,
+            "gathered": list(self._progress.gathered),
             "reports": [asdict(report) for report in self.reports],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the teleporter that gave `state` was; schedule and options are the constructor's."""
+        """Go on where the teleporter that gave `state` was; schedule and options are the constructor's.
+
+        All or nothing.
+
+        Raises:
+            TypeError, ValueError: `state` is not what `state_dict` gives for such a model; nothing has changed.
+        """
         expected = set(self.state_dict())
         if not isinstance(state, Mapping) or set(state) != expected:
-            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state must have the entries {sorted(expected)}, got {got}")
-        device = next(self.model.parameters()).device
-        self._epoch, self._done = state["epoch"], state["done"]
-        self._gathered = tuple((x.to(device), y.to(device)) for x, y in state["gathered"])
-        self.reports = [_restore_report(report) for report in state["reports"]]
+        progress = _Progress(
+            epoch=None if state["epoch"] is None else check_int("state: epoch", state["epoch"], at_least=0),
+            done=check_int("state: done", state["done"], at_least=0),
+            gathered=_restore_batches(state["gathered"], self.model),
+        )
+        reports = [_restore_report(values) for values in _check_list("state: reports", state["reports"])]
+        self._progress, self.reports = progress, reports
+
+    def _is_due(self, progress: _Progress) -> bool:
+        """Whether the schedule wants one more teleport, and the optimizer takes steps to look ahead to."""
+        if progress.epoch not in self.schedule.epochs or progress.done >= self.schedule.teleports_per_epoch:
+            return False
+        return not self._lr_is_read or _plain_rate(self.optimizer, self.model) != 0
+
+    def _advance(self, progress: _Progress, batch: Batch) -> tuple[_Progress, TeleportReport | None]:
+        """Gather `batch`, or teleport if that makes enough samples."""
+        check_batch(read_chain(self.model), batch)
+        inputs, targets = batch[0].detach(), batch[1].detach()
+        pending = (*progress.gathered, (inputs, targets))
+        _check_alike(pending)
+        if sum(len(x) for x, _ in pending) < self._wanted:
+            return replace(progress, gathered=(*progress.gathered, (inputs.clone(), targets.clone()))), None
+        report = self._teleport(*(torch.cat(tensors)[: self._wanted] for tensors in zip(*pending, strict=True)))
+        return _Progress(progress.epoch, progress.done + 1), report
 
     def _teleport(self, inputs: Tensor, targets: Tensor) -> TeleportReport:
         options = self._options
         if self._lr_is_read:
             options = options | {"lr": _plain_rate(self.optimizer, self.model)}
-        size = matched_batch_size(self.model, inputs, self._options.get("layers")) if self._fit_batch else len(inputs)
-        report = teleport_mlp(self.model, (inputs[:size], targets[:size]), self.loss_fn, **options)
+        if self._selects:
+            chosen = matched_samples(self.model, inputs, options.get("layers"))
+            inputs, targets = inputs[chosen], targets[chosen]
+        report = teleport_mlp(self.model, (inputs, targets), self.loss_fn, **options)
         if report.accepted and self.optimizer_state == "reset":
             for parameter in self.model.parameters():
                 self.optimizer.state.pop(parameter, None)
         return report
 
 
-def _restore_report(values: Mapping[str, Any]) -> TeleportReport:
-    """The inverse of dataclasses.asdict for a report."""
-    layers = tuple(LayerReport(**layer) for layer in values["layers"])
-    trace = tuple(StepRecord(**step) for step in values["trace"])
-    return TeleportReport(**{**values, "layers": layers, "trace": trace})
+def _restore_batches(batches: object, model: nn.Module) -> tuple[Batch, ...]:
+    """Gathered batches on the model's device, in memory of their own; raise unless they are batches for the model."""
+    chain, device = read_chain(model), next(model.parameters()).device
+    restored: tuple[Batch, ...] = ()
+    for batch in _check_list("state: gathered", batches):
+        try:
+            moved = tuple(t.detach().to(device, copy=True) if isinstance(t, Tensor) else t for t in batch)
+            check_batch(chain, moved)
+            restored = (*restored, (moved[0], moved[1]))
+            _check_alike(restored)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"state: gathered: {error}") from error
+    return restored
+
+
+def _restore_report(values: object) -> TeleportReport:
+    """The inverse of dataclasses.asdict for a report; raise unless `values` is what that gives."""
+    report = _restore(TeleportReport, values)
+    layers = tuple(_restore(LayerReport, layer) for layer in _check_list("state: report's layers", report.layers))
+    trace = tuple(_restore(StepRecord, step) for step in _check_list("state: report's trace", report.trace))
+    return replace(report, layers=layers, trace=trace)
+
+
+Record = TypeVar("Record", TeleportReport, LayerReport, StepRecord)
+
+
+def _restore(record: type[Record], values: object) -> Record:
+    names = {field.name for field in fields(record)}
+    if not isinstance(values, Mapping) or set(values) != names:
+        got = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+        raise ValueError(f"state: a {record.__name__} must have the entries {sorted(names)}, got {got}")
+    return record(**values)
+
+
+def _check_list(argument: str, value: object) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{argument} must be a list, got {type(value).__name__}")
+    return value
 
 
 def _plain_rate(optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
@@ -187,19 +253,29 @@ def _plain_rate(optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
             f'lr must be given for objective "lookahead" with the optimizer {type(optimizer).__name__}: its own lr is '
             "not the rate of a plain gradient step. Pass lr=, for example the rate at which plain SGD would be run"
         )
-    own = set(map(id, model.parameters()))
-    groups = [group for group in optimizer.param_groups if any(id(parameter) in own for parameter in group["params"])]
-    return max(_averaged_step_length(group) for group in groups)
+    return max(_averaged_step_length(group) for group in _groups_of(model, optimizer))
 
 
 def _averaged_step_length(group: Mapping[str, Any]) -> float:
     """By how much times the gradient a parameter of an SGD group moves in all, for a gradient that stays the same."""
-    lr, momentum = float(group["lr"]), float(group["momentum"])
-    if momentum == 0:
+    lr, momentum, dampening = (float(group[name]) for name in ("lr", "momentum", "dampening"))
+    if momentum == 0:  # SGD has no dampening then either
         return lr
-    if momentum >= 1:
-        raise ValueError(f"optimizer must have a momentum < 1 if lr is read from it, got {momentum}: pass lr=")
-    return lr * (1 - float(group["dampening"])) / (1 - momentum)
+    for name, value in (("momentum", momentum), ("dampening", dampening)):
+        if not value < 1:
+            raise ValueError(f"optimizer must have a {name} < 1 if lr is read from it, got {value}: pass lr=")
+    return lr * (1 - dampening) / (1 - momentum)
+
+
+def _check_minimises(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    if any(group.get("maximize", False) for group in _groups_of(model, optimizer)):
+        raise ValueError('optimizer must minimise the loss for objective "lookahead", got one with maximize=True')
+
+
+def _groups_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups that hold parameters of the model."""
+    own = set(map(id, model.parameters()))
+    return [group for group in optimizer.param_groups if any(id(parameter) in own for parameter in group["params"])]
 
 
 def _most_matched(chain: Chain, layers: Sequence[int] | None) -> int:
@@ -212,6 +288,8 @@ def _most_matched(chain: Chain, layers: Sequence[int] | None) -> int:
 def _check_optimizer(optimizer: object, model: nn.Module) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not _groups_of(model, optimizer):
+        raise ValueError("optimizer must hold all trainable parameters of the model, got one that holds none of them")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:

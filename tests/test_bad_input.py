@@ -223,7 +223,11 @@ CASES: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
         r"inputs must be on the model's device cpu, got meta",
     ),
     "batch: targets' device": (lambda: with_batch(y=Y.to("meta")), ValueError, r"targets must be on .* cpu, got meta"),
-    "batch: empty": (lambda: with_batch(X[:0], Y[:0]), ValueError, r"batch must hold at least one sample, got 0"),
+    "batch: empty": (
+        lambda: with_batch(X[:0], Y[:0]),
+        ValueError,
+        r"inputs must hold at least one sample, got 0",
+    ),
     "batch: NaN": (lambda: with_batch(X * NAN), ValueError, r"batch inputs must be finite, got NaN or Inf"),
     "batch: Inf": (lambda: with_batch(X / 0.0), ValueError, r"batch inputs must be finite, got NaN or Inf"),
     "targets: too few": (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from symtele_cuda.activations import ELU, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
-from symtele_cuda.mlp import Chain, check_batch, check_parameters, read_chain
+from symtele_cuda.mlp import Chain, check_batch, check_inputs, check_parameters, read_chain
 
 
 def plain(hidden: nn.Module | None = None) -> nn.Sequential:
@@ -160,17 +160,37 @@ def test_reading_leaves_the_model_alone() -> None:
     assert model.training
 
 
-def test_what_a_traced_forward_keeps_is_not_changed() -> None:
+def test_what_a_forward_keeps_does_not_reach_the_model() -> None:
     def keeping(m: Custom, x: Tensor) -> Tensor:
         m.kept = m.a(x)
+        m.history.append(m.kept)
+        m.by_name["last"] = m.kept
+        m.new = m.kept
+        m.register_buffer("late", torch.ones(1))
         return m.c(m.act(m.kept))
 
     model = Custom(keeping)
-    x = torch.ones(2, 4)
-    model(x)
-    kept = model.kept
-    read_chain(model)
+    kept = model.kept = torch.zeros(1)
+    model.history, model.by_name = [1], {}
+    before = dict(vars(model))
+    assert read_chain(model).names == ("a", "c")
     assert model.kept is kept
+    assert (model.history, model.by_name, dict(model.named_buffers())) == ([1], {}, {})
+    assert vars(model) == before
+
+
+def test_an_interrupted_trace_leaves_the_model_alone() -> None:
+    def interrupted(m: Custom, x: Tensor) -> Tensor:
+        m.kept = m.a(x)
+        seen.append(dict(vars(model)))
+        raise KeyboardInterrupt
+
+    model, seen = Custom(interrupted), list[dict]()
+    before = dict(vars(model))
+    with pytest.raises(KeyboardInterrupt):
+        read_chain(model)
+    assert seen == [before]
+    assert vars(model) == before
 
 
 def hooked(register: str) -> nn.Sequential:
@@ -190,8 +210,34 @@ class DoublingTanh(nn.Tanh):
 
 
 class TwoInputs(Custom):
-    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, scale: float) -> Tensor:  # type: ignore[override]
         return self.c(self.act(self.a(x)))
+
+
+class ScaledByDefault(Custom):
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        return self.c(self.act(scale * self.a(x)))
+
+
+class OptionalArguments(Custom):
+    def forward(self, x: Tensor, mask: Tensor | None = None, *others: Tensor, twice: bool = False) -> Tensor:
+        hidden = self.a(x) if mask is None else self.a(x) * mask
+        return self.c(self.act(self.b(hidden) if twice else hidden))
+
+
+class OneOfMany(Custom):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        return self.c(self.act(self.a(x)))
+
+
+@pytest.mark.parametrize("kind", [OptionalArguments, OneOfMany])
+def test_further_arguments_have_their_defaults(kind: type[Custom]) -> None:
+    model = kind(lambda m, x: x)
+    chain = read_chain(model)
+    x = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+    assert (chain.activations, chain.names) == ((Tanh(),), ("a", "c"))
+    assert torch.equal(run_chain(chain, x), model(x))
 
 
 def with_replaced_forward() -> nn.Sequential:
@@ -264,7 +310,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         with_replaced_forward,
         r"at '0' expected the forward of its class Linear, got one set on the instance",
     ),
-    "two inputs": (lambda: TwoInputs(lambda m, x: x), r"one argument, got a second one, 'scale'"),
+    "two inputs": (lambda: TwoInputs(lambda m, x: x), r"a forward of one tensor .* argument: 'scale'"),
+    "scaled by default": (lambda: ScaledByDefault(lambda m, x: x), r"at 'mul' .* got mul"),
     "residual": (
         lambda: Custom(lambda m, x: m.c(m.a(x) + m.b(m.a(x)))),
         r"expected a call on the result of the one before",
@@ -367,6 +414,11 @@ BAD_PARAMETERS: dict[str, tuple[Callable[[], nn.Sequential], type[Exception], st
         TypeError,
         r"real floating dtype, got torch.int64",
     ),
+    "float8": (
+        set_weight(torch.ones(5, 4).to(torch.float8_e4m3fn), False),
+        TypeError,
+        r"'0.weight' must be of a real floating dtype, got torch.float8_e4m3fn \(known are torch.float64, ",
+    ),
     "no elements": (set_weight(torch.zeros(5, 0)), ValueError, r"'0.weight' must have elements, got shape \(5, 0\)"),
     "tensor subclass": (
         changed(lambda m: setattr(m[0], "weight", OwnParameter(torch.zeros(5, 4)))),
@@ -382,16 +434,20 @@ def test_bad_parameters_are_named(name: str) -> None:
     make, error, text = BAD_PARAMETERS[name]
     chain = read_chain(make())
     with pytest.raises(error, match=text):
-        check_parameters(chain, range(len(chain.linears)))
+        check_parameters(chain)
 
 
-def test_only_rewritten_layers_need_be_writable() -> None:
-    model = plain()
-    model[2].weight.requires_grad_(False)
-    chain = read_chain(model)
-    check_parameters(chain, [0])
-    with pytest.raises(ValueError, match=r"'2.weight' must be trainable"):
-        check_parameters(chain, [0, 1])
+def test_a_batch_of_a_dtype_without_arithmetic() -> None:
+    model = plain().to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"batch inputs must be of a real floating dtype, got torch.float8_e4m3fn"):
+        check_batch(read_chain(model), (X.to(torch.float8_e4m3fn), Y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_with_arithmetic_pass(dtype: torch.dtype) -> None:
+    chain = read_chain(plain().to(dtype))
+    check_parameters(chain)
+    assert check_inputs(chain, X.to(dtype), "x").dtype == dtype
 
 
 def test_slices_of_one_buffer_are_not_tied() -> None:
@@ -402,7 +458,7 @@ def test_slices_of_one_buffer_are_not_tied() -> None:
         parameter.data = buffer[start : start + parameter.numel()].view_as(parameter)
         start += parameter.numel()
     chain = read_chain(model)
-    check_parameters(chain, [0, 1])
+    check_parameters(chain)
     assert len({p.untyped_storage().data_ptr() for _, p in chain.named_parameters()}) == 1
 
 
@@ -412,7 +468,7 @@ def test_large_finite_weights_pass_though_their_sum_overflows() -> None:
         model[0].weight.fill_(3e38)
     chain = read_chain(model)
     assert torch.isinf(model[0].weight.sum())
-    check_parameters(chain, [0, 1])
+    check_parameters(chain)
 
 
 X, Y = torch.ones(3, 4), torch.zeros(3, dtype=torch.int64)
@@ -433,7 +489,7 @@ BAD_BATCHES: dict[str, tuple[object, type[Exception], str]] = {
     "features": ((torch.ones(3, 7), Y), ValueError, r"shape \(n, d_in=4\), got \(3, 7\)"),
     "one sample without n": ((torch.ones(4), Y), ValueError, r"shape \(n, d_in=4\), got \(4,\)"),
     "image without flatten": ((torch.ones(3, 2, 2), Y), ValueError, r"got \(3, 2, 2\) \(the model has no Flatten"),
-    "empty": ((X[:0], Y[:0]), ValueError, r"batch must hold at least one sample, got 0"),
+    "empty": ((X[:0], Y[:0]), ValueError, r"batch inputs must hold at least one sample, got 0"),
     "targets missing": ((X, Y[:2]), ValueError, r"one entry for each of n=3 inputs, got shape \(2,\)"),
     "scalar target": ((X, Y[0]), ValueError, r"one entry for each of n=3 inputs, got shape \(\)"),
     "NaN": ((X * torch.nan, Y), ValueError, r"batch inputs must be finite, got NaN or Inf"),

@@ -356,15 +356,3 @@ def test_the_same_call_gives_the_same_weights():
     for model in (first, second):
         st.teleport_mlp(model, (x, y), objective="lookahead", lr=0.1)
     assert unchanged(first, snapshot(second))
-
-
-def test_matched_batch_size_stops_before_the_first_dependent_sample():
-    model = make_mlp([30, 40, 36, 5])
-    x, _ = make_batch(25, 30, 5)
-    x[20] = x[3]
-    assert st.matched_batch_size(model, x[:15]) == 15
-    assert st.matched_batch_size(model, x) == 20
-    x, _ = make_batch(60, 30, 5)
-    n = st.matched_batch_size(model, x)
-    assert 20 <= n <= 31  # 30 inputs and the bias
-    assert st.teleport_mlp(model, (x[:n], make_batch(n, 30, 5)[1])).accepted

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import symtele_cuda as st
+from symtele_cuda.sampling import matched_samples
 from symtele_cuda.teleporter import Batch
 
 EVERY_EPOCH = st.Schedule(epochs=range(10), teleports_per_epoch=100)
@@ -157,11 +158,12 @@ def test_auto_gathers_what_the_widths_allow(bias: bool, layers: list[int] | None
     teleporter = make_teleporter(model, batch_size="auto", layers=layers)
     batches = make_batches(most, size=1)
     expected = copy.deepcopy(model)
-    n = st.matched_batch_size(model, join(batches)[0], layers)
+    chosen = matched_samples(model, join(batches)[0], layers)
     reports = [teleporter.step(batch, epoch=0) for batch in batches]
     assert [report is not None for report in reports] == [False] * (most - 1) + [True]
-    assert reports[-1].layers[0].n == n <= most
-    st.teleport_mlp(expected, join(batches, n), objective="lookahead", lr=0.05, layers=layers)
+    assert reports[-1].layers[0].n == len(chosen)
+    x, y = join(batches)
+    st.teleport_mlp(expected, (x[chosen], y[chosen]), objective="lookahead", lr=0.05, layers=layers)
     assert_same_parameters(model, expected)
 
 
@@ -173,16 +175,26 @@ def test_auto_gathers_at_most_200() -> None:
     assert teleporter.step((x[:199], y[:199]), epoch=0) is None
     report = teleporter.step((x[199:], y[199:]), epoch=0)
     assert report is not None
-    assert report.layers[0].n == st.matched_batch_size(model, x[:200])
+    assert report.layers[0].n == len(matched_samples(model, x[:200])) <= 200
 
 
-def test_auto_uses_fewer_samples_where_they_repeat() -> None:
-    (x, y), model = join(make_batches(2)), make_model()
-    x[5] = x[2]
+@pytest.mark.parametrize("copied", [1, 5])
+def test_auto_leaves_out_samples_that_repeat(copied: int) -> None:
+    (x, y), model = join(make_batches(2), 7), make_model()
+    others = [row for row in range(7) if row != copied]
+    x[copied] = x[0]
+    expected = copy.deepcopy(model)
     report = make_teleporter(model, batch_size="auto").step((x, y), epoch=0)
     assert report is not None
-    assert report.layers[0].n == 5
-    assert report.layers[0].rank == 5
+    assert (report.layers[0].n, report.layers[0].rank) == (6, 6)
+    st.teleport_mlp(expected, (x[others], y[others]), objective="lookahead", lr=0.05)
+    assert_same_parameters(model, expected)
+
+
+def test_auto_without_an_independent_sample_is_an_error() -> None:
+    model = make_model(bias=False)
+    with pytest.raises(st.TeleportError, match="x: expected a sample that is finite and not zero"):
+        make_teleporter(model, batch_size="auto").step((torch.zeros(6, 6).double(), torch.zeros(6).long()), epoch=0)
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------
@@ -271,12 +283,74 @@ def test_a_report_survives_the_state_dict() -> None:
     assert str(other.teleporter.reports[0]) == str(report)
 
 
-@pytest.mark.parametrize(
-    ("state", "text"), [({}, r"entries \['done', 'epoch', 'gathered', 'reports'\], got \[\]"), ([1], "got list")]
-)
-def test_a_foreign_state_is_refused(state: object, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        make_teleporter(make_model()).load_state_dict(state)  # type: ignore[arg-type]
+def set_entry(*path: object, value: object) -> Callable[[dict], dict]:
+    """A change of a state: the entry at `path` becomes `value`."""
+
+    def change(state: dict) -> dict:
+        state = {**state, "gathered": list(map(list, state["gathered"]))}
+        functools.reduce(lambda entries, key: entries[key], path[:-1], state)[path[-1]] = value
+        return state
+
+    return change
+
+
+X, Y = make_batches(1)[0]
+BAD_STATES: dict[str, tuple[Callable[[dict], object], type[Exception], str]] = {
+    "empty": (
+        lambda state: {},
+        ValueError,
+        r"state must have the entries \['done', 'epoch', 'gathered', 'reports'\], got \[\]",
+    ),
+    "list": (lambda state: [1], ValueError, "state must have .* got list"),
+    "one entry too many": (lambda state: {**state, 1: 2}, ValueError, r"got \['1', 'done'"),
+    "epoch": (set_entry("epoch", value="1"), TypeError, "state: epoch must be an int, got '1'"),
+    "negative epoch": (set_entry("epoch", value=-1), ValueError, "state: epoch must be >= 0, got -1"),
+    "done": (set_entry("done", value=None), TypeError, "state: done must be an int, got None"),
+    "gathered": (set_entry("gathered", value="ab"), TypeError, "state: gathered must be a list, got str"),
+    "no pair": (set_entry("gathered", value=[[X]]), TypeError, "state: gathered: batch must be a pair .* length 1"),
+    "no batch": (set_entry("gathered", value=[1]), TypeError, "state: gathered: "),
+    "no tensor": (set_entry("gathered", 0, 1, value=[1]), TypeError, "gathered: batch targets must be a tensor"),
+    "another model's": (
+        set_entry("gathered", 0, 0, value=torch.ones(4, 5).double()),
+        ValueError,
+        r"state: gathered: batch inputs must have shape \(n, d_in=6\), got \(4, 5\)",
+    ),
+    "dtype": (set_entry("gathered", 0, 0, value=X.float()), TypeError, "gathered: .* dtype torch.float64, got"),
+    "unlike": (set_entry("gathered", value=[[X, Y], [X, Y.double()]]), ValueError, "must be like those gathered"),
+    "reports": (set_entry("reports", value={}), TypeError, "state: reports must be a list, got dict"),
+    "report": (set_entry("reports", 0, value=3), ValueError, "state: a TeleportReport must have .* got int"),
+    "report without time": (
+        lambda state: {**state, "reports": [{k: v for k, v in state["reports"][0].items() if k != "seconds"}]},
+        ValueError,
+        "state: a TeleportReport must have the entries .* got ",
+    ),
+    "layer": (set_entry("reports", 0, "layers", value=[{}]), ValueError, r"state: a LayerReport .* got \[\]"),
+    "trace": (set_entry("reports", 0, "trace", value=None), TypeError, "report's trace must be a list, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_a_bad_state_is_refused_as_a_whole(name: str) -> None:
+    change, error, text = BAD_STATES[name]
+    run, other = Run("momentum", "keep"), Run("momentum", "keep")
+    run.train(0, 13)
+    other.train(0, 10)
+    before = other.save()
+    with pytest.raises(error, match=text):
+        other.teleporter.load_state_dict(change(run.teleporter.state_dict()))  # type: ignore[arg-type]
+    assert other.save() == before
+
+
+def test_a_loaded_state_shares_no_memory_with_the_one_given() -> None:
+    batches, models = make_batches(2), (make_model(), make_model())
+    teleporter, reference = map(make_teleporter, models)
+    reference.step(batches[0], epoch=0)
+    state = reference.state_dict()
+    teleporter.load_state_dict(state)
+    reference.step(batches[1], epoch=0)
+    state["gathered"][0][0].zero_()
+    assert teleporter.step(batches[1], epoch=0) is not None
+    assert_same_parameters(*models)
 
 
 # --- the optimizer ------------------------------------------------------------------------------------------------
@@ -385,6 +459,30 @@ def test_lr_follows_a_scheduler() -> None:
         scheduler.step()
 
 
+@pytest.mark.parametrize("gathered", [0, 1])
+def test_a_teleport_waits_while_lr_is_zero(gathered: int) -> None:
+    model, batches = make_model(), make_batches(5)
+    expected, wanted = copy.deepcopy(model), [*batches[:gathered], *batches[3:]][:2]
+    optimizer = make_sgd(model, 0.05 if gathered else 0.0)
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=8)
+    for batch in batches[:gathered]:
+        assert teleporter.step(batch, epoch=0) is None
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert [teleporter.step(batch, epoch=0) for batch in batches[gathered:3]] == [None] * (3 - gathered)
+    assert_same_parameters(model, expected)
+    optimizer.param_groups[0]["lr"] = 0.05
+    reports = [teleporter.step(batch, epoch=0) for batch in batches[3:]]
+    assert [report is not None for report in reports] == ([True, False] if gathered else [False, True])
+    st.teleport_mlp(expected, join(wanted), objective="lookahead", lr=0.05)
+    assert_same_parameters(model, expected)
+
+
+def test_objectives_that_need_no_lr_do_not_wait_for_it() -> None:
+    (batch,), model = make_batches(1), make_model()
+    teleporter = st.Teleporter(model, make_sgd(model, 0.0), schedule=EVERY_EPOCH, batch_size=4, objective="grad_norm")
+    assert teleporter.step(batch, epoch=0) is not None
+
+
 def test_lr_is_the_largest_of_the_models_groups() -> None:
     model, other, (batch,) = make_model(), nn.Parameter(torch.ones(2)), make_batches(1)
     expected = copy.deepcopy(model)
@@ -463,6 +561,19 @@ def test_an_error_leaves_gathering_where_it_was() -> None:
     assert_same_parameters(model, expected)
 
 
+def test_an_error_in_a_new_epoch_leaves_the_old_one_where_it_was() -> None:
+    batches, models = make_batches(3), (make_model(), make_model())
+    teleporter, reference = map(make_teleporter, models)
+    for each in (teleporter, reference):
+        each.step(batches[0], epoch=0)
+    with pytest.raises(TypeError, match="batch must be a pair"):
+        teleporter.step("no batch", epoch=1)  # type: ignore[arg-type]
+    assert teleporter.state_dict()["epoch"] == 0
+    for each in (teleporter, reference):
+        assert each.step(batches[1], epoch=0) is not None
+    assert_same_parameters(*models)
+
+
 @pytest.mark.parametrize(
     ("epoch", "error", "text"),
     [
@@ -512,6 +623,31 @@ CONSTRUCTION: dict[str, tuple[Callable[[nn.Module], object], dict, type[Exceptio
     ),
     "adam without lr": (adam, {}, ValueError, r'lr must be given for objective "lookahead" with the optimizer Adam'),
     "momentum 1": (lambda model: make_sgd(model, momentum=1.0), {}, ValueError, "momentum < 1 .* got 1.0"),
+    "dampening 1": (
+        lambda model: make_sgd(model, momentum=0.5, dampening=1.0),
+        {},
+        ValueError,
+        "dampening < 1 .* got 1.0: pass lr=",
+    ),
+    "dampening 2": (lambda model: make_sgd(model, momentum=0.5, dampening=2.0), {}, ValueError, "dampening < 1"),
+    "maximize": (
+        lambda model: make_sgd(model, maximize=True),
+        {},
+        ValueError,
+        'optimizer must minimise the loss for objective "lookahead", got one with maximize=True',
+    ),
+    "maximize with lr": (
+        lambda model: torch.optim.Adam(model.parameters(), maximize=True),
+        {"lr": 0.1},
+        ValueError,
+        "got one with maximize=True",
+    ),
+    "nothing of the model": (
+        lambda model: make_sgd(make_model()),
+        {},
+        ValueError,
+        "optimizer must hold .* got one that holds none of them",
+    ),
     "schedule": (make_sgd, {"schedule": [1]}, TypeError, "schedule must be a Schedule, got list"),
     "loss_fn": (make_sgd, {"loss_fn": "mse"}, TypeError, "loss_fn must be callable .* got str"),
     "batch size 0": (make_sgd, {"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),

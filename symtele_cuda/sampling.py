@@ -1,0 +1,141 @@
+"""Which samples of a batch to teleport on: those that the layers' inputs can tell apart well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import TeleportError
+from .mlp import check_inputs, check_parameters, read_chain
+from .options import check_layers
+from .pinv import condition_from_gram, gram, invert_gram
+from .problem import layer_inputs, read_network
+
+# Float32 would bear more, the data outside the batch would not: the nearer the samples are to dependence, the larger
+# the weights that tell them apart.
+GOOD_CONDITION = 200.0
+
+
+def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+    """Indices of samples of `x` that are independent, and well conditioned, as the inputs of the hidden layers.
+
+    The samples are taken in order, greedily. Sample i is skipped if with it κ₂([B, 1]) > 200 (no column of ones
+    without bias) in the input B = B_{k−1} of any hidden layer k that counts; no more are taken than the narrowest
+    input has columns. Because κ₂ does not fall when rows are added, a sample that is skipped once would not fit later
+    either, and a duplicate costs one sample and not all those behind it.
+
+    How it is found: K = [B, 1][B, 1]ᵀ = C Cᵀ row by row (Cholesky, float64). With the rows taken so far, c the solution
+    of C c = k_i and d² = k_ii − ‖c‖² the squared distance of row i from their span, the new factor is [[C, 0], [cᵀ, d]]
+    and its extreme singular values are followed by incremental condition estimation (Bischof 1990, SIAM J. Matrix Anal.
+    Appl. 11): from unit vectors v with ‖C v‖ = s ≈ σ the next ones are [p v, q], (p, q) being an eigenvector of
+
+        [s² + α², α d; α d, d²],   α = cᵀ v,   and the next s² its eigenvalue.
+
+    As this κ₂ is estimated from below, the samples taken last are dropped, by bisection, until `condition_from_gram`
+    is at most 200 too.
+
+    Args:
+        model: a chain as for `teleport_mlp`; its parameters and the random state are not changed.
+        x: samples (N×d_0, or what the model flattens to it), of the model's dtype and device; a few hundred, as the
+            memory grows with N².
+        layers: the hidden layers k = 1..m that count; default: all.
+
+    Returns:
+        Increasing int64 indices into x, on its device; at least one. Deterministic on the CPU.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above, or a parameter of the model is not what
+            `teleport_mlp` asks for (NaN or Inf in it, frozen, ...).
+        TeleportError: no sample can be taken, because all are zero in the input of a layer without bias, or not finite.
+    """
+    chain = read_chain(model)
+    named = range(1, len(chain.linears)) if layers is None else check_layers(layers, len(chain.linears) - 1)
+    check_parameters(chain)
+    flat = check_inputs(chain, x, "x")
+    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
+        network = read_network(chain)
+        samples = flat.to(network.weights[0].dtype)
+        inputs = layer_inputs(network, samples, network.forward(samples))
+        biased = [bias is not None for bias in network.biases]
+        grams = torch.stack([gram(inputs[k - 1], biased[k - 1]) for k in named]).cpu()  # row by row is slow on a GPU
+    squares = grams.diagonal(dim1=1, dim2=2)
+    usable = (squares.isfinite() & (squares > 0)).all(0).nonzero()[:, 0]
+    if len(usable) == 0:
+        raise TeleportError(
+            f"x: expected a sample that is finite and not zero in the inputs of the hidden layers {list(named)}, "
+            f"got none among {len(flat)}"
+        )
+    columns = min(inputs[k - 1].shape[1] + biased[k - 1] for k in named)
+    taken = usable[_independent_rows(_restrict(grams, usable).numpy(), columns)]
+    return taken[: _well_conditioned_rows(_restrict(grams, taken))].to(x.device)
+
+
+def _restrict(grams: Tensor, rows: Tensor) -> Tensor:
+    return grams[:, rows[:, None], rows]
+
+
+def _independent_rows(grams: np.ndarray, most: int) -> list[int]:
+    """The rows, `most` at most, that `matched_samples` takes by its estimate of κ₂.
+
+    grams: K of each layer's input (layers×n×n), no row of which is zero.
+    """
+    grams = grams / np.diagonal(grams, axis1=1, axis2=2).max(1)[:, None, None]
+    layers, n = grams.shape[:2]
+    taken: list[int] = []
+    factor = np.zeros((layers, n, min(n, most)))  # of every row the c, which for the rows taken is their row of C
+    extremes = np.tile([2.0, 0.0], (layers, 1))  # s² below and above; the first row, at most 1, will be both
+    vectors = np.zeros((layers, 2, min(n, most)))  # their v
+    for row in range(n):
+        count = len(taken)
+        if count == most:
+            break
+        components = factor[:, row, :count]
+        distances = grams[:, row, row] - np.square(components).sum(1)
+        if distances.min() <= 0:
+            continue
+        values, turns = _extend_extremes(extremes, vectors[:, :, :count], components, distances)
+        if (values[:, 1] > GOOD_CONDITION**2 * values[:, 0]).any():
+            continue
+        extremes = values
+        vectors[:, :, :count] *= turns[:, :, :1]
+        vectors[:, :, count] = turns[:, :, 1]
+        rest = grams[:, row:, row] - np.einsum("lit,lt->li", factor[:, row:, :count], components)
+        factor[:, row:, count] = rest / np.sqrt(distances)[:, None]
+        taken.append(row)
+    return taken
+
+
+def _extend_extremes(
+    extremes: np.ndarray, vectors: np.ndarray, components: np.ndarray, distances: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The next smallest and largest s² (layers×2) and their (p, q) (layers×2×2), from those so far, c and d²."""
+    overlaps = np.einsum("let,lt->le", vectors, components)  # α
+    matrices = np.empty((*extremes.shape, 2, 2))
+    matrices[..., 0, 0] = extremes + overlaps**2
+    matrices[..., 0, 1] = matrices[..., 1, 0] = overlaps * np.sqrt(distances)[:, None]
+    matrices[..., 1, 1] = distances[:, None]
+    values, axes = np.linalg.eigh(matrices)  # ascending
+    return np.stack([values[:, 0, 0], values[:, 1, 1]], 1), np.stack([axes[:, 0, :, 0], axes[:, 1, :, 1]], 1)
+
+
+def _well_conditioned_rows(grams: Tensor) -> int:
+    """The largest number of leading rows whose Gram matrices (layers×n×n) are well conditioned; at least 1."""
+
+    def good(size: int) -> bool:
+        return all(_condition(matrix) <= GOOD_CONDITION for matrix in grams[:, :size, :size])
+
+    low, beyond = 1, grams.shape[1] + 1
+    middle = beyond - 1  # first of all, as mostly all are good
+    while beyond - low > 1:
+        low, beyond = (middle, beyond) if good(middle) else (low, middle)
+        middle = (low + beyond) // 2
+    return low
+
+
+def _condition(gram_matrix: Tensor) -> float:
+    inverse = invert_gram(gram_matrix)
+    return math.inf if inverse is None else condition_from_gram(gram_matrix, inverse)
