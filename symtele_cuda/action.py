@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import Activation
-from .pinv import MAX_CONDITION, gram, invert_gram, pinv_of_matched
+from .pinv import MAX_CONDITION, MinimumNorm, gram, invert_gram
 
 # A step towards the edge of σ⁻¹'s domain goes at most this share of the way there.
 DOMAIN_SHARE = 0.5
@@ -355,15 +355,15 @@ def form_weights(
             assert reference is not None
             weights[layer] = reference
         elif plan.absorbs[layer]:
-            factor = pinv_of_matched(inputs, biases[layer] is not None)
-            if factor is None:
+            solution = MinimumNorm.of(inputs, biases[layer] is not None)
+            if solution is None:
                 raise StepFailed("the activations of the batch lost their full row rank")
             weight, bias = weights[layer], biases[layer]
             if plan.zero_reference[layer]:
                 weight, bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
             for _ in range(2 if layer == len(network) - 1 else 1):
                 image = F.linear(inputs, weight, bias) if image is None else image
-                change, image = (target - image).T @ factor, None
+                change, image = solution.change(target - image), None
                 if bias is None:
                     weight = change.add_(weight)
                 else:

@@ -72,12 +72,16 @@ def _backpropagate(network: Network, outputs: Sequence[Tensor], output_delta: Te
 
 
 def _squared_gradient_norm(network: Network, inputs: Sequence[Tensor], deltas: Sequence[Tensor]) -> float:
-    """‖∇L‖² = Σ_l ⟨δ_l, K_l δ_l⟩, or of the gradients themselves, ‖δ_lᵀ [B_l, 1]‖², where that sum cancels."""
+    """‖∇L‖² = Σ_l ‖δ_lᵀ [B_l, 1]‖², for large layers as ⟨δ_l, K_l δ_l⟩ unless that sum cancels."""
     total = 0.0
     for batch, bias, delta in zip(inputs, network.biases, deltas, strict=True):
-        gram_matrix = kernel(batch, batch, bias is not None)
-        square = float(delta.flatten() @ (gram_matrix @ delta).flatten())
-        if not square > CANCELLED * math.sqrt(float(squared_norm(gram_matrix))) * float(squared_norm(delta)):
+        (n, columns), rows = batch.shape, delta.shape[1]
+        square, trusted = 0.0, 0.0
+        if columns * rows > n * (columns + rows):  # the Gram matrix is the cheaper way
+            gram_matrix = kernel(batch, batch, bias is not None)
+            square = float(delta.flatten() @ (gram_matrix @ delta).flatten())
+            trusted = CANCELLED * math.sqrt(float(squared_norm(gram_matrix))) * float(squared_norm(delta))
+        if not square > trusted:
             square = float(squared_norm(delta.T @ batch))
             square += 0.0 if bias is None else float(squared_norm(delta.sum(0)))
         total += square

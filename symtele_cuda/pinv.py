@@ -74,10 +74,35 @@ def pinv_factor(inputs: Tensor, bias: bool) -> PinvFactor:
     return _unmatched(extended)
 
 
-def pinv_of_matched(inputs: Tensor, bias: bool) -> Tensor | None:
-    """P of a batch that is known to be well conditioned, without the estimates of `pinv_factor`; None if K fails."""
-    found = _factorize(_extend(inputs, bias))
-    return None if found is None else found.factor
+@dataclass(frozen=True)
+class MinimumNorm:
+    """The minimum-norm ΔW̃ (d_out×d̃) with H̃ ΔW̃ᵀ = E for a batch that is known to be matched: ΔW̃ = Eᵀ P.
+
+    factor is P for float64 batches. For float32 it is not formed before it is known to be wanted: extended is H̃ and
+    inverse K⁻¹, both in float64.
+    """
+
+    factor: Tensor | None
+    extended: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, inputs: Tensor, bias: bool) -> MinimumNorm | None:
+        """For a batch (n×d) without the estimates of `pinv_factor`; None if K is not numerically positive definite."""
+        extended = _extend(inputs, bias)
+        if inputs.dtype == torch.float64:
+            found = _factorize(extended)
+            return None if found is None else cls(found.factor, extended, found.inverse)
+        inverse = invert_gram(gram(inputs, bias))
+        return None if inverse is None else cls(None, extended.double(), inverse)
+
+    def change(self, residual: Tensor) -> Tensor:
+        """Eᵀ P for a residual E (n×d_out), in the dtype of E; with few columns as (K⁻¹ E)ᵀ H̃, without forming P."""
+        if self.factor is not None:
+            return residual.T @ self.factor
+        if 2 * residual.shape[1] <= len(residual):
+            return ((self.inverse @ residual.double()).T @ self.extended).to(residual.dtype)
+        return residual.T @ (self.inverse @ self.extended).to(residual.dtype)
 
 
 def append_ones(inputs: Tensor) -> Tensor:
@@ -87,8 +112,7 @@ def append_ones(inputs: Tensor) -> Tensor:
 
 def gram(inputs: Tensor, bias: bool) -> Tensor:
     """K = H Hᵀ, plus 1 in every element with bias: the n×n Gram matrix of H̃, in float64 for inputs of any dtype."""
-    exact = inputs.double()
-    product = exact @ exact.T
+    product = _times_own_transpose(inputs.double())
     return product.add_(1.0) if bias else product
 
 
@@ -138,7 +162,7 @@ def _factorize(extended: Tensor) -> _Factorization | None:
 
 def _factorize_float32(extended: Tensor) -> _Factorization | None:
     exact = extended.double()
-    matrix = exact @ exact.T
+    matrix = _times_own_transpose(exact)
     inverse = invert_gram(matrix)
     return None if inverse is None else _Factorization((inverse @ exact).float(), matrix, inverse)
 
@@ -149,7 +173,7 @@ def _factorize_float64(extended: Tensor) -> _Factorization | None:
     Q is solved for and not multiplied by L⁻¹: only the solve is backward stable column by column. P Pᵀ is K⁻¹ to the
     accuracy of the second pass, which the condition estimate needs near the limit.
     """
-    matrix = extended @ extended.T
+    matrix = _times_own_transpose(extended)
     triangle = _cholesky(matrix)
     if triangle is None:
         return None
@@ -159,6 +183,16 @@ def _factorize_float64(extended: Tensor) -> _Factorization | None:
         return None
     factor = torch.linalg.solve_triangular(triangle.T, correction @ rows, upper=True)
     return _Factorization(factor, matrix, factor @ factor.T)
+
+
+def _times_own_transpose(rows: Tensor) -> Tensor:
+    """A Aᵀ, for large A with the block off the diagonal computed once."""
+    half = len(rows) // 2
+    if half < 64:
+        return rows @ rows.T
+    upper, lower = rows[:half], rows[half:]
+    across = lower @ upper.T
+    return torch.cat([torch.cat([upper @ upper.T, across.T], 1), torch.cat([across, lower @ lower.T], 1)])
 
 
 def _cholesky(matrix: Tensor) -> Tensor | None:
