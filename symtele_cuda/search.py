@@ -18,9 +18,10 @@ from .action import Direction, Network, Plan, State, StepFailed, advance, domain
 from .activation_space import Evaluation
 from .paths import Path
 
-# The first step moves the activations by this share of their norm; the radius then follows the successes.
+# The first step moves the activations by this share of their norm. The radius doubles until a step fails, and grows
+# carefully after that: a radius that has failed once is near the right one.
 FIRST_RADIUS = 0.02
-GROWTH, SHRINKAGE = 2.0, 0.25
+GROWTH, LATER_GROWTH, SHRINKAGE = 2.0, 1.2, 0.25
 # A search whose radius has shrunk by this factor will find nothing more.
 SMALLEST_RADIUS = 1e-6
 # A value this close to the cap counts as having reached it.
@@ -102,6 +103,7 @@ def ascend(
     waypoints, records = [_waypoint(start)], list[StepRecord]()
     radius = first_radius = FIRST_RADIUS * _moved_norm(search.plan, start)
     direction: Direction | None = None
+    failed = False
 
     def ended(reason: str) -> SearchResult:
         return SearchResult(tuple(waypoints), tuple(records), reason)
@@ -131,11 +133,12 @@ def ascend(
         if note is None:
             state, evaluation, direction = trial, trial_evaluation, None
             waypoints.append(_waypoint(state))
-            radius *= GROWTH
+            radius *= LATER_GROWTH if failed else GROWTH
             if value >= CAP_SHARE * cap:
                 return ended("growth cap reached")
         else:
             radius *= shrinkage
+            failed = True
         if radius < SMALLEST_RADIUS * first_radius:
             return ended(f"no acceptable step left ({records[-1].note})")
     return ended("all steps taken")

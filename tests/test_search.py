@@ -55,13 +55,13 @@ def sizes(result: SearchResult) -> list[float]:
 
 @pytest.mark.parametrize("maximise", [True, False])
 def test_the_radius_grows_on_success_and_shrinks_on_failure(maximise):
-    better, worse = ([2.0, 3.0, 4.0], 0.0) if maximise else ([0.9, 0.8, 0.7], 9.0)
-    result = run([better[0], better[1], worse, better[2]], maximise=maximise)
-    assert [record.accepted for record in result.records] == [True, True, False, True]
+    better, worse = ([2.0, 3.0, 4.0, 5.0], 0.0) if maximise else ([0.9, 0.8, 0.7, 0.6], 9.0)
+    result = run([better[0], better[1], worse, *better[2:]], maximise=maximise)
+    assert [record.accepted for record in result.records] == [True, True, False, True, True]
     assert sizes(result)[2] / sizes(result)[1] > 0  # one direction throughout
     lengths = [abs(record.size) * length(result, k) for k, record in enumerate(result.records)]
-    growth, shrinkage = search.GROWTH, search.SHRINKAGE
-    assert lengths == pytest.approx([lengths[0] * f for f in (1, growth, growth**2, growth**2 * shrinkage)], rel=1e-9)
+    factors = [1.0, search.GROWTH, search.GROWTH, search.SHRINKAGE, search.LATER_GROWTH]
+    assert lengths == pytest.approx([lengths[0] * math.prod(factors[: k + 1]) for k in range(5)], rel=1e-9)
     assert len(result.waypoints) == 1 + len(better)
     assert math.copysign(1, result.records[0].size) == (1 if maximise else -1)
     assert result.reason == "all steps taken"
