@@ -1,0 +1,26 @@
+"""The figures in README and docs are those of the committed result files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.tables import load, page, teleport_table, training_table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_measurements_page_is_made_from_the_result_files():
+    assert (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8") == page() + "\n"
+
+
+def test_the_readme_s_tables_are_made_from_the_result_files():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert teleport_table(load("teleport")) in readme
+    assert training_table(load("training")) in readme
+
+
+def test_what_the_results_must_show_is_what_they_show():
+    for name in ("teleport", "training"):
+        for shape in load(name)["shapes"].values():
+            failed = [key for key, check in shape["requirements"].items() if not check["passed"] and "aim" not in key]
+            assert failed == [], f"{name}: {shape['shape']}"
