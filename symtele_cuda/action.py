@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import Activation
-from .pinv import MAX_CONDITION, MinimumNorm, gram, invert_gram
+from .pinv import MAX_CONDITION, MinimumNorm, gram, invert_gram, is_thin
 
 # A step towards the edge of σ⁻¹'s domain goes at most this share of the way there.
 DOMAIN_SHARE = 0.5
@@ -503,11 +503,6 @@ def _form(inputs: Tensor, reference: Tensor | None, coefficients: Tensor) -> Ten
     """R + AᵀB; R None is zero."""
     change = coefficients.T @ inputs
     return change if reference is None else change.add_(reference)
-
-
-def is_thin(values: Tensor) -> bool:
-    """Whether an n×c tensor is so narrow that products with c×d matrices are cheaper than those with n×n ones."""
-    return 2 * values.shape[1] <= len(values)
 
 
 def _form_thin(inputs: Tensor, reference: Tensor | None, coefficients: Tensor | None) -> Tensor | None:

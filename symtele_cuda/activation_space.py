@@ -42,7 +42,8 @@ class Evaluation:
 @dataclass
 class Seeds:
     """What an objective depends on directly, per weight layer: ∂f/∂δ_l, ∂f/∂A_l, the symmetric ∂f/∂K_l, ∂f/∂B_l,
-    ∂f/∂Y_l, and ∂f/∂R_l = Σ aᵀc as pairs (a, c). A layer that is absent contributes nothing."""
+    ∂f/∂Y_l, and ∂f/∂R_l = Σ aᵀc as pairs (a, c). A layer that is absent contributes nothing; a thin layer that absorbs
+    has its share through K_l in ∂f/∂B_l."""
 
     deltas: dict[int, Tensor] = field(default_factory=dict)
     coefficients: dict[int, Tensor] = field(default_factory=dict)
@@ -185,8 +186,6 @@ def _pull_back_thin(
     by_inputs = seeds.inputs.get(layer)
     if moved:
         by_inputs = add(by_inputs, input_gradient(batch, formed, coefficients, by_weight, by_residual))
-        if (by_gram := seeds.grams.get(layer)) is not None:
-            by_inputs = _add_product(by_inputs, by_gram, batch, alpha=2)
     return _LayerTerms(
         by_delta=None if last else seeds.deltas[layer].addmm(by_back, formed.T),
         by_target=add(seeds.targets.get(layer), by_residual),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .action import Network, kernel, parameter_list, squared_norm
-from .objectives import GradNorm, Lookahead, Objective
+from .objectives import Lookahead, Objective, has_fast_path
 from .problem import Holdout, Problem, layer_inputs
 
 # ⟨δ, K δ⟩ below this share of ‖K‖ ‖δ‖² has lost more than three of float32's seven digits.
@@ -43,7 +43,7 @@ def measure(
     """Measure `network`, whose pre-activations on the batch are `outputs`, in the place of the problem's own
     weights."""
     data_loss, output_delta = problem.loss.value_and_gradient(outputs[-1])
-    if problem.weight_terms or type(objective) not in (GradNorm, Lookahead):
+    if problem.weight_terms or not has_fast_path(objective):
         loss, gradient_norm, value = _measure_with_autograd(problem, objective, network)
     else:
         inputs = layer_inputs(network, problem.samples, outputs)

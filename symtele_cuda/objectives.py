@@ -16,15 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .action import Gradient, Network, Plan, State, is_thin, kernel, reference_image
+from .action import Gradient, Network, Plan, State, kernel, reference_image
 from .activation_space import Backpropagation, Evaluation, Seeds, backpropagate, pull_back, squared_gradient_norm
 from .checks import check_number
 from .loss import BatchLoss
+from .pinv import is_thin
 
 LossOfParameters = Callable[[Sequence[Tensor]], Tensor]
 
@@ -128,6 +129,11 @@ class Lookahead:
         seeds.targets[0] = adjoint
         seeds.deltas[0] = (state.grams[0] @ adjoint) * -self.rate
         return seeds
+
+
+def has_fast_path(objective: Objective) -> TypeGuard[GradNorm | Lookahead]:
+    """Whether activation space knows the objective: by its type itself, for a subclass has a value of its own."""
+    return type(objective) in (GradNorm, Lookahead)
 
 
 @dataclass(frozen=True)

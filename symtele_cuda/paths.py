@@ -11,7 +11,7 @@ from torch import Tensor
 from .action import Gradient, Network, Plan, State, parameter_list, pull_back_weights, weights_of
 from .activation_space import Evaluation
 from .loss import BatchLoss
-from .objectives import GradNorm, Lookahead, LossOfParameters, Objective
+from .objectives import GradNorm, Lookahead, LossOfParameters, Objective, has_fast_path
 from .problem import Problem
 
 
@@ -68,8 +68,6 @@ class GeneralPath:
 
 def choose_path(problem: Problem, plan: Plan, objective: Objective) -> Path:
     """In activation space where loss and objective allow it, else with the weights formed."""
-    # The type itself: a subclass has a value of its own, of which the fast path knows nothing.
-    if type(objective) in (GradNorm, Lookahead) and not problem.weight_terms:
-        assert isinstance(objective, (GradNorm, Lookahead))
+    if has_fast_path(objective) and not problem.weight_terms:
         return FastPath(problem.network, plan, objective, problem.loss, problem.output_delta)
     return GeneralPath(problem.network, plan, objective, problem.loss_of)

@@ -93,16 +93,22 @@ class MinimumNorm:
         if inputs.dtype == torch.float64:
             found = _factorize(extended)
             return None if found is None else cls(found.factor, extended, found.inverse)
-        inverse = invert_gram(gram(inputs, bias))
-        return None if inverse is None else cls(None, extended.double(), inverse)
+        exact = extended.double()
+        inverse = invert_gram(_times_own_transpose(exact))
+        return None if inverse is None else cls(None, exact, inverse)
 
     def change(self, residual: Tensor) -> Tensor:
         """Eᵀ P for a residual E (n×d_out), in the dtype of E; with few columns as (K⁻¹ E)ᵀ H̃, without forming P."""
         if self.factor is not None:
             return residual.T @ self.factor
-        if 2 * residual.shape[1] <= len(residual):
+        if is_thin(residual):
             return ((self.inverse @ residual.double()).T @ self.extended).to(residual.dtype)
         return residual.T @ (self.inverse @ self.extended).to(residual.dtype)
+
+
+def is_thin(values: Tensor) -> bool:
+    """Whether an n×c tensor is so narrow that products with c×d matrices are cheaper than those with n×n ones."""
+    return 2 * values.shape[1] <= len(values)
 
 
 def append_ones(inputs: Tensor) -> Tensor:

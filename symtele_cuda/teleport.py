@@ -142,7 +142,7 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
         result = ascend_fixed(search, start, evaluation, step_size=options.step_size)
     else:
         largest = options.max_growth * before.gradient_norm
-        cap = largest * largest if isinstance(options.objective, GradNorm) else math.inf
+        cap = largest * largest if type(options.objective) is GradNorm else math.inf  # a subclass has its own scale
         guard = _guard(problem, plan, options, held, before)
         result = ascend(search, start, evaluation, cap=cap, guard=guard)
     unchanged = TeleportReport(

@@ -261,6 +261,7 @@ def test_a_subclass_of_an_objective_is_asked_for_its_own_value():
 
     report = st.teleport_mlp(make_mlp([30, 40, 36, 5]), make_batch(20, 30, 5), objective=Louder())
     assert report.objective_before == pytest.approx(1000 * report.grad_norm_before**2, rel=1e-9)
+    assert report.accepted and report.objective_after == pytest.approx(1000 * report.grad_norm_after**2, rel=1e-9)
 
 
 def test_what_an_objective_does_to_its_tensors_does_not_reach_the_model():
