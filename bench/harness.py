@@ -1,34 +1,54 @@
-"""What the benchmarks share: interleaved timing, checks that come before any speed, the machine's line, JSON out."""
+"""What the benchmarks share: interleaved timing, checks that come before any speed, the machine's line, JSON out.
+
+On the CPU the clock is the wall's. On a GPU it is the device's, by events around every run: the gaps while it waits for
+the host count. Work that reads results back is timed by the wall clock there too, between two waits for the device.
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+RESULTS = Path(__file__).parent / "results"
 
 # A timed sample lasts at least this long, so that the clock's own cost and a stray interrupt do not show.
 SAMPLE_SECONDS = 0.02
 
 UNIT = "forward+backward"
 
+# device type → the shapes that a benchmark runs there, by name
+Registry = Mapping[str, Mapping[str, Any]]
+
+# On a GPU the inputs of successive runs are this many times larger than its cache together, up to so many copies.
+CACHES, MOST_COPIES = 2, 32
+
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is timed: `run`, called on what the untimed `prepare` returns; every run so starts from the same state."""
+    """What is timed: `run`, called on what the untimed `prepare` returns; every run so starts from the same state.
+
+    reads_back: on a GPU, `run` waits for results, so that only the wall clock sees all that it takes.
+    """
 
     run: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
+    reads_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,25 +86,44 @@ class Check:
         return " ".join([value, f"({', '.join(bounds) or 'for information'})", self.note]).rstrip()
 
 
-def compare(contestants: Mapping[str, Contestant], rounds: int, device: torch.device) -> dict[str, Timing]:
+def compare(
+    contestants: Mapping[str, Contestant], rounds: int, device: torch.device, unit_name: str = UNIT
+) -> dict[str, Timing]:
     """Time every contestant once a round, in turn, so that a drift of the machine hits all alike.
 
-    The contestant called UNIT must be among them. It is timed right before each of the others, and `Timing.units` is
-    the median over the rounds of the ratio to that neighbour.
+    The contestant called `unit_name` must be among them. It is timed right before each of the others, and
+    `Timing.units` is the median over the rounds of the ratio to that neighbour.
     """
-    unit = contestants[UNIT]
-    others = {name: contestant for name, contestant in contestants.items() if name != UNIT}
+    unit = contestants[unit_name]
+    others = {name: contestant for name, contestant in contestants.items() if name != unit_name}
     repeats = {name: _repeats(contestant, device) for name, contestant in contestants.items()}
     unit_seconds: list[float] = []
     seconds: dict[str, list[float]] = {name: [] for name in others}
     units: dict[str, list[float]] = {name: [] for name in others}
     for _ in range(rounds):
         for name, contestant in others.items():
-            unit_seconds.append(_sample(unit, repeats[UNIT], device))
+            unit_seconds.append(_sample(unit, repeats[unit_name], device))
             seconds[name].append(_sample(contestant, repeats[name], device))
             units[name].append(seconds[name][-1] / unit_seconds[-1])
-    timings = {UNIT: _timing(unit_seconds, [1.0] * len(unit_seconds))}
+    timings = {unit_name: _timing(unit_seconds, [1.0] * len(unit_seconds))}
     return timings | {name: _timing(seconds[name], units[name]) for name in others}
+
+
+def median_seconds(run: Callable[[Any], object], rounds: int, device: torch.device) -> float:
+    """The median time of a single piece of work that stands for itself."""
+    contestant = Contestant(run)
+    repeats = _repeats(contestant, device)
+    return statistics.median(_sample(contestant, repeats, device) for _ in range(rounds))
+
+
+def in_turn(original: T, copy: Callable[[T], T], size: int, device: torch.device) -> Callable[[], T]:
+    """For `Contestant.prepare`: on a GPU copies of `original` (`size` bytes) that do not fit its cache together."""
+    copies = 1
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        copies = min(MOST_COPIES, math.ceil(CACHES * cache / size))
+    cycle = itertools.cycle([original, *(copy(original) for _ in range(copies - 1))])
+    return lambda: next(cycle)
 
 
 def machine_line(device: torch.device, dtype: torch.dtype) -> str:
@@ -106,36 +145,67 @@ def all_passed(checks: Mapping[str, Check]) -> bool:
     return all(check.passed for check in checks.values())
 
 
-def make_parser(description: str, shapes: Iterable[str], out: str) -> argparse.ArgumentParser:
+def make_parser(description: str, registry: Registry) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=list(shapes), default=list(shapes), metavar="NAME", help="which")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--out", type=Path, default=Path(out), help="the JSON file to write")
+    names = dict.fromkeys(name for shapes in registry.values() for name in shapes)
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    parser.add_argument("--shape", nargs="+", choices=list(names), metavar="NAME", help="default: all of the device")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch, by default 1")
+    parser.add_argument("--out", type=Path, help="the JSON file to write, by default one in bench/results")
     return parser
 
 
-def add_timing_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    parser.add_argument("--rounds", type=int, default=rounds, help="how often each contestant is timed")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+def add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"how often each contestant is timed ({rounds})")
+
+
+def read_arguments(
+    parser: argparse.ArgumentParser, registry: Registry, benchmark: str, words: Sequence[str] | None
+) -> argparse.Namespace:
+    """The arguments, with the shapes and the file that belong to the device where none are named."""
+    arguments = parser.parse_args(words)
+    kind = arguments.device.type
+    if kind not in registry:
+        parser.error(f"--device must be one of {', '.join(registry)}, got {arguments.device}")
+    arguments.shape = arguments.shape or list(registry[kind])
+    if unknown := [name for name in arguments.shape if name not in registry[kind]]:
+        parser.error(f"--shape on {kind} must be among {', '.join(registry[kind])}, got {', '.join(unknown)}")
+    folder = RESULTS if kind == "cpu" else RESULTS / "gpu"
+    arguments.out = arguments.out or folder / f"{benchmark}.json"
+    return arguments
 
 
 def run_shapes(
-    benchmark: str, measure: Callable[[str], dict[str, Any]], arguments: argparse.Namespace, settings: Mapping[str, Any]
+    benchmark: str,
+    measure: Callable[[str], dict[str, Any]],
+    arguments: argparse.Namespace,
+    settings: Mapping[str, Any],
+    unit_name: str = UNIT,
 ) -> dict[str, Any]:
-    """Measure the shapes asked for one after the other, print each as it is done, and write the document."""
+    """Measure the shapes asked for one after the other, print each as it is done, and write the document.
+
+    Raises:
+        SystemExit: at the end, if a shape could not be measured; the document says why.
+    """
     torch.set_num_threads(arguments.threads)
     document: dict[str, Any] = {
         "benchmark": benchmark,
         "machine": machine_line(arguments.device, torch.float32),
-        "unit": f"one {UNIT} on the same batch, timed right before in the same run",
+        "unit": f"one {unit_name} on the same operands, timed right before in the same run",
         "settings": dict(settings),
         "shapes": {},
     }
     for name in arguments.shape:
-        document["shapes"][name] = measure(name)
+        try:
+            document["shapes"][name] = measure(name)
+        except Exception as error:  # the next shape may do, and what is measured is kept
+            traceback.print_exc()
+            document["shapes"][name] = {"error": f"{type(error).__name__}: {error}"}
         print(render(name, document["shapes"][name]), flush=True)
         write_json(arguments.out, document)
+    if failed := [name for name, result in document["shapes"].items() if "error" in result]:
+        raise SystemExit(f"not measured: {', '.join(failed)}")
     return document
 
 
@@ -183,8 +253,13 @@ def _repeats(contestant: Contestant, device: torch.device) -> int:
 
 def _sample(contestant: Contestant, repeats: int, device: torch.device) -> float:
     """The median of the seconds of `repeats` runs; preparing them is not timed."""
-    clock = _seconds_on_cuda if device.type == "cuda" else _seconds_on_cpu
-    return statistics.median(clock(contestant.run, contestant.prepare()) for _ in range(repeats))
+    if device.type != "cuda":
+        seconds = [_seconds_on_cpu(contestant.run, contestant.prepare()) for _ in range(repeats)]
+    elif contestant.reads_back:
+        seconds = [_seconds_with_waits(contestant.run, contestant.prepare()) for _ in range(repeats)]
+    else:
+        seconds = _seconds_on_stream(contestant, repeats)
+    return statistics.median(seconds)
 
 
 def _seconds_on_cpu(run: Callable[[Any], object], argument: Any) -> float:
@@ -193,14 +268,25 @@ def _seconds_on_cpu(run: Callable[[Any], object], argument: Any) -> float:
     return time.perf_counter() - started
 
 
-def _seconds_on_cuda(run: Callable[[Any], object], argument: Any) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def _seconds_with_waits(run: Callable[[Any], object], argument: Any) -> float:
     torch.cuda.synchronize()
-    start.record()
+    started = time.perf_counter()
     run(argument)
-    end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return time.perf_counter() - started
+
+
+def _seconds_on_stream(contestant: Contestant, repeats: int) -> list[float]:
+    """One run right after the other, an event before and after each."""
+    arguments = [contestant.prepare() for _ in range(repeats)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in arguments]
+    torch.cuda.synchronize()
+    for (start, end), argument in zip(events, arguments, strict=True):
+        start.record()
+        contestant.run(argument)
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
 def _timing(seconds: Sequence[float], units: Sequence[float]) -> Timing:

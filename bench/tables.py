@@ -1,12 +1,17 @@
-"""The committed results as tables: `python -m bench.tables > docs/measurements.md`."""
+"""The committed results as tables: `python -m bench.tables > docs/measurements.md`.
+
+Those of a GPU, `bench/results/gpu`, come behind the others where there are any.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import layer, roofline
+from bench.harness import UNIT
 from bench.teleport import GRAD_NORM, LOOKAHEAD, PUBLISHED, PUBLISHED_LEAN
 from bench.training import PLAIN, TELEPORTED
 from bench.training import PUBLISHED as PUBLISHED_RULE
@@ -28,6 +33,9 @@ training, 784-512-512-10, LeakyReLU 0.1, no bias, batch 20, plain SGD, 8 epochs;
 epoch 1 (after one full epoch), `lookahead` with margin 4; means over five seeds, wall-clock with teleports and with two
 processes at a time. The published rule has the largest of four fixed rates that overflowed on no seed.
 """
+TARGET_TEXT = """Wall-clock to the end of the first epoch with a train loss no larger than a given one, teleports
+included, mean over the seeds:
+"""
 LAYER_TEXT = """## The operator
 
 `python -m bench.layer`, file `bench/results/layer.json`. `teleport_layer` forward and backward, float32, one CPU
@@ -35,8 +43,34 @@ thread, against its plain-torch twin by autograd and the same with an SVD pseudo
 """
 
 
-def load(name: str) -> Results:
-    with (RESULTS / f"{name}.json").open(encoding="utf-8") as file:
+GPU_TEXT = """## On a GPU
+
+`bench/gpu.sh`, files in `bench/results/gpu/`. Times of a whole teleport are wall-clock with a wait for the device
+before and after, all others the device's own.
+"""
+GPU_TELEPORT_TEXT = """### A teleport of ten steps
+
+The first call of a shape captures its CUDA graph. A step is a tenth of what twenty steps cost more than ten, in
+forward+backward passes on the same batch.
+"""
+GPU_LAYER_TEXT = """### The operator
+
+`teleport_layer` forward and backward: with the compiled kernels, on torch's own, and the same formula as one would
+write it with a Cholesky factor, plain and compiled by torch. The last column is the time that the counted work must
+take at the ceilings of the same run, as a share of ours.
+"""
+GPU_PRODUCT_TEXT = """### Float32 products
+
+In float32's accuracy, square, with the ceilings that the library reached: {ceilings}.
+"""
+GPU_TRAINING_TEXT = """### Training
+
+One process; the arms of a seed share split, initial weights and order of batches.
+"""
+
+
+def load(name: str, folder: Path = RESULTS) -> Results:
+    with (folder / f"{name}.json").open(encoding="utf-8") as file:
         return json.load(file)
 
 
@@ -83,6 +117,17 @@ def training_table(results: Results) -> str:
     return table(("run", "train loss", "validation loss", "validation accuracy", "wall-clock"), rows)
 
 
+def target_table(results: Results) -> str:
+    rows = [
+        [
+            f"`{name}`, {shape['shape']['target_loss']:g}",
+            *(_seconds(shape["means"][key]["seconds_to_target_loss"]) for key in (PLAIN, TELEPORTED, PUBLISHED_RULE)),
+        ]
+        for name, shape in results["shapes"].items()
+    ]
+    return table(("run, train loss", "plain SGD", "teleported", "published rule"), rows)
+
+
 def layer_table(results: Results) -> str:
     contestants = list(next(iter(results["shapes"].values()))["timings"])
     rows = [
@@ -92,21 +137,97 @@ def layer_table(results: Results) -> str:
     return table(("shape", *contestants), rows)
 
 
+def gpu_teleport_table(results: Results) -> str:
+    rows = []
+    for name, shape in _measured(results):
+        seconds = {label: timing["seconds"] for label, timing in shape["timings"].items()}
+        faster = seconds[PUBLISHED] / seconds[GRAD_NORM] if PUBLISHED in seconds else None
+        rows.append(
+            [
+                f"`{name}`",
+                _milliseconds(shape["searches"][GRAD_NORM]["seconds of the first call"]),
+                _milliseconds(seconds[GRAD_NORM]),
+                _milliseconds(seconds[LOOKAHEAD]),
+                f"{shape['requirements']['units of one step']['value']:.2f}",
+                _milliseconds(seconds[UNIT]),
+                _milliseconds(seconds.get(PUBLISHED)),
+                "" if faster is None else f"{faster:.0f}×",
+            ]
+        )
+    header = ("shape", "first call", "`grad_norm`", "`lookahead`", "a step", UNIT, "published", "faster")
+    return table(header, rows)
+
+
+def gpu_layer_table(results: Results) -> str:
+    contestants = (UNIT, layer.OPERATOR, layer.ON_TORCH, layer.EAGER, layer.COMPILED)
+    rows = []
+    for name, shape in _measured(results):
+        seconds = {label: timing["seconds"] for label, timing in shape["timings"].items()}
+        share = shape["requirements"]["share of the ceilings"]["value"]
+        rows.append([f"`{name}`", *(_milliseconds(seconds.get(key)) for key in contestants), f"{100 * share:.0f} %"])
+    return table(("shape", *contestants, "ceilings"), rows)
+
+
+def product_table(results: Results) -> str:
+    rows = []
+    for name, shape in _measured(results):
+        theirs, ours = (shape["ratios"][f"{label}, TFLOP/s"] for label in (roofline.LIBRARY, roofline.OURS))
+        speedup = shape["requirements"]["faster than the library, times"]["value"]
+        rows.append([f"`{name}`", f"{theirs:.1f} TFLOP/s", f"{ours:.1f} TFLOP/s", f"{speedup:.2f}×"])
+    return table(("shape", roofline.LIBRARY, roofline.OURS, "faster"), rows)
+
+
 def page() -> str:
     """docs/measurements.md."""
     sections = ["# Measurements", "Made by `python -m bench.tables` from the files in `bench/results/`."]
-    for name, text, make_table in (
-        ("teleport", TELEPORT_TEXT, teleport_table),
-        ("training", TRAINING_TEXT, training_table),
-        ("layer", LAYER_TEXT, layer_table),
-    ):
-        results = load(name)
-        sections += [text.rstrip(), make_table(results), f"Machine: {_machine(results)}"]
-    return "\n\n".join(sections)
+    teleport, training = load("teleport"), load("training")
+    sections += [TELEPORT_TEXT.rstrip(), teleport_table(teleport), _machine(teleport)]
+    sections += [TRAINING_TEXT.rstrip(), training_table(training), TARGET_TEXT.rstrip(), target_table(training)]
+    sections += [_machine(training)]
+    operator = load("layer")
+    sections += [LAYER_TEXT.rstrip(), layer_table(operator), _machine(operator)]
+    return "\n\n".join(sections + gpu_sections(RESULTS / "gpu"))
+
+
+def gpu_sections(folder: Path) -> list[str]:
+    """Of the benchmarks that the folder holds results of."""
+    sections = []
+    parts: dict[str, tuple[str, list[Callable[[Results], str]]]] = {
+        "teleport": (GPU_TELEPORT_TEXT, [gpu_teleport_table]),
+        "layer": (GPU_LAYER_TEXT, [gpu_layer_table]),
+        "roofline": (GPU_PRODUCT_TEXT, [product_table]),
+        "training": (GPU_TRAINING_TEXT, [training_table, target_table]),
+    }
+    for name, (text, tables) in parts.items():
+        if not (folder / f"{name}.json").exists():
+            continue
+        results = load(name, folder)
+        ceilings = results.get("settings", {}).get("ceilings")
+        said = text.format(ceilings=_describe(ceilings)) if name == "roofline" else text
+        sections += [said.rstrip(), *(make(results) for make in tables), _machine(results)]
+    return [GPU_TEXT.rstrip(), *sections] if sections else []
+
+
+def _measured(results: Results) -> list[tuple[str, Results]]:
+    """The shapes whose checks passed, and which so have timings."""
+    return [(name, shape) for name, shape in results["shapes"].items() if "timings" in shape]
+
+
+def _describe(ceilings: Results) -> str:
+    return roofline.describe(roofline.Ceilings(**ceilings))
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.3g} ms"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "not reached" if seconds is None else f"{seconds:.1f} s"
 
 
 def _machine(results: Results) -> str:
-    return results.get("machine") or next(iter(results["shapes"].values()))["seeds"][0]["machine"]
+    machine = results.get("machine") or next(iter(results["shapes"].values()))["seeds"][0]["machine"]
+    return f"Machine: {machine}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Training with four early teleports against training without: 10,000 MNIST digits, five seeds.
 
     python -m bench.training --data-dir DIR [--shape NAME ...] [--seeds 1 2 3 4 5] [--processes 2] [--out FILE]
+    python -m bench.training --device cuda --shape digits-0.05 ...
 
-DIR holds MNIST's IDX files; the first 10,000 samples are used, 8,000 of them for training. Every seed has its own
-split, initial weights and order of batches, which its arms share. The file is written after every seed, and a seed that
-it already holds is not run again, so that an interrupted command can be given again. Each process computes with
-`--threads` threads.
+DIR holds MNIST's IDX files; the first 10,000 samples are used, 8,000 of them for training. The shape for a GPU
+without such a folder takes scikit-learn's 1,797 digits. Every seed has its own split, initial weights and order of
+batches, which its arms share. The file is written after every seed, and a seed that it already holds is not run again,
+so that an interrupted command can be given again. Each process computes with `--threads` threads. What an arm needs to
+a train loss is the wall-clock at the end of its first epoch with a loss no larger.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import multiprocessing
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.harness import Check, machine_line, make_parser, plain, render, write_json
-from symtele_cuda.experiments.data import Dataset, load_mnist, split
+from bench.harness import Check, machine_line, make_parser, plain, read_arguments, render, write_json
+from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist, split
 from symtele_cuda.experiments.records import Run
 from symtele_cuda.experiments.training import Task, TeleportSettings, TrainingSettings, train
 
@@ -40,12 +42,18 @@ class Shape:
     """One comparison, and the share of the plain train loss that the teleported one may have at the end.
 
     published_rate: the largest of 1e-2, 3e-3, 1e-3, 3e-4 at which the published rule overflows for none of five seeds.
+    target_loss: the train loss whose wall-clock is compared, about that of the plain run at its end; must_seconds_ratio
+    the share of the plain run's that the teleported run may need.
+    data: "mnist" or "digits".
     """
 
     dims: tuple[int, ...]
     training: TrainingSettings
     must_loss_ratio: float
     published_rate: float
+    target_loss: float
+    must_seconds_ratio: float | None = None
+    data: str = "mnist"
     teleport_epoch: int = 1
     teleports: int = 4
     teleport_samples: int = 200
@@ -69,24 +77,57 @@ class Shape:
         }
 
 
-def _mnist(lr: float, must_loss_ratio: float, published_rate: float) -> Shape:
-    return Shape((784, 512, 512, 10), TrainingSettings(8, 20, "sgd", lr), must_loss_ratio, published_rate)
-
-
+_MNIST = (784, 512, 512, 10)
 SHAPES = {
-    "mnist-0.01": _mnist(lr=0.01, must_loss_ratio=0.4, published_rate=1e-3),
-    "mnist-0.1": _mnist(lr=0.1, must_loss_ratio=0.6, published_rate=3e-4),
+    "mnist-0.01": Shape(
+        _MNIST,
+        TrainingSettings(8, 20, "sgd", 0.01),
+        must_loss_ratio=0.4,
+        published_rate=1e-3,
+        target_loss=0.3,
+        must_seconds_ratio=1.0,
+    ),
+    "mnist-0.1": Shape(
+        _MNIST, TrainingSettings(8, 20, "sgd", 0.1), must_loss_ratio=0.6, published_rate=3e-4, target_loss=0.05
+    ),
 }
+# 50 samples are what the always dark pixels of these images allow.
+DIGITS = {
+    "digits-0.05": Shape(
+        (64, 128, 128, 10),
+        TrainingSettings(20, 20, "sgd", 0.05),
+        must_loss_ratio=0.4,
+        published_rate=3e-3,
+        target_loss=0.1,
+        must_seconds_ratio=1.0,
+        data="digits",
+        teleport_samples=40,
+    ),
+}
+REGISTRY = {"cpu": SHAPES, "cuda": SHAPES | DIGITS}
+
+
+def on_device(shape: Shape, device: torch.device) -> Shape:
+    return replace(shape, training=replace(shape.training, device=str(device)))
 
 
 def first_samples(dataset: Dataset, count: int) -> Dataset:
     return dataset.take(torch.arange(min(count, len(dataset))))
 
 
-def run_seed(name: str, shape: Shape, seed: int, data_dir: Path, threads: int) -> dict[str, Any]:
+def load(shape: Shape, data_dir: Path | None) -> Dataset:
+    if shape.data == "digits":
+        return load_digits()
+    if data_dir is None:
+        raise ValueError("--data-dir must name a folder of MNIST's IDX files for the shapes called mnist, got none")
+    return first_samples(load_mnist(data_dir), SAMPLES)
+
+
+def run_seed(name: str, shape: Shape, seed: int, data_dir: Path | None, threads: int) -> dict[str, Any]:
     """All arms of one seed, one after the other in this process; what the JSON file keeps of them."""
     torch.set_num_threads(threads)
-    task = Task(shape.dims, F.cross_entropy, *split(first_samples(load_mnist(data_dir), SAMPLES), seed))
+    task = Task(shape.dims, F.cross_entropy, *split(load(shape, data_dir), seed)).to(shape.training.device)
+    train(task, replace(shape.training, epochs=1), None, "the device's own start", seed)  # discarded
     runs = [
         train(task, shape.training, teleports, label, seed, partial(_report_progress, name))
         for label, teleports in shape.arms().items()
@@ -105,6 +146,9 @@ def summarise(shape: Shape, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         }
         for label, epochs in finals.items()
     }
+    for label in means:
+        reached = [_seconds_to(shape.target_loss, seed["runs"][label]["epochs"]) for seed in seeds]
+        means[label]["seconds_to_target_loss"] = _mean(reached)
     return {"means": means, "requirements": _requirements(shape, means, seeds)}
 
 
@@ -123,7 +167,17 @@ def _requirements(
         ),
         # Accuracies are multiples of one sample's share, far above this bound on a gain that is more than zero.
         "validation accuracy, teleported − plain": Check(gain, at_least=1e-9),
+        f"seconds to train loss {shape.target_loss:g}, teleported / plain": Check(
+            teleported["seconds_to_target_loss"] / plain_mean["seconds_to_target_loss"],
+            at_most=shape.must_seconds_ratio,
+        ),
     }
+
+
+def _seconds_to(loss: float, epochs: Sequence[dict[str, Any]]) -> float | None:
+    """The wall-clock at the end of the first epoch whose train loss is no larger than `loss`; None if there is none."""
+    reached = (epoch["seconds"] for epoch in epochs if epoch["train_loss"] is not None and epoch["train_loss"] <= loss)
+    return next(reached, None)
 
 
 def _fewest_epochs(seeds: Sequence[dict[str, Any]]) -> int:
@@ -132,7 +186,7 @@ def _fewest_epochs(seeds: Sequence[dict[str, Any]]) -> int:
 
 
 def _mean(values: Sequence[float | None]) -> float:
-    """The mean; NaN where a run has diverged."""
+    """The mean; NaN where a run has diverged or has not got there."""
     return statistics.fmean(math.nan if value is None else value for value in values)
 
 
@@ -177,7 +231,7 @@ class Results:
 
 
 def run(
-    shapes: dict[str, Shape], seeds: Sequence[int], data_dir: Path, out: Path, processes: int, threads: int
+    shapes: dict[str, Shape], seeds: Sequence[int], data_dir: Path | None, out: Path, processes: int, threads: int
 ) -> Results:
     """Run what `out` does not hold yet, `processes` seeds at a time."""
     results = Results.open(out, shapes)
@@ -195,7 +249,8 @@ def run(
 
 
 def main(arguments: argparse.Namespace) -> None:
-    shapes = {name: SHAPES[name] for name in arguments.shape}
+    registry = REGISTRY[arguments.device.type]
+    shapes = {name: on_device(registry[name], arguments.device) for name in arguments.shape}
     results = run(shapes, arguments.seeds, arguments.data_dir, arguments.out, arguments.processes, arguments.threads)
     for name, shape in shapes.items():
         summary = summarise(shape, results.shapes[name]["seeds"])
@@ -205,11 +260,14 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("Training with teleports against training without.", SHAPES, "bench/results/training.json")
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder of MNIST's IDX files")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="which seeds")
-    parser.add_argument("--processes", type=int, default=2, help="how many seeds run at a time")
-    return parser.parse_args(words)
+    parser = make_parser("Training with teleports against training without.", REGISTRY)
+    parser.add_argument("--data-dir", type=Path, help="folder of MNIST's IDX files, for the shapes called mnist")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="which seeds, by default 1 to 5")
+    parser.add_argument("--processes", type=int, default=2, help="how many seeds run at a time, by default 2")
+    arguments = read_arguments(parser, REGISTRY, "training", words)
+    if arguments.data_dir is None and any(name in SHAPES for name in arguments.shape):
+        parser.error("--data-dir must name a folder of MNIST's IDX files for the shapes called mnist, got none")
+    return arguments
 
 
 if __name__ == "__main__":

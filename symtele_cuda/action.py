@@ -14,6 +14,8 @@ behind must not notice them; both are the same formula, with a reference R_l, r_
 (Zhao et al. 2022, arXiv 2205.10637, eq. 8, with R = 0 and the pseudo-inverse written out.) It holds exactly where the
 rows of [B_l, 1] are linearly independent: such an input is called *matched*. Where the input of a layer was moved
 and is not matched, the layer is *carried* instead: R_l = W_l g⁻¹ with the explicit g, and E_l = 0.
+
+Nothing here reads a value back from the device: what may hinder a step comes as a flag beside the result.
 """
 
 from __future__ import annotations
@@ -26,24 +28,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import products as torch_products
 from .activations import Activation
-from .pinv import MAX_CONDITION, MinimumNorm, gram, invert_gram, is_thin
+from .kernels import Products
+from .pinv import MAX_CONDITION, MinimumNorm, is_thin
 
 # A step towards the edge of σ⁻¹'s domain goes at most this share of the way there.
 DOMAIN_SHARE = 0.5
 
 
-class StepFailed(Exception):
-    """A step that cannot be taken; the text says why."""
+Hindrance = tuple[Tensor, str]
+"""A bool scalar on the device of the search, and what it means where it holds: why a step cannot be taken."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """The weight layers of a chain as plain tensors of one dtype: weights d_l×d_{l−1}, biases d_l or None."""
+    """The weight layers of a chain as plain tensors of one dtype: weights d_l×d_{l−1}, biases d_l or None.
+
+    products: what computes with them, plain torch or the compiled kernels.
+    """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     activations: tuple[Activation, ...]
+    products: Products = torch_products
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -126,20 +134,20 @@ class Plan:
 class State:
     """A point of the orbit, per weight layer l; what a layer does not need is None.
 
-    inputs B_l, targets Y_l, references R_l, images B_l R_lᵀ + r_l, grams K_l, gram_inverses K_l⁻¹,
-    coefficients A_l, slopes σ_l'(Y_l), and formed: W_l' itself for thin layers (with fewer outputs than half the
-    samples), where products with it are cheaper than those with n×n matrices.
+    inputs B_l, targets Y_l, references R_l, grams K_l, gram_inverses K_l⁻¹, coefficients A_l, slopes σ_l'(Y_l), and
+    formed: W_l' itself for thin layers (with fewer outputs than half the samples), where products with it are cheaper
+    than those with n×n matrices. first_image: X R_0ᵀ + r_0, which no step changes.
     """
 
     inputs: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
     references: tuple[Tensor | None, ...]
-    images: tuple[Tensor, ...]
     grams: tuple[Tensor, ...]
     gram_inverses: tuple[Tensor | None, ...]
     coefficients: tuple[Tensor | None, ...]
     slopes: tuple[Tensor, ...]
     formed: tuple[Tensor | None, ...]
+    first_image: Tensor
 
     @property
     def logits(self) -> Tensor:
@@ -172,15 +180,13 @@ class Gradient:
 
 @dataclass(frozen=True)
 class LayerStep:
-    """How ε = 1 moves one layer's input: `inputs` is the change of B_l, or `targets` that of Y_{l−1}, B_l = σ(Y_{l−1}).
+    """How ε = 1 moves one layer's input: `change` is that of B_l, or of Y_{l−1}, B_l = σ(Y_{l−1}), `along_targets`.
 
-    image: the change of B_l R_lᵀ with `inputs`, where the layer absorbs; generator: (U, V) with T = UᵀV, where it is
-    carried.
+    generator: (U, V) with T = UᵀV, where the layer is carried.
     """
 
-    inputs: Tensor | None = None
-    targets: Tensor | None = None
-    image: Tensor | None = None
+    change: Tensor
+    along_targets: bool = False
     generator: tuple[Tensor, Tensor] | None = None
 
 
@@ -188,11 +194,11 @@ class LayerStep:
 class Direction:
     """The step of every layer whose input moves, and the Frobenius norm of the change of all activations at ε = 1.
 
-    Along targets that norm is the one to first order in ε.
+    Along targets that norm is the one to first order in ε. It is a float64 scalar.
     """
 
     steps: dict[int, LayerStep]
-    norm: float
+    norm: Tensor
 
 
 def initial_state(network: Network, plan: Plan, outputs: Sequence[Tensor], matches: Sequence[Match]) -> State:
@@ -200,21 +206,25 @@ def initial_state(network: Network, plan: Plan, outputs: Sequence[Tensor], match
     layers = range(len(network))
     dtype = outputs[0].dtype
     references = [None if plan.zero_reference[layer] else network.weights[layer] for layer in layers]
-    # With R = W the image is the target itself: E = 0 exactly, so that g = I changes nothing.
-    images = [torch.zeros_like(outputs[layer]) if plan.zero_reference[layer] else outputs[layer] for layer in layers]
     inverses = [None if match.gram_inverse is None else match.gram_inverse.to(dtype) for match in matches]
     inputs = [match.inputs for match in matches]
-    coefficients = [_coefficients(plan, layer, outputs, images, inverses) for layer in layers]
+    coefficients: list[Tensor | None] = [None] * len(network)
+    for layer in layers[1:]:
+        inverse = inverses[layer]
+        if plan.absorbs[layer] and inverse is not None:
+            # With R = W the residual E is 0 exactly, so that g = I changes nothing.
+            target = outputs[layer]
+            coefficients[layer] = inverse @ target if plan.zero_reference[layer] else torch.zeros_like(target)
     return State(
         inputs=tuple(inputs),
         targets=tuple(outputs),
         references=tuple(references),
-        images=tuple(images),
         grams=tuple(match.gram.to(dtype) for match in matches),
         gram_inverses=tuple(inverses),
         coefficients=tuple(coefficients),
         slopes=tuple(a.derivative(y) for a, y in zip(network.activations, outputs, strict=False)),
-        formed=tuple(map(_form_thin, inputs, references, coefficients)),
+        formed=tuple(_form_thin(network, *parts) for parts in zip(inputs, references, coefficients, strict=True)),
+        first_image=torch.zeros_like(outputs[0]) if plan.zero_reference[0] else outputs[0],
     )
 
 
@@ -226,23 +236,22 @@ def steepest_direction(network: Network, plan: Plan, state: State, gradient: Gra
     n×n matrices, and through its factors where a layer is carried.
     """
     steps: dict[int, LayerStep] = {}
-    squared_length = 0.0
+    moves: list[Tensor] = []
     for layer in range(1, len(network)):
         if not plan.moved[layer - 1]:
             continue
         slope, by_inputs, by_targets = state.slopes[layer - 1], gradient.inputs[layer], gradient.targets[layer]
         if plan.along_targets[layer - 1]:
-            by_targets = add(by_targets, None if by_inputs is None else by_inputs * slope)
+            by_targets = by_targets if by_inputs is None else _add_times(by_targets, by_inputs, slope)
             assert by_targets is not None
-            change = _metric_step(network, state, layer, by_targets)
-            steps[layer] = LayerStep(targets=change)
-            squared_length += float(squared_norm(change * slope))
+            steps[layer] = LayerStep(_metric_step(network, state, layer, by_targets), along_targets=True)
+            moves.append(steps[layer].change * slope)
         else:
-            by_inputs = add(by_inputs, None if by_targets is None else by_targets / slope)
+            by_inputs = by_inputs if by_targets is None else _add_over(by_inputs, by_targets, slope)
             assert by_inputs is not None
-            change, steps[layer] = _group_step(network, plan, state, layer, by_inputs, gradient.references[layer])
-            squared_length += float(squared_norm(change))
-    return Direction(steps, math.sqrt(squared_length))
+            steps[layer] = _group_step(network, plan, state, layer, by_inputs, gradient.references[layer])
+            moves.append(steps[layer].change)
+    return Direction(steps, network.products.dot_sum(moves, moves).sqrt())
 
 
 def _group_step(
@@ -252,101 +261,111 @@ def _group_step(
     layer: int,
     by_inputs: Tensor,
     by_reference: Sequence[tuple[Tensor, Tensor]],
-) -> tuple[Tensor, LayerStep]:
-    """B Tᵀ of one layer, and its step with what else moves by it."""
+) -> LayerStep:
+    """B Tᵀ of one layer, and T where the layer is carried."""
     batch, reference = state.inputs[layer], state.references[layer]
     change = _metric_step(network, state, layer, by_inputs)
     if not plan.carried[layer]:
-        return change, LayerStep(inputs=change, image=None if reference is None else change @ reference.T)
+        return LayerStep(change)
     assert reference is not None
     lefts = [(left @ reference).neg() for left, _ in by_reference]
     rights = [right for _, right in by_reference]
     for left, right in zip(lefts, rights, strict=True):
         change = change + _apply(batch, right, left)
-    return change, LayerStep(inputs=change, generator=(torch.cat([by_inputs, *lefts]), torch.cat([batch, *rights])))
+    return LayerStep(change, generator=(torch.cat([by_inputs, *lefts]), torch.cat([batch, *rights])))
 
 
 def _metric_step(network: Network, state: State, layer: int, gradient: Tensor) -> Tensor:
     """(B Bᵀ) times a gradient; K is B Bᵀ + 1 with bias."""
-    step = state.grams[layer] @ gradient
-    return step if network.biases[layer] is None else step - gradient.sum(0)
+    row = None if network.biases[layer] is None else gradient.sum(0).neg_()
+    return network.products.linear(state.grams[layer], gradient, row=row)
 
 
-def domain_limit(network: Network, state: State, direction: Direction, size: float) -> float:
+def domain_limit(network: Network, state: State, direction: Direction, size: Tensor) -> Tensor:
     """The largest step ≤ |size| in the sense of `size` that keeps every activation well inside the domain of σ⁻¹."""
-    sign, limit = math.copysign(1.0, size), abs(size)
-    for layer, step in direction.steps.items():
-        if step.inputs is None:
-            continue
+    edged = {
+        layer: step
+        for layer, step in direction.steps.items()
+        if network.activations[layer - 1].bounded and not step.along_targets
+    }
+    if not edged:
+        return size
+    sign, limit = torch.sign(size), size.abs()
+    for layer, step in edged.items():
         low, high = network.activations[layer - 1].domain
-        for bound, side in ((high, sign), (low, -sign)):
+        for bound, side in ((high, 1.0), (low, -1.0)):
             if math.isfinite(bound):
-                away = side * step.inputs
+                away = step.change * (side * sign)
                 room = (state.inputs[layer] - bound).abs()
                 reach = torch.where(away > 0, room / away, math.inf).min()
-                limit = min(limit, DOMAIN_SHARE * float(reach))
+                limit = torch.minimum(limit, DOMAIN_SHARE * reach)
     return sign * limit
 
 
-def advance(network: Network, plan: Plan, state: State, direction: Direction, size: float) -> State:
-    """The state after a step of `size`: g ← (I + size·T)g, or its like along the targets.
+def advance(
+    network: Network, plan: Plan, state: State, direction: Direction, size: Tensor
+) -> tuple[State, tuple[Hindrance, ...]]:
+    """The state after a step of `size` (a float64 scalar): g ← (I + size·T)g, or its like along the targets.
 
-    Raises:
-        StepFailed: an activation leaves the domain of σ⁻¹, or a matched input loses its full row rank.
+    With it what may hinder the step: an activation that left the domain of σ⁻¹, a singular group element, a matched
+    input that lost its full row rank. Where one holds, the state is of no use.
     """
-    inputs, targets = list(state.inputs), list(state.targets)
-    references, images = list(state.references), list(state.images)
-    grams, inverses = list(state.grams), list(state.gram_inverses)
-    slopes = list(state.slopes)
+    products = network.products
+    inputs, targets, slopes = list(state.inputs), list(state.targets), list(state.slopes)
+    references, grams, inverses = list(state.references), list(state.grams), list(state.gram_inverses)
+    hindrances: list[Hindrance] = []
     for layer, step in direction.steps.items():
         activation = network.activations[layer - 1]
-        if step.inputs is not None:
-            inputs[layer] = torch.add(inputs[layer], step.inputs, alpha=size)
-            targets[layer - 1] = activation.inverse(inputs[layer])
+        how = (step.change, size, activation.name, activation.parameter)
+        if step.along_targets:
+            moved = products.step_targets(targets[layer - 1], *how)
         else:
-            assert step.targets is not None
-            targets[layer - 1] = torch.add(targets[layer - 1], step.targets, alpha=size)
-            inputs[layer] = activation.forward(targets[layer - 1])
-            images[layer] = reference_image(network, state, layer, inputs[layer])
-        slopes[layer - 1] = activation.derivative(targets[layer - 1])
-        if activation.bounded and not bool(torch.isfinite(targets[layer - 1]).all()):
-            raise StepFailed(f"an activation left the domain of the inverse of {activation}")
-        if step.image is not None:
-            images[layer] = torch.add(images[layer], step.image, alpha=size)
+            moved = products.step_batch(inputs[layer], *how)
+        inputs[layer], targets[layer - 1], slopes[layer - 1] = moved
+        if activation.bounded:
+            left = torch.isfinite(targets[layer - 1]).all().logical_not()
+            hindrances.append((left, f"an activation left the domain of the inverse of {activation}"))
         if step.generator is not None:
-            references[layer] = _right_inverse(references[layer], step.generator, size, plan.first_order_inverse)
+            references[layer], singular = _right_inverse(
+                references[layer], step.generator, size, plan.first_order_inverse
+            )
+            if singular is not None:
+                hindrances.append((singular, "the group element of the step is singular"))
     if plan.first_order_inverse:
-        _let_drift(network, plan, inputs, targets, references, images, slopes)
-    for layer, batch in enumerate(inputs):
-        if batch is not state.inputs[layer]:
-            grams[layer], inverses[layer] = _regram(network, plan, layer, batch)
-    coefficients = [_coefficients(plan, layer, targets, images, inverses) for layer in range(len(network))]
-    return State(
+        _let_drift(network, plan, inputs, targets, references, slopes)
+    hindrances += _factorize_moved(network, plan, state, inputs, grams, inverses)
+    coefficients = [
+        _coefficients(network, plan, layer, inputs, targets, references, inverses) for layer in range(len(network))
+    ]
+    trial = State(
         inputs=tuple(inputs),
         targets=tuple(targets),
         references=tuple(references),
-        images=tuple(images),
         grams=tuple(grams),
         gram_inverses=tuple(inverses),
         coefficients=tuple(coefficients),
         slopes=tuple(slopes),
-        formed=tuple(map(_form_thin, inputs, references, coefficients)),
+        formed=tuple(_form_thin(network, *parts) for parts in zip(inputs, references, coefficients, strict=True)),
+        first_image=state.first_image,
     )
+    return trial, tuple(hindrances)
 
 
 def form_weights(
     network: Network, plan: Plan, start: State, targets: Sequence[Tensor], references: Sequence[Tensor | None]
-) -> tuple[Network, list[Tensor]]:
+) -> tuple[Network, list[Tensor], tuple[Hindrance, ...]]:
     """The weights [R, r] + Eᵀ P(B) that turn the batch of `start` into `targets` layer by layer, and what they produce.
 
     B is the activation that the new weights really produce, so that a layer mends the rounding of those before it,
     and an output layer that absorbs is corrected once more: then the logits keep the precision of the arithmetic, not
-    of P. The pre-activations returned are those of the weights returned, not the targets.
+    of P. The pre-activations returned are those of the weights returned, not the targets. Where a hindrance holds,
+    neither is of use.
     """
     weights, biases = list(network.weights), list(network.biases)
     inputs = start.inputs[0]
-    image: Tensor | None = start.images[0]  # B Rᵀ + r where it is known
+    image: Tensor | None = start.first_image  # B Rᵀ + r where it is known
     outputs: list[Tensor] = []
+    hindrances: list[Hindrance] = []
     for layer, target in enumerate(targets):
         if layer > 0:
             inputs, image = network.activations[layer - 1].forward(outputs[-1]), None
@@ -355,9 +374,8 @@ def form_weights(
             assert reference is not None
             weights[layer] = reference
         elif plan.absorbs[layer]:
-            solution = MinimumNorm.of(inputs, biases[layer] is not None)
-            if solution is None:
-                raise StepFailed("the activations of the batch lost their full row rank")
+            solution = MinimumNorm.of(inputs, biases[layer] is not None, network.products)
+            hindrances.append((solution.info != 0, "the activations of the batch lost their full row rank"))
             weight, bias = weights[layer], biases[layer]
             if plan.zero_reference[layer]:
                 weight, bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
@@ -370,7 +388,7 @@ def form_weights(
                     weight, bias = weight + change[:, :-1], bias + change[:, -1]
             weights[layer], biases[layer] = weight, bias
         outputs.append(F.linear(inputs, weights[layer], biases[layer]))
-    return replace(network, weights=tuple(weights), biases=tuple(biases)), outputs
+    return replace(network, weights=tuple(weights), biases=tuple(biases)), outputs, tuple(hindrances)
 
 
 def coefficients_of(plan: Plan, state: State, layer: int) -> Tensor | None:
@@ -379,7 +397,7 @@ def coefficients_of(plan: Plan, state: State, layer: int) -> Tensor | None:
     if layer == 0 and plan.absorbs[0]:
         inverse = state.gram_inverses[0]
         assert inverse is not None
-        return inverse @ (state.targets[0] - state.images[0])
+        return inverse @ (state.targets[0] - state.first_image)
     return state.coefficients[layer]
 
 
@@ -389,7 +407,7 @@ def weights_of(network: Network, plan: Plan, state: State) -> Network:
     for layer, batch in enumerate(state.inputs):
         reference, coefficients = state.references[layer], coefficients_of(plan, state, layer)
         if coefficients is not None:
-            weights[layer], bias = _form(batch, reference, coefficients), biases[layer]
+            weights[layer], bias = _form(network, batch, reference, coefficients), biases[layer]
             if bias is not None:
                 biases[layer] = coefficients.sum(0) if reference is None else bias + coefficients.sum(0)
         elif reference is not None:
@@ -413,8 +431,10 @@ def pull_back_weights(
         by_residual = None
         if coefficients is not None:
             by_coefficients = batch @ by_weight.T if by_bias is None else torch.addmm(by_bias, batch, by_weight.T)
-            by_residual = residual_gradient(state, layer, by_coefficients)
-            by_inputs.append(input_gradient(batch, formed.weights[layer], coefficients, by_weight, by_residual))
+            by_residual = residual_gradient(network, state, layer, by_coefficients)
+            by_inputs.append(
+                input_gradient(network, batch, formed.weights[layer], coefficients, by_weight, by_residual)
+            )
         else:
             by_inputs.append(torch.zeros_like(batch))
         by_targets.append(by_residual)
@@ -423,18 +443,20 @@ def pull_back_weights(
     return Gradient(tuple(by_inputs), tuple(by_targets), tuple(by_references))
 
 
-def residual_gradient(state: State, layer: int, by_coefficients: Tensor) -> Tensor:
+def residual_gradient(network: Network, state: State, layer: int, by_coefficients: Tensor) -> Tensor:
     """∂f/∂E = K⁻¹ ∂f/∂A, which is ∂f/∂Y as well."""
     inverse = state.gram_inverses[layer]
     assert inverse is not None
-    return inverse @ by_coefficients
+    return network.products.linear(inverse, by_coefficients)
 
 
 def input_gradient(
-    inputs: Tensor, formed: Tensor, coefficients: Tensor, by_weight: Tensor, by_residual: Tensor
+    network: Network, inputs: Tensor, formed: Tensor, coefficients: Tensor, by_weight: Tensor, by_residual: Tensor
 ) -> Tensor:
-    """∂f/∂B through W' = R + AᵀB, A = K⁻¹(Y − BRᵀ − r) with K = BBᵀ + 1: A V − ∂f/∂E W' − A (∂f/∂Eᵀ B)."""
-    return (coefficients @ (by_weight - by_residual.T @ inputs)).addmm_(by_residual, formed, alpha=-1)
+    """∂f/∂B through W' = R + AᵀB, A = K⁻¹(Y − BRᵀ − r) with K = BBᵀ + 1: A (V − ∂f/∂Eᵀ B) − ∂f/∂E W'."""
+    linear = network.products.linear
+    through_weight = linear(coefficients, linear(by_residual.T, inputs, source=by_weight, alpha=-1.0))
+    return linear(by_residual, formed, source=through_weight, alpha=-1.0)
 
 
 def predict(network: Network, plan: Plan, state: State, inputs: Tensor) -> Tensor:
@@ -446,7 +468,8 @@ def predict(network: Network, plan: Plan, state: State, inputs: Tensor) -> Tenso
     for layer in range(len(network)):
         output = reference_image(network, state, layer, hidden)
         if (coefficients := coefficients_of(plan, state, layer)) is not None:
-            output = output + kernel(hidden, state.inputs[layer], network.biases[layer] is not None) @ coefficients
+            overlap = kernel(hidden, state.inputs[layer], network.biases[layer] is not None)
+            output = network.products.linear(overlap, coefficients, source=output)
         if layer < len(network) - 1:
             hidden = network.activations[layer].forward(output)
     return output
@@ -466,70 +489,95 @@ def kernel(left: Tensor, right: Tensor, bias: bool) -> Tensor:
     return product.add_(1) if bias else product
 
 
-def condition_bound(gram_matrix: Tensor, inverse: Tensor) -> float:
-    """An upper bound on κ₂ of [B, 1] from the Frobenius norms of its Gram matrix and of the inverse."""
-    return math.sqrt(math.sqrt(float(squared_norm(gram_matrix) * squared_norm(inverse))))
-
-
 def squared_norm(tensor: Tensor) -> Tensor:
     """Σ of the squared elements, in one pass."""
     flat = tensor.flatten()
     return flat @ flat
 
 
-def _regram(network: Network, plan: Plan, layer: int, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """K and, where the layer absorbs, K⁻¹ of new inputs, both in the inputs' dtype; the arithmetic is float64."""
-    if not plan.absorbs[layer]:
-        return kernel(inputs, inputs, network.biases[layer] is not None), None
-    exact = gram(inputs, network.biases[layer] is not None)
-    inverse = invert_gram(exact)
-    if inverse is None or condition_bound(exact, inverse) > MAX_CONDITION[inputs.dtype]:
-        raise StepFailed("the activations of the batch came too close to linear dependence")
-    return exact.to(inputs.dtype), inverse.to(inputs.dtype)
+def _factorize_moved(
+    network: Network,
+    plan: Plan,
+    state: State,
+    inputs: Sequence[Tensor],
+    grams: list[Tensor],
+    inverses: list[Tensor | None],
+) -> list[Hindrance]:
+    """Put K and, where a layer absorbs, K⁻¹ of the inputs that are not those of `state` in the places of the old ones.
+
+    The arithmetic is float64, the results have the dtype of the inputs.
+    """
+    products = network.products
+    exact, exact_inverses, infos = list[Tensor](), list[Tensor](), list[Tensor]()
+    for layer, batch in enumerate(inputs):
+        if batch is state.inputs[layer]:
+            continue
+        matrix, grams[layer] = products.gram(batch, network.biases[layer] is not None)
+        if plan.absorbs[layer]:
+            inverse, info = products.invert_gram(matrix)
+            inverses[layer] = inverse.to(batch.dtype)
+            exact.append(matrix)
+            exact_inverses.append(inverse)
+            infos.append(info)
+    if not exact:
+        return []
+    dependent = products.near_dependence(exact, exact_inverses, infos, MAX_CONDITION[inputs[0].dtype])
+    return [(dependent, "the activations of the batch came too close to linear dependence")]
 
 
 def _coefficients(
-    plan: Plan, layer: int, targets: Sequence[Tensor], images: Sequence[Tensor], inverses: Sequence[Tensor | None]
+    network: Network,
+    plan: Plan,
+    layer: int,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    references: Sequence[Tensor | None],
+    inverses: Sequence[Tensor | None],
 ) -> Tensor | None:
-    """A_l = K_l⁻¹ (Y_l − B_l R_lᵀ − r_l), None where the layer does not absorb or is the first (nothing asks for
-    it)."""
-    inverse = inverses[layer]
+    """A_l = K_l⁻¹ E_l, E_l = Y_l − B_l R_lᵀ − r_l; None where the layer does not absorb or is the first (nothing asks
+    for it)."""
+    inverse, reference = inverses[layer], references[layer]
     if layer == 0 or not plan.absorbs[layer] or inverse is None:
         return None
-    return inverse @ (targets[layer] - images[layer])
+    linear, residual = network.products.linear, targets[layer]
+    if reference is not None:
+        residual = linear(inputs[layer], reference.T, source=residual, row=network.biases[layer], alpha=-1.0)
+    return linear(inverse, residual)
 
 
-def _form(inputs: Tensor, reference: Tensor | None, coefficients: Tensor) -> Tensor:
+def _form(network: Network, inputs: Tensor, reference: Tensor | None, coefficients: Tensor) -> Tensor:
     """R + AᵀB; R None is zero."""
-    change = coefficients.T @ inputs
-    return change if reference is None else change.add_(reference)
+    return network.products.linear(coefficients.T, inputs, source=reference)
 
 
-def _form_thin(inputs: Tensor, reference: Tensor | None, coefficients: Tensor | None) -> Tensor | None:
+def _form_thin(
+    network: Network, inputs: Tensor, reference: Tensor | None, coefficients: Tensor | None
+) -> Tensor | None:
     """The weights of a thin layer that absorbs, None for every other."""
     if coefficients is None or not is_thin(coefficients):
         return None
-    return _form(inputs, reference, coefficients)
+    return _form(network, inputs, reference, coefficients)
 
 
 def _right_inverse(
-    reference: Tensor | None, generator: tuple[Tensor, Tensor], size: float, first_order: bool
-) -> Tensor:
-    """R (I + εUᵀV)⁻¹, through the smaller of the two sides (Woodbury); R (I − εUᵀV) to first order."""
+    reference: Tensor | None, generator: tuple[Tensor, Tensor], size: Tensor, first_order: bool
+) -> tuple[Tensor, Tensor | None]:
+    """R (I + εUᵀV)⁻¹, through the smaller of the two sides (Woodbury), and whether there is none.
+
+    R (I − εUᵀV) to first order, which there always is.
+    """
     assert reference is not None
     left, right = generator
+    size = size.to(reference.dtype)
     if first_order:
-        return reference - size * (reference @ left.T) @ right
+        return reference - size * (reference @ left.T) @ right, None
     if left.shape[0] < left.shape[1]:
         inner = torch.eye(left.shape[0], dtype=left.dtype, device=left.device) + size * (right @ left.T)
         solution, info = torch.linalg.solve_ex(inner, right)
-        result = reference - size * (reference @ left.T) @ solution
-    else:
-        group_step = torch.eye(left.shape[1], dtype=left.dtype, device=left.device) + size * (left.T @ right)
-        result, info = torch.linalg.solve_ex(group_step, reference, left=False)
-    if bool(info != 0):
-        raise StepFailed("the group element of the step is singular")
-    return result
+        return reference - size * (reference @ left.T) @ solution, info != 0
+    group_step = torch.eye(left.shape[1], dtype=left.dtype, device=left.device) + size * (left.T @ right)
+    result, info = torch.linalg.solve_ex(group_step, reference, left=False)
+    return result, info != 0
 
 
 def _let_drift(
@@ -538,7 +586,6 @@ def _let_drift(
     inputs: list[Tensor],
     targets: list[Tensor],
     references: list[Tensor | None],
-    images: list[Tensor],
     slopes: list[Tensor],
 ) -> None:
     """With the first-order inverse a carried layer's output is not quite kept: it runs on to the next that absorbs."""
@@ -546,14 +593,23 @@ def _let_drift(
     for layer, reference in enumerate(references):
         if not (plan.carried[layer] or drifted):
             continue
-        if reference is not None:
-            images[layer] = F.linear(inputs[layer], reference, network.biases[layer])
         drifted = not plan.absorbs[layer]
         if drifted:
-            targets[layer] = images[layer]
+            assert reference is not None
+            targets[layer] = F.linear(inputs[layer], reference, network.biases[layer])
             if layer < len(network) - 1:
                 inputs[layer + 1] = network.activations[layer].forward(targets[layer])
                 slopes[layer] = network.activations[layer].derivative(targets[layer])
+
+
+def _add_times(base: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """base + left ⊙ right, where None is zero."""
+    return left * right if base is None else torch.addcmul(base, left, right)
+
+
+def _add_over(base: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """base + left ⊘ right, where None is zero."""
+    return left / right if base is None else torch.addcdiv(base, left, right)
 
 
 def add(left: Tensor | None, right: Tensor | None) -> Tensor | None:

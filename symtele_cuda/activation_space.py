@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .action import Gradient, Network, Plan, State, add, input_gradient, residual_gradient, squared_norm
+from .action import Gradient, Network, Plan, State, add, input_gradient, residual_gradient
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Backpropagation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An objective's value at a state, and its gradient, worked out only when asked for."""
+    """An objective's value at a state, a scalar tensor, and its gradient, worked out only when asked for."""
 
-    value: float
+    value: Tensor
     gradient: Callable[[], Gradient]
 
 
@@ -55,24 +55,24 @@ class Seeds:
 
 def backpropagate(network: Network, state: State, output_delta: Tensor) -> Backpropagation:
     """δ, back and S of every layer at `state`, from ∂L/∂logits = `output_delta` (n×classes)."""
+    products = network.products
     deltas: list[Tensor] = [output_delta]
     backs: list[Tensor | None] = []
     mixings: list[Tensor | None] = []
     for layer in range(len(network) - 1, 0, -1):
         reference, coefficients, formed = state.references[layer], state.coefficients[layer], state.formed[layer]
-        mixing = None
+        delta, slope, mixing = deltas[-1], state.slopes[layer - 1], None
         if formed is not None or coefficients is None:
             weight = reference if formed is None else formed
             assert weight is not None
-            back = deltas[-1] @ weight
+            back, before = products.masked(delta, weight, None, slope)
         else:
-            mixing = deltas[-1] @ coefficients.T
-            back = mixing @ state.inputs[layer]
-            if reference is not None:
-                back.addmm_(deltas[-1], reference)
+            mixing = products.linear(delta, coefficients.T)
+            through_reference = None if reference is None else products.linear(delta, reference)
+            back, before = products.masked(mixing, state.inputs[layer], through_reference, slope)
         backs.append(back)
         mixings.append(mixing)
-        deltas.append(back * state.slopes[layer - 1])
+        deltas.append(before)
     return Backpropagation(
         deltas=tuple(reversed(deltas)),
         backs=(None, *reversed(backs)),
@@ -80,26 +80,28 @@ def backpropagate(network: Network, state: State, output_delta: Tensor) -> Backp
     )
 
 
-def squared_gradient_norm(network: Network, state: State, deltas: tuple[Tensor, ...]) -> tuple[float, list[Tensor]]:
-    """‖∇L‖² = Σ_l ⟨δ_l, K_l δ_l⟩ over all weights and biases, and the products K_l δ_l.
+def squared_gradient_norm(network: Network, state: State, deltas: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+    """‖∇L‖² = Σ_l ⟨δ_l, K_l δ_l⟩ over all weights and biases, and its derivatives 2 K_l δ_l in δ_l.
 
     With more samples than columns δ may lie in the null space of [B, 1]ᵀ; there K δ = B (Bᵀ δ) + 1 (1ᵀ δ) is formed
     from the gradient itself, whose square cannot cancel (and which is the smaller matrix).
     """
-    products, terms = [], []
+    linear = network.products.linear
+    derivatives: list[Tensor] = []
+    pairs: list[tuple[Tensor, Tensor]] = []  # whose products sum up to twice the square
     for inputs, gram, bias, delta in zip(state.inputs, state.grams, network.biases, deltas, strict=True):
         if len(inputs) <= inputs.shape[1]:
-            products.append(gram @ delta)
-            terms.append(delta.flatten() @ products[-1].flatten())
+            derivatives.append(linear(gram, delta, alpha=2.0))
+            pairs.append((delta, derivatives[-1]))
             continue
-        gradient = inputs.T @ delta
-        product, term = inputs @ gradient, squared_norm(gradient)
+        gradient, by_bias = linear(inputs.T, delta), None
+        pairs.append((gradient, 2 * gradient))
         if bias is not None:
             by_bias = delta.sum(0)
-            product, term = product.add_(by_bias), term + squared_norm(by_bias)
-        products.append(product)
-        terms.append(term)
-    return float(torch.stack(terms).sum()), products
+            pairs.append((by_bias, 2 * by_bias))
+        derivatives.append(linear(inputs, gradient, row=by_bias, alpha=2.0))
+    left, right = zip(*pairs, strict=True)
+    return 0.5 * network.products.dot_sum(left, right), derivatives
 
 
 def pull_back(network: Network, plan: Plan, state: State, backward: Backpropagation, seeds: Seeds) -> Gradient:
@@ -108,89 +110,110 @@ def pull_back(network: Network, plan: Plan, state: State, backward: Backpropagat
     by_inputs: list[Tensor | None] = [None]
     by_targets: list[Tensor | None] = [None]
     by_references: list[tuple[tuple[Tensor, Tensor], ...]] = [()]
-    by_delta, by_target = seeds.deltas[0], seeds.targets.get(0)  # of the layer before
+    by_target = seeds.targets.get(0)  # of the layer before, like by_delta and by_back
+    by_delta, by_back = seeds.deltas[0], seeds.deltas[0] * state.slopes[0]
     for layer in range(1, len(network)):
-        by_back = by_delta * state.slopes[layer - 1]
         moved = plan.moved[layer - 1]
         if moved:
             by_target = add(by_target, _curvature_term(network, state, backward, layer, by_delta))
         reverse = _pull_back_thin if state.formed[layer] is not None else _pull_back_wide
-        terms = reverse(state, backward, seeds, layer, by_back, moved, last=layer == len(network) - 1)
+        terms = reverse(network, state, backward, seeds, layer, by_back, moved)
         by_inputs.append(terms.by_inputs)
         by_targets.append(by_target)
         seeded = (seeds.references[layer],) if layer in seeds.references else ()
         by_references.append(((backward.deltas[layer], by_back), *seeded) if plan.carried[layer] else ())
         if terms.by_delta is not None:
-            by_delta = terms.by_delta
+            by_delta, by_back = terms.by_delta
         by_target = terms.by_target
     return Gradient(tuple(by_inputs), tuple(by_targets), tuple(by_references))
 
 
 @dataclass(frozen=True)
 class _LayerTerms:
-    """∂f/∂δ_l (None for the last layer, where it is a constant), ∂f/∂Y_l, and ∂f/∂B_l but for its share through
-    Y_{l−1}."""
+    """∂f/∂δ_l and the ∂f/∂back_{l+1} = ∂f/∂δ_l ⊙ σ'(Y_l) that follows (None for the last layer, where δ is a constant),
+    ∂f/∂Y_l, and ∂f/∂B_l but for its share through Y_{l−1}."""
 
-    by_delta: Tensor | None
+    by_delta: tuple[Tensor, Tensor] | None
     by_target: Tensor | None
     by_inputs: Tensor | None
 
 
 def _pull_back_wide(
-    state: State, backward: Backpropagation, seeds: Seeds, layer: int, by_back: Tensor, moved: bool, last: bool
+    network: Network,
+    state: State,
+    backward: Backpropagation,
+    seeds: Seeds,
+    layer: int,
+    by_back: Tensor,
+    moved: bool,
 ) -> _LayerTerms:
     """Reverse mode through one layer in n×n matrices, for a layer that absorbs and is wide, or does not absorb."""
+    products = network.products
     batch, reference, coefficients = state.inputs[layer], state.references[layer], state.coefficients[layer]
-    mixing = backward.mixings[layer]
-    by_delta = None if last else seeds.deltas[layer]
+    mixing, last = backward.mixings[layer], layer == len(network) - 1
+    by_delta = None
     by_target, by_inputs, by_gram = seeds.targets.get(layer), seeds.inputs.get(layer), seeds.grams.get(layer)
-    if by_delta is not None and reference is not None:
-        by_delta = by_delta.addmm(by_back, reference.T)
     if coefficients is not None and mixing is not None:
-        by_mixing = by_back @ batch.T
-        by_residual, overlap = _through_residual(state, layer, backward.deltas[layer], mixing, by_mixing, seeds)
+        by_mixing = products.linear(by_back, batch.T)
+        by_residual, overlap = _through_residual(
+            network, state, layer, backward.deltas[layer], mixing, by_mixing, seeds
+        )
         by_target = add(by_target, by_residual)
-        if by_delta is not None:
-            by_delta = by_delta.addmm(by_mixing, coefficients)
-        if moved:
-            by_gram = add(by_gram, (overlap + overlap.T).mul_(-0.5))
-            by_inputs = _add_product(by_inputs, mixing.T, by_back)
+        if not last:
+            seed = seeds.deltas[layer]
             if reference is not None:
-                by_inputs.addmm_(by_residual, reference, alpha=-1)
+                seed = products.linear(by_back, reference.T, source=seed)
+            by_delta = products.masked(by_mixing, coefficients, seed, state.slopes[layer])
+        if moved:
+            symmetric = overlap + overlap.T
+            by_gram = symmetric.mul_(-0.5) if by_gram is None else torch.sub(by_gram, symmetric, alpha=0.5)
+            by_inputs = products.linear(mixing.T, by_back, source=by_inputs)
+            if reference is not None:
+                by_inputs = products.linear(by_residual, reference, source=by_inputs, alpha=-1.0)
+    elif not last:
+        assert reference is not None
+        by_delta = products.masked(by_back, reference.T, seeds.deltas[layer], state.slopes[layer])
     if moved and by_gram is not None:
-        by_inputs = _add_product(by_inputs, by_gram, batch, alpha=2)
+        by_inputs = products.linear(by_gram, batch, source=by_inputs, alpha=2.0)
     return _LayerTerms(by_delta, by_target, by_inputs)
 
 
 def _through_residual(
-    state: State, layer: int, delta: Tensor, mixing: Tensor, by_mixing: Tensor, seeds: Seeds
+    network: Network, state: State, layer: int, delta: Tensor, mixing: Tensor, by_mixing: Tensor, seeds: Seeds
 ) -> tuple[Tensor, Tensor]:
     """∂f/∂E = K⁻¹ ∂f/∂A and the overlap ∂f/∂E Aᵀ = −∂f/∂K, where ∂f/∂A = ∂f/∂Sᵀ δ + the seed and S = δAᵀ."""
     seed, coefficients = seeds.coefficients.get(layer), state.coefficients[layer]
+    linear = network.products.linear
     assert coefficients is not None
     if seed is None:  # ∂f/∂E = C δ and ∂f/∂E Aᵀ = C S with the n×n matrix C = K⁻¹ ∂f/∂Sᵀ
-        carrier = residual_gradient(state, layer, by_mixing.T)
-        return carrier @ delta, carrier @ mixing
-    by_residual = residual_gradient(state, layer, seed.addmm(by_mixing.T, delta))
-    return by_residual, by_residual @ coefficients.T
+        carrier = residual_gradient(network, state, layer, by_mixing.T)
+        return linear(carrier, delta), linear(carrier, mixing)
+    by_residual = residual_gradient(network, state, layer, linear(by_mixing.T, delta, source=seed))
+    return by_residual, linear(by_residual, coefficients.T)
 
 
 def _pull_back_thin(
-    state: State, backward: Backpropagation, seeds: Seeds, layer: int, by_back: Tensor, moved: bool, last: bool
+    network: Network,
+    state: State,
+    backward: Backpropagation,
+    seeds: Seeds,
+    layer: int,
+    by_back: Tensor,
+    moved: bool,
 ) -> _LayerTerms:
     """Reverse mode through one thin layer that absorbs, with its weights W' formed and ∂f/∂W' = δᵀ ∂f/∂back."""
+    products = network.products
     batch, coefficients, formed = state.inputs[layer], state.coefficients[layer], state.formed[layer]
     assert coefficients is not None and formed is not None
-    by_weight = backward.deltas[layer].T @ by_back
-    by_residual = residual_gradient(state, layer, _add_product(seeds.coefficients.get(layer), batch, by_weight.T))
-    by_inputs = seeds.inputs.get(layer)
+    by_weight = products.linear(backward.deltas[layer].T, by_back)
+    by_coefficients = products.linear(batch, by_weight.T, source=seeds.coefficients.get(layer))
+    by_residual = residual_gradient(network, state, layer, by_coefficients)
+    by_inputs, by_delta = seeds.inputs.get(layer), None
     if moved:
-        by_inputs = add(by_inputs, input_gradient(batch, formed, coefficients, by_weight, by_residual))
-    return _LayerTerms(
-        by_delta=None if last else seeds.deltas[layer].addmm(by_back, formed.T),
-        by_target=add(seeds.targets.get(layer), by_residual),
-        by_inputs=by_inputs,
-    )
+        by_inputs = add(by_inputs, input_gradient(network, batch, formed, coefficients, by_weight, by_residual))
+    if layer < len(network) - 1:
+        by_delta = products.masked(by_back, formed.T, seeds.deltas[layer], state.slopes[layer])
+    return _LayerTerms(by_delta, add(seeds.targets.get(layer), by_residual), by_inputs)
 
 
 def _curvature_term(
@@ -200,11 +223,3 @@ def _curvature_term(
     curvature = network.activations[layer - 1].second_derivative(state.targets[layer - 1])
     back = backward.backs[layer]
     return None if curvature is None or back is None else adjoint * back * curvature
-
-
-def _add_product(base: Tensor | None, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
-    """base + alpha·left right as a new tensor."""
-    if base is not None:
-        return base.addmm(left, right, alpha=alpha)
-    product = left @ right
-    return product if alpha == 1 else product.mul_(alpha)

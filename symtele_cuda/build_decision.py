@@ -16,7 +16,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +37,16 @@ USUAL_HOME = Path("/usr/local/cuda")
 
 NO_ISOLATION_COMMAND = "pip install --no-build-isolation ."
 
+# Without its dependencies: they are those of CUTLASS's Python interface, of which only the headers are used.
+CUTLASS_COMMAND = "pip install --no-deps nvidia-cutlass"
+
+# What a toolkit must be able to compile: CUTLASS includes the headers in cuda/std, a package of their own at pip's.
+PROBE = """
+#include <cuda_runtime.h>
+#include <cuda/std/utility>
+__global__ void probe() {}
+"""
+
 
 class BuildError(RuntimeError):
     """What the environment asks of the build cannot be done."""
@@ -51,19 +62,22 @@ class TorchBuild:
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A CUDA toolkit: its folder, its version ("13.0") and the architectures its nvcc knows ("8.0", "9.0", ...)."""
+    """A CUDA toolkit: its folder, its version ("13.0") and the architectures its nvcc knows ("8.0", "9.0", ...).
+
+    `fault` is what its nvcc says where it cannot compile an empty kernel.
+    """
 
     home: str
     version: str
     architectures: tuple[str, ...]
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
     """The outcome, "cuda" or "python", the reason in words, and what was seen when it was taken.
 
-    `architectures`, in the notation of TORCH_CUDA_ARCH_LIST, are those that the kernels are compiled for, or would be
-    if there were any sources; empty where none can be compiled.
+    `architectures`, in the notation of TORCH_CUDA_ARCH_LIST, are those that the kernels are compiled for.
     """
 
     outcome: str
@@ -72,13 +86,13 @@ class Decision:
     cuda: str | None
     toolkit: str | None
     toolkit_version: str | None
+    cutlass: str | None
     architectures: tuple[str, ...]
 
     def __str__(self) -> str:
         title = {"cuda": "with CUDA kernels", "python": "pure Python, nothing is compiled"}[self.outcome]
         torch = f"{self.torch} ({f'CUDA {self.cuda}' if self.cuda else 'no CUDA'})" if self.torch else "not seen"
         architectures = " ".join(self.architectures) or "none"
-        unused = " (nothing was compiled for them)" if self.architectures and self.outcome == "python" else ""
         toolkit = f"{self.toolkit} (CUDA {self.toolkit_version})" if self.toolkit else "not found"
         return "\n".join(
             [
@@ -86,7 +100,8 @@ class Decision:
                 f"reason:         {self.reason}",
                 f"torch:          {torch}",
                 f"CUDA toolkit:   {toolkit}",
-                f"architectures:  {architectures}{unused}",
+                f"CUTLASS:        {self.cutlass or 'not found'}",
+                f"architectures:  {architectures}",
             ]
         )
 
@@ -99,16 +114,16 @@ class Decision:
         return cls(**{**fields, "architectures": tuple(fields["architectures"])})
 
 
-def decide_here(root: Path) -> Decision:
-    """The decision for the source tree at `root`, in this process's environment."""
-    sources = sorted((root / "csrc").glob("**/*.cu"))
-    return decide(os.environ, find_torch(), find_toolkit(os.environ), sources)
+def decide_here() -> Decision:
+    """The decision in this process's environment."""
+    torch = find_torch()
+    return decide(os.environ, torch, find_toolkit(os.environ, torch), find_cutlass(os.environ, sys.path))
 
 
 def decide(
-    environ: Mapping[str, str], torch: TorchBuild | None, toolkit: Toolkit | None, sources: Sequence[Path]
+    environ: Mapping[str, str], torch: TorchBuild | None, toolkit: Toolkit | None, cutlass: Path | None
 ) -> Decision:
-    """What to build from `sources` with this torch and this toolkit.
+    """What to build with this torch, this toolkit and the CUTLASS headers in the folder `cutlass`.
 
     FORCE_CPU=1 asks for the pure Python package. FORCE_CUDA=1 turns every reason not to compile the kernels into a
     BuildError. TORCH_CUDA_ARCH_LIST replaces the default architectures; it is an error if it cannot be honoured.
@@ -118,20 +133,21 @@ def decide(
         raise BuildError("FORCE_CPU and FORCE_CUDA are both set: unset one of them")
 
     forced = "FORCE_CPU is set: unset it and install again for CUDA kernels" if force_cpu else None
-    compiler_obstacle = forced or torch_obstacle(torch) or toolkit_obstacle(environ, torch, toolkit)
-    architectures = () if compiler_obstacle or not toolkit else select_architectures(environ, toolkit)
-    obstacle = "; besides, ".join(filter(None, [sources_obstacle(sources), compiler_obstacle]))
+    obstacle = forced or torch_obstacle(torch) or compiler_obstacle(environ, torch, toolkit, cutlass)
     if obstacle and force_cuda:
         raise BuildError(f"FORCE_CUDA is set, but {obstacle}")
+    if not obstacle:
+        check_max_jobs(environ)
 
     return Decision(
         outcome="python" if obstacle else "cuda",
-        reason=obstacle or f"torch and the CUDA toolkit fit, and csrc/ holds {len(sources)} CUDA sources",
+        reason=obstacle or "torch, the CUDA toolkit and CUTLASS are there and fit",
         torch=torch.version if torch else None,
         cuda=torch.cuda if torch else None,
         toolkit=toolkit.home if toolkit else None,
         toolkit_version=toolkit.version if toolkit else None,
-        architectures=architectures,
+        cutlass=str(cutlass) if cutlass else None,
+        architectures=() if obstacle or not toolkit else select_architectures(environ, toolkit),
     )
 
 
@@ -139,38 +155,72 @@ def is_on(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "") not in ("", "0")
 
 
-def sources_obstacle(sources: Sequence[Path]) -> str | None:
-    return None if sources else "this version has no CUDA sources (csrc/*.cu), it computes with torch's own operations"
-
-
 def torch_obstacle(torch: TorchBuild | None) -> str | None:
     """Why kernels cannot be compiled against this torch."""
     if torch is None:
         return (
             "torch cannot be imported by this build (by default pip builds in an environment of its own, without "
-            "torch). For CUDA kernels install torch, setuptools, ninja and pybind11 first, then run: "
-            + NO_ISOLATION_COMMAND
+            f"torch). For CUDA kernels install torch, setuptools and ninja first, run {CUTLASS_COMMAND}, then: "
+            f"{NO_ISOLATION_COMMAND}"
         )
     if torch.cuda is None:
         return f"torch {torch.version} is a build without CUDA: install a CUDA build of torch, then this package again"
     return None
 
 
+def compiler_obstacle(
+    environ: Mapping[str, str], torch: TorchBuild | None, toolkit: Toolkit | None, cutlass: Path | None
+) -> str | None:
+    """Everything beside torch that keeps the kernels from being compiled."""
+    obstacles = [toolkit_obstacle(environ, torch, toolkit), cutlass_obstacle(environ, cutlass)]
+    return "; besides, ".join(filter(None, obstacles)) or None
+
+
 def toolkit_obstacle(environ: Mapping[str, str], torch: TorchBuild | None, toolkit: Toolkit | None) -> str | None:
     """Why kernels for this torch cannot be compiled with this toolkit."""
+    advice = pip_toolkit_advice(torch)
     if toolkit is None and environ.get("CUDA_HOME"):
         return f"CUDA_HOME={environ['CUDA_HOME']} holds no CUDA toolkit (a working bin/nvcc and include/cuda_runtime.h)"
     if toolkit is None:
         return (
             "no CUDA toolkit was found (looked for nvcc on the PATH, in /usr/local/cuda and in pip's nvidia packages): "
-            "install one or set CUDA_HOME"
+            f"install one, set CUDA_HOME{advice}"
         )
     if torch and torch.cuda and major(torch.cuda) != major(toolkit.version):
         return (
             f"torch {torch.version} was built with CUDA {torch.cuda}, but the toolkit at {toolkit.home} is CUDA "
-            f"{toolkit.version}: set CUDA_HOME to a toolkit of CUDA {major(torch.cuda)}"
+            f"{toolkit.version}: set CUDA_HOME to a toolkit of CUDA {major(torch.cuda)}{advice}"
+        )
+    if toolkit.fault:
+        return (
+            f"the CUDA {toolkit.version} toolkit at {toolkit.home} does not compile ({toolkit.fault}). It needs its "
+            "parts in one version and a host compiler that it supports, gcc or what CC names: mend it, set CUDA_HOME "
+            f"to another{advice}"
         )
     return None
+
+
+def pip_toolkit_advice(torch: TorchBuild | None) -> str:
+    """The last of the ways to a toolkit for torch's CUDA, from 13 on: before, pip's packages shared no folder."""
+    if torch is None or torch.cuda is None or int(major(torch.cuda)) < 13:
+        return ""
+    packages = " ".join(f'"nvidia-{name}=={torch.cuda}.*"' for name in ("cuda-nvcc", "nvvm", "cuda-crt"))
+    return f", or run pip install {packages} nvidia-cuda-cccl"
+
+
+def cutlass_obstacle(environ: Mapping[str, str], cutlass: Path | None) -> str | None:
+    if cutlass is not None:
+        return None
+    if environ.get("CUTLASS_HOME"):
+        return f"CUTLASS_HOME={environ['CUTLASS_HOME']} holds no CUTLASS (no include/cutlass/cutlass.h)"
+    return f"the headers of CUTLASS were not found: run {CUTLASS_COMMAND}, or set CUTLASS_HOME"
+
+
+def check_max_jobs(environ: Mapping[str, str]) -> None:
+    """MAX_JOBS bounds the compilers that run at once; torch ignores what is no number, and takes 0 for no bound."""
+    jobs = environ.get("MAX_JOBS", "")
+    if jobs and not re.fullmatch(r"0*[1-9]\d*", jobs):
+        raise BuildError(f"MAX_JOBS must be a whole number from 1 on, got {jobs!r}")
 
 
 def major(version: str) -> str:
@@ -221,24 +271,96 @@ def default_architectures(toolkit: Toolkit) -> tuple[str, ...]:
     return (*known[:-1], f"{known[-1]}+PTX")
 
 
+def gencode_flags(architectures: Iterable[str]) -> list[str]:
+    """nvcc's flags: machine code for every entry, and where it ends in +PTX also PTX, which newer devices compile."""
+    flags = []
+    for entry in architectures:
+        name = entry.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{name},code=compute_{name}")
+    return flags
+
+
+def compiler_arguments(decision: Decision, search_path: Iterable[str]) -> dict[str, list[str]]:
+    """The flags of g++ and nvcc beside those that torch adds, such as the C++ standard that its headers need.
+
+    pip's headers are for g++ alone, behind the toolkit's own: nvcc fails where it meets those of another version
+    first, and no CUDA source includes torch's headers. nvcc has no --threads: its processes are bounded by MAX_JOBS.
+    """
+    pip_headers = [flag for folder in pip_include_folders(search_path) for flag in ("-isystem", str(folder))]
+    cutlass_headers = ["-isystem", decision.cutlass] if decision.cutlass else []
+    hidden = "-fvisibility=hidden"
+    return {
+        "cxx": ["-O3", "-g0", hidden, *pip_headers],
+        "nvcc": [
+            *("-O3", "-DNDEBUG", "-lineinfo", f"-Xcompiler={hidden}"),
+            *cutlass_headers,
+            *gencode_flags(decision.architectures),
+        ],
+    }
+
+
+def runtime_library(home: Path) -> str:
+    """What follows -l for the CUDA runtime: pip's package has a libcudart.so.13, but no libcudart.so."""
+    folders = [home / "lib64", home / "lib"]
+    if any((folder / "libcudart.so").exists() for folder in folders):
+        return "cudart"
+    versioned = [path.name for folder in folders for path in sorted(folder.glob("libcudart.so.*"))]
+    return f":{versioned[0]}" if versioned else "cudart"
+
+
+def runs_on(entry: str, capability: tuple[int, int]) -> bool:
+    """Whether code for this entry runs on a device of this compute capability.
+
+    Machine code runs on its own generation, from its minor version on, PTX on everything newer. Code for 9.0a uses
+    features of that one device, code for 10.0f those of its generation, in PTX too.
+    """
+    tens, ones = map(int, number(entry).split("."))
+    base = entry.removesuffix("+PTX")
+    if base.endswith("a"):
+        return capability == (tens, ones)
+    newer = entry.endswith("+PTX") and not base.endswith("f") and capability >= (tens, ones)
+    return newer or (capability[0] == tens and capability[1] >= ones)
+
+
 # --- what is installed -----------------------------------------------------------------------------------------------
 
 
 def find_torch() -> TorchBuild | None:
-    """The torch that this interpreter imports, None if it has none."""
+    """The torch that this interpreter imports, None if it has none (or one whose libraries do not load)."""
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):
         return None
     return TorchBuild(str(torch.__version__), torch.version.cuda)
 
 
-def find_toolkit(environ: Mapping[str, str]) -> Toolkit | None:
-    """The first candidate that is a toolkit. CUDA_HOME, where set, is the only one: no other is taken silently."""
+def find_cutlass(environ: Mapping[str, str], search_path: Iterable[str]) -> Path | None:
+    """The folder of CUTLASS's headers: in CUTLASS_HOME where that is set, else in pip's package nvidia-cutlass."""
+    home = environ.get("CUTLASS_HOME")
+    packages = (Path(folder) / "cutlass_library" / "source" for folder in search_path)
+    folders = [(root / "include").resolve() for root in ([Path(home)] if home else packages)]
+    return next((folder for folder in folders if (folder / "cutlass" / "cutlass.h").is_file()), None)
+
+
+def find_toolkit(environ: Mapping[str, str], torch: TorchBuild | None) -> Toolkit | None:
+    """The first toolkit that can compile for this torch, or else the first at all.
+
+    CUDA_HOME, where set, is the only candidate: no other is taken silently.
+    """
     if environ.get("CUDA_HOME"):
-        return inspect_toolkit(Path(environ["CUDA_HOME"]))
-    candidates = (*homes_of_nvcc(shutil.which("nvcc", path=environ.get("PATH"))), USUAL_HOME, *pip_homes(sys.path))
-    return next(filter(None, map(inspect_toolkit, candidates)), None)
+        candidates = [Path(environ["CUDA_HOME"])]
+    else:
+        nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+        candidates = [*homes_of_nvcc(nvcc), USUAL_HOME, *pip_homes(sys.path)]
+    unfit = []
+    for home in candidates:
+        toolkit = inspect_toolkit(home, environ.get("CC"))
+        if toolkit and not toolkit_obstacle(environ, torch, toolkit):
+            return toolkit
+        unfit.append(toolkit)
+    return next(filter(None, unfit), None)
 
 
 def homes_of_nvcc(nvcc: str | None) -> list[Path]:
@@ -257,7 +379,12 @@ def pip_homes(search_path: Iterable[str]) -> list[Path]:
     return [home for folder in search_path for home in sorted(Path(folder).glob("nvidia/cu[0-9]*"), reverse=True)]
 
 
-def inspect_toolkit(home: Path) -> Toolkit | None:
+def pip_include_folders(search_path: Iterable[str]) -> list[Path]:
+    """The headers of pip's nvidia packages: a toolkit may lack those of the libraries that torch's headers name."""
+    return [include for folder in search_path for include in sorted(Path(folder).glob("nvidia/*/include"))]
+
+
+def inspect_toolkit(home: Path, host_compiler: str | None = None) -> Toolkit | None:
     """The toolkit in the folder `home`, None if it holds no nvcc that runs or no headers."""
     nvcc = shutil.which("nvcc", path=str(home / "bin"))
     if nvcc is None or not (home / "include" / "cuda_runtime.h").is_file():
@@ -266,7 +393,25 @@ def inspect_toolkit(home: Path) -> Toolkit | None:
     known = re.findall(r"compute_(\d+)(\d)\b", output_of(nvcc, "--list-gpu-arch"))
     if not release or not known:
         return None
-    return Toolkit(str(home.resolve()), release[1], tuple(f"{tens}.{ones}" for tens, ones in known))
+    architectures = tuple(f"{tens}.{ones}" for tens, ones in known)
+    return Toolkit(str(home.resolve()), release[1], architectures, fault_of(nvcc, host_compiler))
+
+
+def fault_of(nvcc: str, host_compiler: str | None) -> str | None:
+    """What nvcc says of the first error when it compiles an empty kernel, None if it can.
+
+    It cannot without a host compiler that it supports, and not with parts of several versions, as pip installs them
+    unless told which.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder) / "probe.cu", Path(folder) / "probe.o"
+        source.write_text(PROBE)
+        host = ["-ccbin", host_compiler] if host_compiler else []
+        said = output_of(nvcc, "-std=c++17", *host, "-c", str(source), "-o", str(result))
+        if result.is_file():
+            return None
+    lines = said.splitlines() or ["nvcc says nothing"]
+    return next((line for line in lines if "error" in line.lower() or "not found" in line), lines[-1]).strip()
 
 
 def output_of(*command: str) -> str:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import torch
 
+from symtele_cuda import extension
 from symtele_cuda._version import __version__
 from symtele_cuda.build_decision import NO_ISOLATION_COMMAND, Decision
-
-RECORD = Path(__file__).with_name("_build.json")
-
-
-def build_record() -> Decision | None:
-    """The decision that the build of this installation recorded; None in a source tree that was never installed."""
-    return Decision.from_json(RECORD.read_text()) if RECORD.is_file() else None
+from symtele_cuda.extension import build_record
 
 
 def describe() -> str:
-    """Versions, the build and its reason, the visible devices, and the settings of torch that results depend on."""
+    """Versions, the build and its reason, whether its kernels load, the visible devices, and the settings of torch
+    that results depend on."""
     return "\n".join([*version_lines(), "", *build_lines(build_record()), "", *machine_lines()])
 
 
@@ -33,12 +28,11 @@ def version_lines() -> list[str]:
 
 def build_lines(record: Decision | None) -> list[str]:
     if record is None:
-        return [
-            "build:          none, this is a source tree that was not installed; everything runs on torch's operations",
-            f"to build:       {NO_ISOLATION_COMMAND}   (with torch, setuptools, ninja and pybind11 installed)",
-        ]
+        return [f"build:          none; everything runs on torch's operations: {extension.unavailable_reason()}"]
     lines = str(record).splitlines()
-    if record.torch != torch.__version__:
+    if record.outcome == "cuda":
+        lines.append(f"CUDA kernels:   {extension.unavailable_reason() or f'loaded from {extension.LIBRARY}'}")
+    elif record.torch != torch.__version__:
         lines.append(f"note:           torch is now {torch.__version__}; to decide again: {NO_ISOLATION_COMMAND}")
     return lines
 
@@ -57,6 +51,12 @@ def device_lines() -> list[str]:
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [
         f"CUDA device {index}:  {device.name}, compute capability {device.major}.{device.minor}, "
-        f"{device.total_memory / 2**30:.0f} GiB"
+        f"{device.total_memory / 2**30:.0f} GiB{kernels_on((device.major, device.minor))}"
         for index, device in enumerate(properties)
     ]
+
+
+def kernels_on(capability: tuple[int, int]) -> str:
+    """What is to be said of the kernels on such a device, if there are any."""
+    obstacle = extension.device_obstacle(capability) if extension.library_path() else None
+    return f"; {obstacle}" if obstacle else ""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import Activation
+from .activations import Activation, Identity
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -34,23 +34,36 @@ class BatchLoss:
             raise ValueError(f"loss_fn must return a scalar tensor (0 dimensions), got {got}")
         return loss
 
-    def value(self, logits: Tensor) -> float:
-        """L as a number."""
+    def value(self, logits: Tensor) -> Tensor:
+        """L as a scalar tensor without its graph."""
         with torch.no_grad():
-            return float(self(logits))
+            return self(logits)
 
-    def value_and_gradient(self, logits: Tensor) -> tuple[float, Tensor]:
-        """L and ∂L/∂logits (n×classes)."""
+    def value_and_gradient(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """L without its graph, and ∂L/∂logits (n×classes); of a default loss in closed form, without autograd."""
+        if self.default:
+            value, gradient = _default_value_and_gradient(self.output.forward(logits), self.targets)
+            return value, gradient if isinstance(self.output, Identity) else gradient * self.output.derivative(logits)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             loss = self(leaf)
             (gradient,) = torch.autograd.grad(loss, leaf)
-        return float(loss.detach()), gradient
+        return loss.detach(), gradient
 
 
 def default_loss(targets: Tensor) -> LossFunction:
     """Cross entropy (mean) for integer targets, mean squared error for floating ones."""
     return F.mse_loss if targets.is_floating_point() else F.cross_entropy
+
+
+def _default_value_and_gradient(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """−1/n Σ log p_y and (p − 1_y) / n with p = softmax(o), or the mean of (o − y)² and 2 (o − y) / N, of outputs o."""
+    if targets.is_floating_point():
+        return F.mse_loss(outputs, targets), (outputs - targets) * (2 / outputs.numel())
+    log_p = F.log_softmax(outputs, dim=1)
+    chosen, share = targets.unsqueeze(1), 1 / len(outputs)
+    hit = torch.full_like(chosen, -share, dtype=outputs.dtype)
+    return F.nll_loss(log_p, targets), log_p.exp().mul_(share).scatter_add_(1, chosen, hit)
 
 
 def check_default_targets(targets: Tensor, n: int, outputs: int) -> None:

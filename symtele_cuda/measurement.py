@@ -28,9 +28,9 @@ class Measurement:
 
     loss: float
     data_loss: float
-    holdout: float | None
     objective: float
     gradient_norm: float
+    holdout: float | None = None
 
     @property
     def finite(self) -> bool:
@@ -39,27 +39,30 @@ class Measurement:
 
 def measure(
     problem: Problem, objective: Objective, held: Holdout | None, network: Network, outputs: Sequence[Tensor]
-) -> Measurement:
-    """Measure `network`, whose pre-activations on the batch are `outputs`, in the place of the problem's own
-    weights."""
+) -> Tensor:
+    """Measure `network`, whose pre-activations on the batch are `outputs`, in the place of the problem's own weights.
+
+    The values of a `Measurement`, in its order, as one float64 tensor on the device: `read` makes numbers of it.
+    """
     data_loss, output_delta = problem.loss.value_and_gradient(outputs[-1])
     if problem.weight_terms or not has_fast_path(objective):
-        loss, gradient_norm, value = _measure_with_autograd(problem, objective, network)
+        loss, squared, value = _measure_with_autograd(problem, objective, network)
     else:
         inputs = layer_inputs(network, problem.samples, outputs)
         deltas = _backpropagate(network, outputs, output_delta)
-        loss, gradient_norm = data_loss, math.sqrt(_squared_gradient_norm(network, inputs, deltas))
+        loss = data_loss
+        value = squared = _squared_gradient_norm(network, inputs, deltas)
         if isinstance(objective, Lookahead):
             value = problem.loss.value(_logits_after_step(network, inputs, outputs, deltas, objective.rate))
-        else:
-            value = gradient_norm**2
-    return Measurement(
-        loss=loss,
-        data_loss=data_loss,
-        holdout=None if held is None else held.loss.value(network.forward(held.samples)[-1]),
-        objective=value,
-        gradient_norm=gradient_norm,
-    )
+    values = [loss, data_loss, value, squared.sqrt()]
+    if held is not None:
+        values.append(held.loss.value(network.forward(held.samples)[-1]))
+    return torch.stack([value.double() for value in values])
+
+
+def read(values: Tensor) -> Measurement:
+    """The numbers that `measure` took, in one transfer."""
+    return Measurement(*values.tolist())
 
 
 def _backpropagate(network: Network, outputs: Sequence[Tensor], output_delta: Tensor) -> list[Tensor]:
@@ -71,25 +74,38 @@ def _backpropagate(network: Network, outputs: Sequence[Tensor], output_delta: Te
     return deltas[::-1]
 
 
-def _squared_gradient_norm(network: Network, inputs: Sequence[Tensor], deltas: Sequence[Tensor]) -> float:
-    """‖∇L‖² = Σ_l ‖δ_lᵀ [B_l, 1]‖², for large layers as ⟨δ_l, K_l δ_l⟩ unless that sum cancels."""
-    total = 0.0
+def _squared_gradient_norm(network: Network, inputs: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+    """‖∇L‖² = Σ_l ‖δ_lᵀ [B_l, 1]‖², on a CPU for large layers as ⟨δ_l, K_l δ_l⟩ unless that sum cancels."""
+    gradients: list[Tensor] = []
+    total = torch.zeros((), dtype=torch.float64, device=deltas[0].device)
     for batch, bias, delta in zip(inputs, network.biases, deltas, strict=True):
-        (n, columns), rows = batch.shape, delta.shape[1]
-        square, trusted = 0.0, 0.0
-        if columns * rows > n * (columns + rows):  # the Gram matrix is the cheaper way
-            gram_matrix = kernel(batch, batch, bias is not None)
-            square = float(delta.flatten() @ (gram_matrix @ delta).flatten())
-            trusted = CANCELLED * math.sqrt(float(squared_norm(gram_matrix))) * float(squared_norm(delta))
-        if not square > trusted:
-            square = float(squared_norm(delta.T @ batch))
-            square += 0.0 if bias is None else float(squared_norm(delta.sum(0)))
-        total += square
-    return total
+        square = _square_through_gram(batch, bias is not None, delta) if batch.device.type == "cpu" else None
+        if square is not None:
+            total = total + square
+            continue
+        gradients.append(network.products.linear(delta.T, batch))
+        if bias is not None:
+            gradients.append(delta.sum(0))
+    return total + network.products.dot_sum(gradients, gradients) if gradients else total
+
+
+def _square_through_gram(batch: Tensor, bias: bool, delta: Tensor) -> Tensor | None:
+    """⟨δ, K δ⟩, or None where the gradient itself is the smaller matrix or the sum cancels."""
+    (n, columns), rows = batch.shape, delta.shape[1]
+    if columns * rows <= n * (columns + rows):
+        return None
+    gram_matrix = kernel(batch, batch, bias)
+    square = delta.flatten() @ (gram_matrix @ delta).flatten()
+    trusted = CANCELLED * squared_norm(gram_matrix).sqrt() * squared_norm(delta)
+    return square if bool(square > trusted) else None
 
 
 def _logits_after_step(
-    network: Network, inputs: Sequence[Tensor], outputs: Sequence[Tensor], deltas: Sequence[Tensor], rate: float
+    network: Network,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    rate: float | Tensor,
 ) -> Tensor:
     """The logits after W_l ← W_l − η δ_lᵀ B_l, b_l ← b_l − η Σ δ_l, without forming the gradients.
 
@@ -98,21 +114,21 @@ def _logits_after_step(
     hidden = inputs[0]
     for layer, (batch, delta, bias) in enumerate(zip(inputs, deltas, network.biases, strict=True)):
         output = outputs[0] if layer == 0 else F.linear(hidden, network.weights[layer], bias)
-        output = torch.addmm(output, kernel(hidden, batch, bias is not None), delta, alpha=-rate)
+        output = network.products.linear(kernel(hidden, batch, bias is not None), delta * -rate, source=output)
         if layer < len(network) - 1:
             hidden = network.activations[layer].forward(output)
     return output
 
 
-def _measure_with_autograd(problem: Problem, objective: Objective, network: Network) -> tuple[float, float, float]:
-    """Loss, ‖∇L‖ and objective of any loss of the parameters and any objective."""
+def _measure_with_autograd(problem: Problem, objective: Objective, network: Network) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, ‖∇L‖² and objective of any loss of the parameters and any objective."""
     with torch.enable_grad():
         parameters = parameter_list(network, requires_grad=True)
         loss = problem.loss_of(parameters)
         gradients = torch.autograd.grad(loss, parameters)
         value = objective.value(problem.loss_of, parameters)
-    square = sum(float(squared_norm(gradient)) for gradient in gradients)
-    return float(loss.detach()), math.sqrt(square), float(value.detach())
+    square = torch.stack([squared_norm(gradient).double() for gradient in gradients]).sum()
+    return loss.detach(), square, value.detach()
 
 
 def relative_change(before: float, after: float) -> float:

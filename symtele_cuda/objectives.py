@@ -21,9 +21,10 @@ from typing import Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
-from .action import Gradient, Network, Plan, State, kernel, reference_image
+from .action import Gradient, Network, Plan, State, add, kernel, reference_image
 from .activation_space import Backpropagation, Evaluation, Seeds, backpropagate, pull_back, squared_gradient_norm
 from .checks import check_number
+from .kernels import Products
 from .loss import BatchLoss
 from .pinv import is_thin
 
@@ -52,16 +53,17 @@ class GradNorm:
     def evaluate(self, network: Network, plan: Plan, state: State, loss: BatchLoss, output_delta: Tensor) -> Evaluation:
         """f = Σ_l ⟨δ_l δ_lᵀ, K_l⟩ and its gradient."""
         backward = backpropagate(network, state, output_delta)
-        value, products = squared_gradient_norm(network, state, backward.deltas)
+        value, derivatives = squared_gradient_norm(network, state, backward.deltas)
 
         def gradient() -> Gradient:
-            seeds = Seeds(deltas={layer: 2 * product for layer, product in enumerate(products)})
+            linear = network.products.linear
+            seeds = Seeds(deltas=dict(enumerate(derivatives)))
             for layer, delta in enumerate(backward.deltas):
                 if layer > 0 and plan.moved[layer - 1]:
                     if state.formed[layer] is None:
-                        seeds.grams[layer] = delta @ delta.T
+                        seeds.grams[layer] = linear(delta, delta.T)
                     else:
-                        seeds.inputs[layer] = 2 * (delta @ (delta.T @ state.inputs[layer]))
+                        seeds.inputs[layer] = linear(delta, linear(delta.T, state.inputs[layer]), alpha=2.0)
             return pull_back(network, plan, state, backward, seeds)
 
         return Evaluation(value, gradient)
@@ -69,14 +71,18 @@ class GradNorm:
 
 @dataclass(frozen=True)
 class Lookahead:
-    """f = L(θ − η∇L(θ)), the loss after one gradient step of length η = `rate` on the same batch, to be minimised."""
+    """f = L(θ − η∇L(θ)), the loss after one gradient step of length η = `rate` on the same batch, to be minimised.
 
-    rate: float
+    rate: a number > 0; the search on a device holds it as a scalar tensor there.
+    """
+
+    rate: float | Tensor
 
     maximise = False
 
     def __post_init__(self) -> None:
-        check_number("rate", self.rate, above=0.0)
+        if not isinstance(self.rate, Tensor):
+            check_number("rate", self.rate, above=0.0)
 
     def value(self, loss_of: LossOfParameters, parameters: Sequence[Tensor]) -> Tensor:
         gradients = torch.autograd.grad(loss_of(parameters), list(parameters), create_graph=True)
@@ -99,35 +105,36 @@ class Lookahead:
 
     def _step(self, network: Network, state: State, backward: Backpropagation) -> _TrialStep:
         """The forward pass after the step."""
-        first = torch.addmm(state.targets[0], state.grams[0], backward.deltas[0], alpha=-self.rate)
-        outputs, products = [first], dict[int, KernelProduct]()
+        scale = -self.rate
+        step = [delta * scale for delta in backward.deltas]
+        outputs = [network.products.linear(state.grams[0], step[0], source=state.targets[0])]
+        overlaps = dict[int, KernelProduct]()
         for layer in range(1, len(network)):
             hidden = network.activations[layer - 1].forward(outputs[-1])
-            change, coefficients = backward.deltas[layer] * -self.rate, state.coefficients[layer]
-            if coefficients is not None:
-                change = change + coefficients
-            bias = network.biases[layer] is not None
-            products[layer] = KernelProduct.make(hidden, state.inputs[layer], change, bias)
-            outputs.append(products[layer].added_to(reference_image(network, state, layer, hidden)))
-        return _TrialStep(outputs, products)
+            change = add(step[layer], state.coefficients[layer])
+            assert change is not None
+            overlaps[layer] = KernelProduct.make(network, layer, hidden, state.inputs[layer], change)
+            outputs.append(overlaps[layer].added_to(reference_image(network, state, layer, hidden)))
+        return _TrialStep(scale, outputs, overlaps)
 
     def _seeds(self, network: Network, plan: Plan, state: State, trial: _TrialStep, output_gradient: Tensor) -> Seeds:
         """The reverse pass of `_step`."""
+        linear = network.products.linear
         seeds, adjoint = Seeds(), output_gradient
         for layer in range(len(network) - 1, 0, -1):
-            product, reference = trial.products[layer], state.references[layer]
-            by_hidden, by_change, by_inputs = product.pull_back(adjoint)
+            overlap, reference = trial.overlaps[layer], state.references[layer]
+            by_hidden, by_change, by_inputs = overlap.pull_back(adjoint)
             if reference is not None:
-                by_hidden.addmm_(adjoint, reference)
+                by_hidden = linear(adjoint, reference, source=by_hidden)
             seeds.coefficients[layer] = by_change
-            seeds.deltas[layer] = by_change * -self.rate
+            seeds.deltas[layer] = by_change * trial.scale
             if plan.moved[layer - 1]:
                 seeds.inputs[layer] = by_inputs
             if plan.carried[layer]:
-                seeds.references[layer] = (adjoint, product.hidden)
+                seeds.references[layer] = (adjoint, overlap.hidden)
             adjoint = by_hidden * network.activations[layer - 1].derivative(trial.outputs[layer - 1])
         seeds.targets[0] = adjoint
-        seeds.deltas[0] = (state.grams[0] @ adjoint) * -self.rate
+        seeds.deltas[0] = linear(state.grams[0], adjoint) * trial.scale
         return seeds
 
 
@@ -138,10 +145,11 @@ def has_fast_path(objective: Objective) -> TypeGuard[GradNorm | Lookahead]:
 
 @dataclass(frozen=True)
 class _TrialStep:
-    """z_l of every layer, and (q_l B_lᵀ + 1)(A_l − η δ_l) of every layer but the first."""
+    """−η, z_l of every layer, and (q_l B_lᵀ + 1)(A_l − η δ_l) of every layer but the first."""
 
+    scale: float | Tensor
     outputs: list[Tensor]
-    products: dict[int, KernelProduct]
+    overlaps: dict[int, KernelProduct]
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,7 @@ class KernelProduct:
     inner is q Bᵀ + 1 (n×n), or Bᵀ C (d×c) where C is thin.
     """
 
+    products: Products
     hidden: Tensor
     inputs: Tensor
     change: Tensor
@@ -159,25 +168,24 @@ class KernelProduct:
     inner: Tensor
 
     @classmethod
-    def make(cls, hidden: Tensor, inputs: Tensor, change: Tensor, bias: bool) -> KernelProduct:
-        thin = is_thin(change)
-        inner = inputs.T @ change if thin else kernel(hidden, inputs, bias)
-        return cls(hidden, inputs, change, bias, thin, inner)
+    def make(cls, network: Network, layer: int, hidden: Tensor, inputs: Tensor, change: Tensor) -> KernelProduct:
+        thin, bias, products = is_thin(change), network.biases[layer] is not None, network.products
+        inner = products.linear(inputs.T, change) if thin else kernel(hidden, inputs, bias)
+        return cls(products, hidden, inputs, change, bias, thin, inner)
 
     def added_to(self, base: Tensor) -> Tensor:
         """base + (q Bᵀ + 1) C."""
         if not self.thin:
-            return torch.addmm(base, self.inner, self.change)
-        total = torch.addmm(base, self.hidden, self.inner)
-        return total.add_(self.change.sum(0)) if self.bias else total
+            return self.products.linear(self.inner, self.change, source=base)
+        row = self.change.sum(0) if self.bias else None
+        return self.products.linear(self.hidden, self.inner, source=base, row=row)
 
     def pull_back(self, adjoint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """∂f/∂q = (adjoint Cᵀ) B,  ∂f/∂C = (B qᵀ + 1) adjoint,  ∂f/∂B = (C adjointᵀ) q."""
+        linear = self.products.linear
         if not self.thin:
-            by_kernel = adjoint @ self.change.T
-            return by_kernel @ self.inputs, self.inner.T @ adjoint, by_kernel.T @ self.hidden
-        outer = self.hidden.T @ adjoint
-        by_change = self.inputs @ outer
-        if self.bias:
-            by_change.add_(adjoint.sum(0))
-        return adjoint @ self.inner.T, by_change, self.change @ outer.T
+            by_kernel = linear(adjoint, self.change.T)
+            return linear(by_kernel, self.inputs), linear(self.inner.T, adjoint), linear(by_kernel.T, self.hidden)
+        outer = linear(self.hidden.T, adjoint)
+        by_change = linear(self.inputs, outer, row=adjoint.sum(0) if self.bias else None)
+        return linear(adjoint, self.inner.T), by_change, linear(self.change, outer.T)

@@ -15,19 +15,21 @@ and ρ = 0 for action="paper":
                       ∂f/∂g = Qᵀ S + G_Bᵀ dS
                       ∂f/∂W̃ = ((Q g + G_B C_g) ⊙ σ'(Z) + G_B g ⊙ T ⊙ σ''(Z))ᵀ H̃
 
-H is data and gets no gradient. Each of the three is an operator of its own with a fake kernel, so that a compiled
-kernel can take its place behind the same schema; the kernels here are plain torch and serve every device. bfloat16 and
-float16 are computed in float32 and rounded once.
+H is data and gets no gradient. Each of the three is an operator of its own with a fake kernel. The first two are a few
+fused products each (`products`), computed by the compiled kernels or by plain torch; the third is plain torch. bfloat16
+and float16 are computed in float32 and rounded once.
 
-The forward operator also returns Z, Y and P, in the dtype of the computation, for the other two to read. It is not
-differentiable in these: the gradients above are total, they count how Z and Y move with W̃ and g.
+The forward operator also returns Z, Y and P, in the dtype of the computation, for the other two to read, and what tells
+whether the result is sound (`_Health`), which stays on the device until the end: on a GPU every question about a value
+waits for all that was launched, so that the caller asks once. The operator is not differentiable in these four: the
+gradients above are total, they count how Z and Y move with W̃ and g.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 import torch
@@ -37,13 +39,14 @@ from torch.autograd import forward_ad
 from .activations import ACTIVATIONS, Activation, make_activation
 from .checks import check_name
 from .errors import TeleportError
-from .info import build_record
-from .pinv import MAX_CONDITION, append_ones, pinv_factor, probe_vectors
+from .kernels import Products, check_backend, products_for
+from .pinv import MAX_CONDITION, append_ones, condition_from_gram, pinv_factor, probe_vectors
 
 ACTIONS: dict[str, float] = {"least_change": 1.0, "paper": 0.0}
 """The actions, with the share ρ of the old weights that stays as the reference."""
 
-BACKENDS = ("auto", "torch", "cuda")
+# A tensor of more elements is refused on a GPU: the kernels were made and tested for no larger ones.
+_MOST_ELEMENTS = 2**31
 
 # g counts as near to I where this many rounds of products shrink a vector to this share of its length.
 _ROUNDS = 8
@@ -92,7 +95,8 @@ def teleport_layer(
             library's Activations, which also gives ELU its α and Softplus its β.
         negative_slope: slope of activation="leaky_relu", > 0; the other activations do not read it.
         action: "least_change" or "paper".
-        backend: "auto" and "torch" compute with torch on the tensors' device; "cuda" demands the compiled kernels.
+        backend: "torch" computes with torch's own kernels on the tensors' device, "cuda" with the compiled ones, and
+            "auto" with these for CUDA tensors where the installation has them.
 
     Returns:
         W' (d_out×d_in) and b' (d_out), None without bias.
@@ -101,46 +105,40 @@ def teleport_layer(
         TypeError: an argument of the wrong type, dtypes that differ or are no floating-point dtype of the list above.
         ValueError: wrong shapes, devices that differ or are "meta", elements that are not finite, an unknown name, a
             slope that is not positive, a singular g, more samples than can be matched, σ(Z) gᵀ outside the domain of
-            σ⁻¹, new weights that overflow their dtype, or backend="cuda" without kernels.
+            σ⁻¹, new weights that overflow their dtype, a CUDA tensor of more than 2³¹ elements, or backend="cuda" where
+            the compiled kernels cannot be had.
         TeleportError: inputs that are not of full row rank, worse conditioned than `pinv.MAX_CONDITION`, or of a scale
             whose Gram matrix leaves float64.
         NotImplementedError: a derivative in forward mode, or a third one.
     """
     chosen = _choose_activation(activation, negative_slope)
-    _check_backend(backend)
+    check_backend(backend)
     check_name("action", action, ACTIONS)
     _check_tensors(weight, inputs, g, bias)
     _check_no_tangent(_named(weight, inputs, g, bias))
-    _check_values(weight, inputs, g, bias)
+    if weight.is_meta:
+        raise ValueError("weight must hold numbers to compute with, got a tensor on the meta device")
+    layer = _Layer(weight, inputs, g, bias, chosen.name, chosen.parameter, action, backend)
     operator = torch.ops.symtele_cuda.teleport_layer
-    new_weight, new_bias, *_ = operator(weight, inputs, g, bias, chosen.name, chosen.parameter, action)
-    _check_range("weight", new_weight)
-    if bias is None:
-        return new_weight, None
-    _check_range("bias", new_bias)
-    return new_weight, new_bias
-
-
-def cuda_unavailable_reason() -> str:
-    """Why backend="cuda" cannot be had in this installation, and what to do instead."""
-    record = build_record()
-    cause = "it is a source tree that was not installed" if record is None else record.reason
-    return (
-        f"this build of symtele_cuda has no CUDA kernels: {cause}. Use backend='auto' or backend='torch', "
-        "which run the same formulas with torch's own kernels, on CUDA tensors too"
-    )
+    new_weight, new_bias, z, *_, measured = operator(*layer.arguments())
+    _check_health(_Health(*measured.tolist()), layer, z, new_weight, new_bias)
+    return new_weight, None if bias is None else new_bias
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the operators
 # ---------------------------------------------------------------------------------------------------------------------
 
-_LAYER = "Tensor weight, Tensor inputs, Tensor g, Tensor? bias, str activation, float parameter, str action"
+_LAYER = (
+    "Tensor weight, Tensor inputs, Tensor g, Tensor? bias, str activation, float parameter, str action, str backend"
+)
 _SAVED = "Tensor z, Tensor y, Tensor factor"
 _GRADS = "Tensor grad_weight, Tensor grad_bias"
 _CHANGES = "Tensor change_weight, Tensor change_g, Tensor change_bias"
 
-torch.library.define("symtele_cuda::teleport_layer", f"({_LAYER}) -> (Tensor weight, Tensor bias, {_SAVED})")
+torch.library.define(
+    "symtele_cuda::teleport_layer", f"({_LAYER}) -> (Tensor weight, Tensor bias, {_SAVED}, Tensor health)"
+)
 torch.library.define(
     "symtele_cuda::teleport_layer_backward",
     f"(bool with_layer, {_GRADS}, {_SAVED}, {_LAYER}) -> (Tensor, Tensor, Tensor)",
@@ -151,43 +149,51 @@ torch.library.define(
 )
 
 
-@torch.library.impl("symtele_cuda::teleport_layer", "default")
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """W', b' (empty without bias), Z, Y and P."""
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """W', b' (empty without bias), Z, Y, P and the numbers of `_Health`."""
     layer = _Layer(*arguments)
     check_name("action", layer.action, ACTIONS)
     _check_tensors(*layer.tensors())
+    products, sigma = layer.products, (layer.activation, layer.parameter)
     with _full_precision(layer.weight):
-        packed = _pack(layer.weight, layer.bias)
-        factor = _exact_factor(_widen(layer.inputs), layer.has_bias).contiguous()
-        z = layer.extended_inputs() @ packed.T
-        b = layer.sigma.forward(z) @ _widen(layer.g).T
-        _check_domain(layer.sigma, b)
-        y = layer.sigma.inverse(b)
-        change = torch.sub(y, z, alpha=layer.rho).T
-        return *layer.unpack(torch.addmm(packed, change, factor, beta=layer.rho)), z, y, factor
+        weight, inputs, g, bias = layer.widened()
+        found = _factorize(products, inputs, layer.has_bias, layer.empty_factor())
+        z, s = products.linear_activation(inputs, weight.T, bias, *sigma)
+        y, change = products.inverse_activation(s, g.T, z, layer.rho, *sigma)
+        kept = weight if layer.rho else None
+        new_weight = products.linear(change.T, layer.without_ones(found.factor), kept, beta=layer.rho)
+        new_bias = weight.new_empty(0)
+        if bias is not None:
+            new_bias = torch.addmv(bias, change.T, found.factor[:, -1], beta=layer.rho)
+        new_weight, new_bias = new_weight.to(layer.weight.dtype), new_bias.to(layer.weight.dtype)
+        results = [z, y, _widen(new_weight), _widen(new_bias)]
+        magnitude = products.dot_sum(results, results)
+        health = _Health.measure(_identity_remainder(g), found.info, found.condition, magnitude)
+        return new_weight, new_bias, z, y, found.factor, health
 
 
-@torch.library.impl("symtele_cuda::teleport_layer_backward", "default")
 def _backward(
     with_layer: bool, grad_weight: Tensor, grad_bias: Tensor, z: Tensor, y: Tensor, factor: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂f/∂W, ∂f/∂g and ∂f/∂b. Those of W and b, half of the work, are empty unless `with_layer` asks for them."""
     layer = _Layer(*arguments)
+    products, sigma = layer.products, (layer.activation, layer.parameter)
     with _full_precision(layer.weight):
-        grad = _pack(grad_weight, grad_bias)
-        grad_y = factor @ grad.T
-        grad_b = grad_y / layer.sigma.derivative(y)
-        by_g = (grad_b.T @ layer.sigma.forward(z)).to(layer.g.dtype)
+        _, inputs, g, bias = layer.widened()
+        grad_weight, grad_bias = _widen(grad_weight), _widen(grad_bias)
+        column, row = (None, None) if bias is None else (factor[:, -1], grad_bias)
+        grad_y, grad_b = products.over_slope(layer.without_ones(factor), grad_weight.T, column, row, y, *sigma)
+        by_g = products.linear(grad_b.T, layer.sigma.forward(z)).to(layer.g.dtype)
         by_weight, by_bias = layer.nothing()
         if with_layer:
-            grad_z = (grad_b @ _widen(layer.g)) * layer.sigma.derivative(z)
-            through_z = torch.sub(grad_z, grad_y, alpha=layer.rho).T
-            by_weight, by_bias = layer.unpack(torch.addmm(grad, through_z, layer.extended_inputs(), beta=layer.rho))
+            through_z = products.times_slope(grad_b, g, z, grad_y, -layer.rho, *sigma)
+            kept = grad_weight if layer.rho else None
+            by_weight = products.linear(through_z.T, inputs, kept, beta=layer.rho).to(layer.weight.dtype)
+            if bias is not None:
+                by_bias = torch.add(through_z.sum(0), grad_bias, alpha=layer.rho).to(layer.weight.dtype)
         return by_weight, by_g, by_bias
 
 
-@torch.library.impl("symtele_cuda::teleport_layer_double_backward", "default")
 def _double_backward(
     change_weight: Tensor,
     change_g: Tensor,
@@ -224,26 +230,20 @@ def _double_backward(
         return by_grad_weight, by_grad_bias, by_weight, by_g, by_bias
 
 
-@torch.library.register_fake("symtele_cuda::teleport_layer")
-def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     layer = _Layer(*arguments)
     _check_tensors(*layer.tensors())
-    samples, (outputs, columns) = len(layer.inputs), layer.weight.shape
-    z, y, factor = (
-        layer.weight.new_empty(samples, width, dtype=_COMPUTE_DTYPE[layer.weight.dtype])
-        for width in (outputs, outputs, columns + layer.has_bias)
-    )
-    return *layer.new_empty(), z, y, factor
+    z = layer.weight.new_empty(len(layer.inputs), len(layer.weight), dtype=_COMPUTE_DTYPE[layer.weight.dtype])
+    health = layer.weight.new_empty(len(fields(_Health)), dtype=torch.float64)
+    return *layer.new_empty(), z, torch.empty_like(z), layer.empty_factor(), health
 
 
-@torch.library.register_fake("symtele_cuda::teleport_layer_backward")
 def _backward_fake(with_layer: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     layer = _Layer.at_the_end_of(arguments)
     by_weight, by_bias = layer.new_empty() if with_layer else layer.nothing()
     return by_weight, layer.g.new_empty(layer.g.shape), by_bias
 
 
-@torch.library.register_fake("symtele_cuda::teleport_layer_double_backward")
 def _double_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layer = _Layer.at_the_end_of(arguments)
     by_weight, by_bias = layer.new_empty()
@@ -251,11 +251,10 @@ def _double_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, activation, parameter, action = inputs
-    saved = output[2:]
-    ctx.mark_non_differentiable(*saved)
-    ctx.save_for_backward(*saved, *tensors)
-    ctx.description = (activation, parameter, action)
+    _, _, z, y, factor, health = output
+    ctx.mark_non_differentiable(z, y, factor, health)
+    ctx.save_for_backward(z, y, factor, *inputs[:4])
+    ctx.description = inputs[4:]
 
 
 def _differentiate_forward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -264,13 +263,14 @@ def _differentiate_forward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor, *_:
     by_weight, by_g, by_bias = torch.ops.symtele_cuda.teleport_layer_backward(
         needs_weight or needs_bias, grad_weight, grad_bias, *ctx.saved_tensors, *ctx.description
     )
-    return by_weight if needs_weight else None, None, by_g, by_bias if needs_bias else None, None, None, None
+    by_layer = by_weight if needs_weight else None, None, by_g, by_bias if needs_bias else None
+    return *by_layer, *(None for _ in ctx.description)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.with_layer, *tensors, activation, parameter, action = inputs
+    ctx.with_layer, *tensors = inputs[:10]
     ctx.save_for_backward(*tensors)
-    ctx.description = (activation, parameter, action)
+    ctx.description = inputs[10:]
 
 
 def _differentiate_backward(
@@ -283,12 +283,20 @@ def _differentiate_backward(
         change_weight, change_g, change_bias, *ctx.saved_tensors, *ctx.description
     )
     by_layer = by_weight, None, by_g, None if bias is None else by_bias
-    return None, by_grad_weight, by_grad_bias, None, None, None, *by_layer, None, None, None
+    return None, by_grad_weight, by_grad_bias, None, None, None, *by_layer, *(None for _ in ctx.description)
 
 
 def _refuse_third_derivative(ctx: Any, *_: Tensor) -> NoReturn:
     raise NotImplementedError("teleport_layer is differentiable twice, got a request for its third derivative")
 
+
+for _operator, _kernel, _fake in (
+    ("teleport_layer", _forward, _forward_fake),
+    ("teleport_layer_backward", _backward, _backward_fake),
+    ("teleport_layer_double_backward", _double_backward, _double_backward_fake),
+):
+    torch.library.impl(f"symtele_cuda::{_operator}", "default", _kernel)
+    torch.library.register_fake(f"symtele_cuda::{_operator}", _fake)
 
 torch.library.register_autograd("symtele_cuda::teleport_layer", _differentiate_forward, setup_context=_save_forward)
 torch.library.register_autograd(
@@ -313,11 +321,15 @@ class _Layer:
     activation: str
     parameter: float
     action: str
+    backend: str
 
     @classmethod
     def at_the_end_of(cls, arguments: tuple[Any, ...]) -> _Layer:
         """These are the last arguments of all three operators."""
-        return cls(*arguments[-7:])
+        return cls(*arguments[-len(fields(cls)) :])
+
+    def arguments(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def sigma(self) -> Activation:
@@ -331,8 +343,21 @@ class _Layer:
     def has_bias(self) -> bool:
         return self.bias is not None
 
+    @property
+    def products(self) -> Products:
+        return products_for(self.weight.device, self.backend)
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         return self.weight, self.inputs, self.g, self.bias
+
+    def widened(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The tensors in the dtype of the computation."""
+        return (
+            _widen(self.weight),
+            _widen(self.inputs),
+            _widen(self.g),
+            None if self.bias is None else _widen(self.bias),
+        )
 
     def extended_inputs(self) -> Tensor:
         """H̃ in the dtype of the computation."""
@@ -351,6 +376,17 @@ class _Layer:
         outputs = len(self.weight)
         return self.weight.new_empty(self.weight.shape), self.weight.new_empty(outputs if self.has_bias else 0)
 
+    def empty_factor(self) -> Tensor:
+        """Memory for P (n×d̃), with rows that begin at multiples of 16 bytes, the pieces that tensor cores load."""
+        samples, columns = len(self.inputs), self.weight.shape[1] + int(self.has_bias)  # symbolic sizes add no bool
+        dtype = _COMPUTE_DTYPE[self.weight.dtype]
+        piece = 16 // dtype.itemsize
+        return self.weight.new_empty(samples, -(-columns // piece) * piece, dtype=dtype)[:, :columns]
+
+    def without_ones(self, extended: Tensor) -> Tensor:
+        """The columns of an n×d̃ matrix that belong to W."""
+        return extended[:, : self.weight.shape[1]]
+
     def nothing(self) -> tuple[Tensor, Tensor]:
         """What stands for a W and a b that were not asked for."""
         return self.weight.new_empty(0), self.weight.new_empty(0)
@@ -368,22 +404,57 @@ def _pack(matrix: Tensor, column: Tensor | None) -> Tensor:
     return _widen(torch.cat([matrix, column.unsqueeze(1)], dim=1))
 
 
-def _exact_factor(inputs: Tensor, bias: bool) -> Tensor:
-    found = pinv_factor(inputs, bias)
-    if found.factor is not None:
-        return found.factor
-    name, samples, (low, high) = "[inputs, 1]" if bias else "inputs", len(inputs), _SCALES
-    largest = inputs.abs().max().item()
-    advice = f" for n={samples} samples; use fewer or more different samples"
-    if found.rank < samples:
-        expected, came = "full row rank, so that every sample can be matched", f"rank {found.rank}"
-    elif not low <= largest <= high:
-        expected, came = f"a largest magnitude from {low:g} to {high:g}", f"{largest:.1e}"
-        advice = ": their Gram matrix is out of the range of float64; rescale them"
-    else:
-        expected = f"a condition number of at most {MAX_CONDITION[inputs.dtype]:g} in {inputs.dtype}"
-        came = f"{found.condition:.2g} at full rank {found.rank}"
-    raise TeleportError(f"{name} must have {expected}, got {came}{advice}")
+@dataclass(frozen=True)
+class _Factor:
+    """P (n×d̃), and as numbers on its device 0 where K = H̃ H̃ᵀ is positive definite and an estimate of κ₂(H̃)."""
+
+    factor: Tensor
+    info: Tensor
+    condition: Tensor
+
+
+def _factorize(products: Products, inputs: Tensor, bias: bool, memory: Tensor) -> _Factor:
+    """P in `memory`, by the methods of `pinv` but without a question to the device; no P where info is not 0."""
+    factorize = _factorize_float64 if inputs.dtype == torch.float64 else _factorize_float32
+    return factorize(products, inputs, bias, memory)
+
+
+def _factorize_float32(products: Products, inputs: Tensor, bias: bool, memory: Tensor) -> _Factor:
+    exact = inputs.double()
+    gram, _ = products.gram(exact, bias)
+    inverse, info = products.invert_gram(gram)
+    columns = inputs.shape[1]
+    memory[:, :columns] = products.linear(inverse, exact)
+    if bias:
+        memory[:, columns] = inverse.sum(1)
+    return _Factor(memory, info, condition_from_gram(gram, inverse))
+
+
+def _factorize_float64(products: Products, inputs: Tensor, bias: bool, memory: Tensor) -> _Factor:
+    gram, _ = products.gram(inputs, bias)
+    triangle, info = torch.linalg.cholesky_ex(gram)
+    rows = torch.linalg.solve_triangular(triangle, append_ones(inputs) if bias else inputs, upper=False)
+    correction, second_info = products.invert_gram(products.gram(rows, False)[0])
+    memory.copy_(torch.linalg.solve_triangular(triangle.T, correction @ rows, upper=True))
+    return _Factor(memory, info + second_info, condition_from_gram(gram, products.gram(memory, False)[0]))
+
+
+def _identity_remainder(g: Tensor) -> Tensor:
+    """How much of its length a fixed vector keeps when g − I and its transpose are applied in turn a few times.
+
+    Where that is nothing, or next to it (_VANISHED), g is invertible: a singular g has ‖g − I‖₂ ≥ 1, and what the
+    vector holds of the directions with such a stretch does not shrink. A singular g would pass only if their share of
+    the vector were below _VANISHED. NaN where g is not finite.
+    """
+    vector = probe_vectors(g)[0]
+    length = torch.linalg.vector_norm(vector)
+    for _ in range(_ROUNDS):
+        for matrix in (g, g.T):
+            vector = torch.addmv(vector, matrix, vector, beta=-1)  # (matrix − I) vector
+        kept = torch.linalg.vector_norm(vector) / length
+        if g.is_cpu and kept <= _VANISHED:  # a GPU has done the other rounds before it could answer
+            break
+    return kept
 
 
 def _second_derivative(activation: Activation, z: Tensor) -> Tensor:
@@ -416,12 +487,6 @@ def _choose_activation(activation: str | Activation, negative_slope: float) -> A
     return make_activation(activation, negative_slope)
 
 
-def _check_backend(backend: str) -> None:
-    check_name("backend", backend, BACKENDS)
-    if backend == "cuda":
-        raise ValueError(f"backend='cuda' is not available: {cuda_unavailable_reason()}")
-
-
 def _check_tensors(weight: Tensor, inputs: Tensor, g: Tensor, bias: Tensor | None) -> None:
     """Types, shapes, dtypes and devices: all that can be known without reading an element."""
     named = _named(weight, inputs, g, bias)
@@ -446,6 +511,8 @@ def _check_tensors(weight: Tensor, inputs: Tensor, g: Tensor, bias: Tensor | Non
             raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
         if tensor.device != weight.device:
             raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
+        if tensor.is_cuda and tensor.numel() > _MOST_ELEMENTS:
+            raise ValueError(f"{name} must have at most 2³¹ elements on {tensor.device}, got {tensor.numel()}")
     limit = columns if bias is None else columns + 1
     if inputs.shape[0] > limit:
         expression = f"d_in={columns}" if bias is None else f"d_in + 1 = {limit}"
@@ -465,18 +532,67 @@ def _check_no_tangent(named: dict[str, Tensor]) -> None:
             )
 
 
-@torch.no_grad()
-def _check_values(weight: Tensor, inputs: Tensor, g: Tensor, bias: Tensor | None) -> None:
-    if weight.is_meta:
-        raise ValueError("weight must hold numbers to compute with, got a tensor on the meta device")
-    _check_finite("weight", weight)
-    _check_finite("inputs", inputs)
-    if bias is not None:
-        _check_finite("bias", bias)
-    _check_invertible(g)
+@dataclass(frozen=True)
+class _Health:
+    """Numbers that a layer's kernel leaves on its device and that are small where the result is sound.
+
+    Attributes:
+        remainder: that of g (`_identity_remainder`): above _VANISHED g may be singular.
+        info: not 0 where the Gram matrix of the inputs is not positive definite.
+        condition: κ₂(H̃), an estimate.
+        magnitude: ‖Z‖² + ‖Y‖² + ‖[W', b']‖²: not finite where an argument is not, where Y left the domain of σ⁻¹ or
+            where numbers overflowed, be it only their squares.
+    """
+
+    remainder: float
+    info: float
+    condition: float
+    magnitude: float
+
+    @staticmethod
+    def measure(*numbers: Tensor) -> Tensor:
+        """The attributes in their order, in one tensor on their device."""
+        return torch.stack([number.double() for number in numbers])
 
 
 @torch.no_grad()
+def _check_health(health: _Health, layer: _Layer, z: Tensor, new_weight: Tensor, new_bias: Tensor) -> None:
+    """Look closer where a number is not small, and raise the error that is behind it if there is one."""
+    matched = health.info == 0 and health.condition <= MAX_CONDITION[z.dtype]
+    finite = math.isfinite(health.magnitude)
+    with _full_precision(z):
+        if not (matched and finite):
+            for name, tensor in _named(layer.weight, layer.inputs, layer.g, layer.bias).items():
+                _check_finite(name, tensor)
+        if not health.remainder <= _VANISHED:
+            _check_invertible(layer.g)
+        if not matched:
+            _check_matched(_widen(layer.inputs), layer.has_bias, health)
+        if not finite:
+            _check_domain(layer.sigma, layer.sigma.forward(z) @ _widen(layer.g).T)
+            _check_range("weight", new_weight)
+            if layer.has_bias:
+                _check_range("bias", new_bias)
+
+
+def _check_matched(inputs: Tensor, bias: bool, health: _Health) -> None:
+    found = pinv_factor(inputs, bias)
+    if found.matched and health.info == 0:
+        return
+    name, samples, (low, high) = "[inputs, 1]" if bias else "inputs", len(inputs), _SCALES
+    largest = inputs.abs().max().item()
+    advice = f" for n={samples} samples; use fewer or more different samples"
+    if found.rank < samples:
+        expected, came = "full row rank, so that every sample can be matched", f"rank {found.rank}"
+    elif not low <= largest <= high:
+        expected, came = f"a largest magnitude from {low:g} to {high:g}", f"{largest:.1e}"
+        advice = ": their Gram matrix is out of the range of float64; rescale them"
+    else:
+        expected = f"a condition number of at most {MAX_CONDITION[inputs.dtype]:g} in {inputs.dtype}"
+        came = f"{found.condition:.2g} at full rank {found.rank}"
+    raise TeleportError(f"{name} must have {expected}, got {came}{advice}")
+
+
 def _check_range(name: str, new: Tensor) -> None:
     if not _is_finite(new):
         raise ValueError(
@@ -496,33 +612,13 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _check_invertible(g: Tensor) -> None:
-    """The LU factorisation of d_out³ is left out where g is so near to I that a few products show it invertible."""
     widened = _widen(g)
-    if _is_near_identity(widened):
-        return
-    _check_finite("g", g)
     reciprocal, limit = _reciprocal_condition(widened), 10 * torch.finfo(widened.dtype).eps
     if not reciprocal > limit:
         raise ValueError(
             f"g must be invertible, got a matrix with 1/condition = {reciprocal:.1e} "
             f"(singular in {g.dtype} below {limit:.1e})"
         )
-
-
-def _is_near_identity(g: Tensor) -> bool:
-    """Whether g − I and its transpose, applied in turn a few times, make a fixed vector vanish; never with NaN or Inf.
-
-    Then g is invertible: a singular g has ‖g − I‖₂ ≥ 1, and what the vector holds of the directions with such a stretch
-    does not shrink. Such a g would pass only if their share of the vector were below _VANISHED.
-    """
-    vector = probe_vectors(g)[0]
-    vanished = _VANISHED * torch.linalg.vector_norm(vector)
-    for _ in range(_ROUNDS):
-        for matrix in (g, g.T):
-            vector = torch.addmv(vector, matrix, vector, beta=-1)  # (matrix − I) vector
-        if torch.linalg.vector_norm(vector) <= vanished:
-            return True
-    return False
 
 
 def _reciprocal_condition(g: Tensor) -> float:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .checks import check_int, check_name, check_number
+from .kernels import check_backend
 from .objectives import GradNorm, Lookahead, Objective
-from .ops import ACTIONS, BACKENDS, cuda_unavailable_reason
+from .ops import ACTIONS
 
 INVERSES = ("exact", "first_order")
 METRICS = ("euclidean",)
@@ -24,6 +25,7 @@ class Options:
     max_growth: float
     action: str
     inverse: str
+    backend: str
     layers: tuple[int, ...] | None
     drift_tol: float
     holdout_tol: float
@@ -54,9 +56,7 @@ def make_options(
     check_name("action", action, ACTIONS)
     check_name("inverse", inverse, INVERSES)
     check_name("metric", metric, METRICS)
-    check_name("backend", backend, BACKENDS)
-    if backend == "cuda":
-        raise ValueError(f'backend "cuda" is not available: {cuda_unavailable_reason()}')
+    check_backend(backend)
     check_int("steps", steps, at_least=1)
     if isinstance(step_size, str) and step_size != "auto":
         raise ValueError(f'step_size must be "auto" or a number > 0, got {step_size!r}')
@@ -71,6 +71,7 @@ def make_options(
         max_growth=float(max_growth),
         action=action,
         inverse=inverse,
+        backend=backend,
         layers=None if layers is None else check_layers(layers, hidden_layers),
         drift_tol=float(drift_tol),
         holdout_tol=float(holdout_tol),

@@ -63,7 +63,7 @@ class GeneralPath:
             pairs = [(next(filled), None if bias is None else next(filled)) for bias in formed.biases]
             return pull_back_weights(self.network, self.plan, state, formed, pairs)
 
-        return Evaluation(float(value.detach()), gradient)
+        return Evaluation(value.detach(), gradient)
 
 
 def choose_path(problem: Problem, plan: Plan, objective: Objective) -> Path:

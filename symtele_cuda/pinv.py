@@ -23,6 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import products as torch_products
+from .kernels import Products
+from .products import invert_gram, times_own_transpose
+
 MAX_CONDITION: dict[torch.dtype, float] = {torch.float32: 1e5, torch.float64: 1e7}
 """The largest κ₂(H̃), by dtype of the inputs, for which a batch counts as matched."""
 
@@ -67,8 +71,8 @@ def pinv_factor(inputs: Tensor, bias: bool) -> PinvFactor:
     _check_inputs(inputs)
     extended = _extend(inputs, bias)
     found = _factorize(extended)
-    if found is not None:
-        condition = condition_from_gram(found.gram, found.inverse)
+    if found is not None and found.info.item() == 0:
+        condition = float(condition_from_gram(found.gram, found.inverse))
         if condition <= MAX_CONDITION[inputs.dtype]:
             return PinvFactor(found.factor, len(extended), condition)
     return _unmatched(extended)
@@ -79,23 +83,23 @@ class MinimumNorm:
     """The minimum-norm ΔW̃ (d_out×d̃) with H̃ ΔW̃ᵀ = E for a batch that is known to be matched: ΔW̃ = Eᵀ P.
 
     factor is P for float64 batches. For float32 it is not formed before it is known to be wanted: extended is H̃ and
-    inverse K⁻¹, both in float64.
+    inverse K⁻¹, both in float64. info is an int32 scalar, not 0 where K is not numerically positive definite.
     """
 
     factor: Tensor | None
     extended: Tensor
     inverse: Tensor
+    info: Tensor
 
     @classmethod
-    def of(cls, inputs: Tensor, bias: bool) -> MinimumNorm | None:
-        """For a batch (n×d) without the estimates of `pinv_factor`; None if K is not numerically positive definite."""
+    def of(cls, inputs: Tensor, bias: bool, products: Products = torch_products) -> MinimumNorm:
+        """For a batch (n×d), n ≤ d̃, without the estimates of `pinv_factor`."""
         extended = _extend(inputs, bias)
         if inputs.dtype == torch.float64:
-            found = _factorize(extended)
-            return None if found is None else cls(found.factor, extended, found.inverse)
-        exact = extended.double()
-        inverse = invert_gram(_times_own_transpose(exact))
-        return None if inverse is None else cls(None, exact, inverse)
+            found = _factorize_float64(extended)
+            return cls(found.factor, extended, found.inverse, found.info)
+        inverse, info = products.invert_gram(products.gram(inputs, bias)[0])
+        return cls(None, extended.double(), inverse, info)
 
     def change(self, residual: Tensor) -> Tensor:
         """Eᵀ P for a residual E (n×d_out), in the dtype of E; with few columns as (K⁻¹ E)ᵀ H̃, without forming P."""
@@ -116,44 +120,33 @@ def append_ones(inputs: Tensor) -> Tensor:
     return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
 
 
-def gram(inputs: Tensor, bias: bool) -> Tensor:
-    """K = H Hᵀ, plus 1 in every element with bias: the n×n Gram matrix of H̃, in float64 for inputs of any dtype."""
-    product = _times_own_transpose(inputs.double())
-    return product.add_(1.0) if bias else product
-
-
-def invert_gram(gram: Tensor) -> Tensor | None:
-    """K⁻¹ (float64, n×n) by Cholesky, or None if K is not numerically positive definite."""
-    triangle = _cholesky(gram)
-    return None if triangle is None else torch.cholesky_inverse(triangle)
-
-
-def condition_from_gram(gram: Tensor, inverse: Tensor) -> float:
-    """κ₂(H̃) = √(‖K‖₂ ‖K⁻¹‖₂), both norms by power iteration.
+def condition_from_gram(gram: Tensor, inverse: Tensor) -> Tensor:
+    """κ₂(H̃) = √(‖K‖₂ ‖K⁻¹‖₂), both norms by power iteration; one float64 a matrix.
 
     The estimate comes from below and is within a factor of two in practice. It is deterministic.
 
     Args:
-        gram: K (n×n, float64).
-        inverse: K⁻¹ (n×n, float64).
+        gram: K (…×n×n, float64).
+        inverse: K⁻¹ (…×n×n, float64).
     """
-    return float((_spectral_norm(gram) * _spectral_norm(inverse)).sqrt())
+    return (_spectral_norm(gram) * _spectral_norm(inverse)).sqrt()
 
 
 def probe_vectors(matrix: Tensor) -> Tensor:
-    """A few rows to try a square matrix on: cos(i²), spread like random vectors, but the same in every run."""
-    size = len(matrix)
+    """A few rows to try square matrices on: cos(i²), spread like random vectors, but the same in every run."""
+    size = matrix.shape[-1]
     steps = torch.arange(1, size * _PROBES + 1, dtype=matrix.dtype, device=matrix.device)
     return torch.cos(steps.square()).reshape(_PROBES, size)
 
 
 @dataclass(frozen=True)
 class _Factorization:
-    """P, and K and K⁻¹ in float64."""
+    """P, K and K⁻¹ in float64, and an int32 scalar that is not 0 where K is not numerically positive definite."""
 
     factor: Tensor
     gram: Tensor
     inverse: Tensor
+    info: Tensor
 
 
 def _extend(inputs: Tensor, bias: bool) -> Tensor:
@@ -166,58 +159,39 @@ def _factorize(extended: Tensor) -> _Factorization | None:
     return _factorize_float32(extended) if extended.dtype == torch.float32 else _factorize_float64(extended)
 
 
-def _factorize_float32(extended: Tensor) -> _Factorization | None:
+def _factorize_float32(extended: Tensor) -> _Factorization:
     exact = extended.double()
-    matrix = _times_own_transpose(exact)
-    inverse = invert_gram(matrix)
-    return None if inverse is None else _Factorization((inverse @ exact).float(), matrix, inverse)
+    matrix = times_own_transpose(exact)
+    inverse, info = invert_gram(matrix)
+    return _Factorization((inverse @ exact).float(), matrix, inverse, info)
 
 
-def _factorize_float64(extended: Tensor) -> _Factorization | None:
+def _factorize_float64(extended: Tensor) -> _Factorization:
     """P = L⁻ᵀ (Q Qᵀ)⁻¹ Q with K = L Lᵀ and H̃ = L Q: Q Qᵀ is near I, and its inverse is the second Cholesky pass.
 
     Q is solved for and not multiplied by L⁻¹: only the solve is backward stable column by column. P Pᵀ is K⁻¹ to the
     accuracy of the second pass, which the condition estimate needs near the limit.
     """
-    matrix = _times_own_transpose(extended)
-    triangle = _cholesky(matrix)
-    if triangle is None:
-        return None
+    matrix = times_own_transpose(extended)
+    triangle, first = torch.linalg.cholesky_ex(matrix)
     rows = torch.linalg.solve_triangular(triangle, extended, upper=False)
-    correction = invert_gram(rows @ rows.T)
-    if correction is None:
-        return None
+    correction, second = invert_gram(rows @ rows.T)
     factor = torch.linalg.solve_triangular(triangle.T, correction @ rows, upper=True)
-    return _Factorization(factor, matrix, factor @ factor.T)
-
-
-def _times_own_transpose(rows: Tensor) -> Tensor:
-    """A Aᵀ, for large A with the block off the diagonal computed once."""
-    half = len(rows) // 2
-    if half < 64:
-        return rows @ rows.T
-    upper, lower = rows[:half], rows[half:]
-    across = lower @ upper.T
-    return torch.cat([torch.cat([upper @ upper.T, across.T], 1), torch.cat([across, lower @ lower.T], 1)])
-
-
-def _cholesky(matrix: Tensor) -> Tensor | None:
-    triangle, info = torch.linalg.cholesky_ex(matrix)
-    return triangle if info.item() == 0 else None
+    return _Factorization(factor, matrix, factor @ factor.T, torch.maximum(first.abs(), second.abs()))
 
 
 def _spectral_norm(matrix: Tensor) -> Tensor:
-    """‖A‖₂ of a symmetric positive semidefinite A, from below: the growth of a few vectors in the last power iteration.
+    """‖A‖₂ of symmetric positive semidefinite A, from below: the growth of a few vectors in the last power iteration.
 
     The Frobenius norm is divided out before, so that no power of A can overflow.
     """
-    scale = torch.linalg.matrix_norm(matrix)
+    scale = torch.linalg.matrix_norm(matrix, keepdim=True)
     scaled = matrix / scale
     vectors = probe_vectors(matrix)
     for _ in range(_POWER_ITERATIONS):
         vectors = vectors @ scaled
-    growth = torch.linalg.vector_norm(vectors @ scaled, dim=1) / torch.linalg.vector_norm(vectors, dim=1)
-    return growth.max() * scale
+    growth = torch.linalg.vector_norm(vectors @ scaled, dim=-1) / torch.linalg.vector_norm(vectors, dim=-1)
+    return growth.amax(-1) * scale.squeeze((-2, -1))
 
 
 def _unmatched(extended: Tensor) -> PinvFactor:

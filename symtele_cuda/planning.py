@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
+from . import graphs
 from .action import Match, Network, Plan
 from .errors import TeleportError
-from .pinv import MAX_CONDITION, condition_from_gram, gram, invert_gram, pinv_factor
+from .kernels import Products
+from .pinv import MAX_CONDITION, condition_from_gram, pinv_factor
 from .problem import Problem, layer_inputs
 from .report import LayerReport
 
@@ -15,20 +21,69 @@ NOT_ASKED_FOR = "not asked for"
 TELEPORTED = "teleported"
 
 
+@dataclass(frozen=True)
+class _Batches:
+    """The inputs B_l of all weight layers, whether these have biases, and the products that compute with them."""
+
+    inputs: tuple[Tensor, ...]
+    biased: tuple[bool, ...]
+    products: Products
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.inputs)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> _Batches:
+        return replace(self, inputs=tuple(tensors))
+
+    def signature(self) -> Hashable:
+        return tuple((b.shape, b.dtype, b.device) for b in self.inputs), self.biased, id(self.products)
+
+    def fitting(self) -> list[int]:
+        """The layers whose input has no more rows than columns, the bias's among them."""
+        return [k for k, b in enumerate(self.inputs) if len(b) <= b.shape[1] + self.biased[k]]
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """K of every layer; K⁻¹ of those that fit, and a float64 tensor (2×fitting) of κ₂ and of `invert_gram`'s info."""
+
+    grams: list[Tensor]
+    inverses: list[Tensor]
+    figures: Tensor
+
+
 def match_inputs(problem: Problem) -> list[Match]:
     """Gram matrix, inverse, rank and condition of every layer's input."""
-    network, matches = problem.network, []
-    for values, bias in zip(layer_inputs(network, problem.samples, problem.outputs), network.biases, strict=True):
-        has_bias = bias is not None
-        exact = gram(values, has_bias)
-        inverse = invert_gram(exact) if len(values) <= values.shape[1] + has_bias else None
-        condition = math.inf if inverse is None else condition_from_gram(exact, inverse)
-        if condition <= MAX_CONDITION[values.dtype]:
-            matches.append(Match(values, exact, inverse, len(values), condition))
+    network = problem.network
+    biased = tuple(bias is not None for bias in network.biases)
+    batches = _Batches(tuple(layer_inputs(network, problem.samples, problem.outputs)), biased, network.products)
+    factors, _ = graphs.run(batches, _factorize)
+    estimates, infos = factors.figures.tolist()
+    found = {
+        layer: (inverse, estimate if info == 0 else math.inf)
+        for layer, inverse, estimate, info in zip(batches.fitting(), factors.inverses, estimates, infos, strict=True)
+    }
+    matches = []
+    for layer, (batch, gram) in enumerate(zip(batches.inputs, factors.grams, strict=True)):
+        inverse, condition = found.get(layer, (None, math.inf))
+        if condition <= MAX_CONDITION[batch.dtype]:
+            matches.append(Match(batch, gram, inverse, len(batch), condition))
         else:
-            factor = pinv_factor(values, has_bias)
-            matches.append(Match(values, exact, None, factor.rank, factor.condition))
+            factor = pinv_factor(batch, biased[layer])
+            matches.append(Match(batch, gram, None, factor.rank, factor.condition))
     return matches
+
+
+def _factorize(batches: _Batches) -> _Factors:
+    """Without a value read back from the device."""
+    products = batches.products
+    grams = [products.gram(batch, bias)[0] for batch, bias in zip(batches.inputs, batches.biased, strict=True)]
+    fitting = [grams[layer] for layer in batches.fitting()]
+    if not fitting:
+        return _Factors(grams, [], grams[0].new_empty(2, 0))
+    inverses, infos = zip(*map(products.invert_gram, fitting), strict=True)
+    conditions = condition_from_gram(torch.stack(fitting), torch.stack(inverses))
+    return _Factors(grams, list(inverses), torch.stack([conditions, torch.stack(infos).double()]))
 
 
 def make_plan(

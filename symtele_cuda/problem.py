@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from . import products as torch_products
 from .action import Network, parameter_list
+from .kernels import Products
 from .loss import BatchLoss, LossFunction, check_default_targets, default_loss, examine
 from .mlp import Chain, check_batch
 from .objectives import LossOfParameters
@@ -36,9 +38,14 @@ class Problem:
 
     @classmethod
     def make(
-        cls, model: nn.Module, chain: Chain, batch: tuple[Tensor, Tensor], loss_fn: LossFunction | None
+        cls,
+        model: nn.Module,
+        chain: Chain,
+        batch: tuple[Tensor, Tensor],
+        loss_fn: LossFunction | None,
+        products: Products = torch_products,
     ) -> Problem:
-        network = read_network(chain)
+        network = replace(read_network(chain), products=products)
         dtype = network.weights[0].dtype
         samples, targets = _prepare(chain, batch, dtype)
         outputs = tuple(network.forward(samples))
@@ -83,7 +90,7 @@ class Holdout:
                     )
                 check_default_targets(targets, len(samples), logits.shape[1])
             loss = replace(problem.loss, targets=targets)
-            if not math.isfinite(value := loss.value(logits)):
+            if not math.isfinite(value := float(loss.value(logits))):
                 raise ValueError(f"the loss must be finite, got {value}")
         except (TypeError, ValueError) as error:
             raise type(error)(f"holdout: {error}") from error

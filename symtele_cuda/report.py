@@ -34,6 +34,8 @@ class TeleportReport:
     that has them held at the old weights.
     grad_norm_*: ‖∇L‖ (not squared) over the weights and biases of all layers; objective_*: the objective's own value.
     holdout_*: the loss on the holdout batch, None without one. seconds: wall-clock of the whole call.
+    backend: what has computed, "torch" or the compiled "cuda" kernels, on which device, and whether a CUDA graph ran
+    the search, or why not.
     If not accepted the *_after fields equal the *_before fields: nothing has changed.
     """
 
@@ -52,6 +54,7 @@ class TeleportReport:
     layers: tuple[LayerReport, ...]
     trace: tuple[StepRecord, ...]
     seconds: float
+    backend: str
 
     def __str__(self) -> str:
         moved = sum(layer.teleported for layer in self.layers)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .errors import TeleportError
 from .mlp import check_inputs, check_parameters, read_chain
 from .options import check_layers
-from .pinv import condition_from_gram, gram, invert_gram
+from .pinv import condition_from_gram
 from .problem import layer_inputs, read_network
+from .products import gram, invert_gram
 
 # Float32 would bear more, the data outside the batch would not: the nearer the samples are to dependence, the larger
 # the weights that tell them apart.
@@ -61,7 +62,7 @@ def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = 
         samples = flat.to(network.weights[0].dtype)
         inputs = layer_inputs(network, samples, network.forward(samples))
         biased = [bias is not None for bias in network.biases]
-        grams = torch.stack([gram(inputs[k - 1], biased[k - 1]) for k in named]).cpu()  # row by row is slow on a GPU
+        grams = torch.stack([gram(inputs[k - 1], biased[k - 1])[0] for k in named]).cpu()  # row by row is slow on a GPU
     squares = grams.diagonal(dim1=1, dim2=2)
     usable = (squares.isfinite() & (squares > 0)).all(0).nonzero()[:, 0]
     if len(usable) == 0:
@@ -137,5 +138,5 @@ def _well_conditioned_rows(grams: Tensor) -> int:
 
 
 def _condition(gram_matrix: Tensor) -> float:
-    inverse = invert_gram(gram_matrix)
-    return math.inf if inverse is None else condition_from_gram(gram_matrix, inverse)
+    inverse, info = invert_gram(gram_matrix)
+    return float(condition_from_gram(gram_matrix, inverse)) if info.item() == 0 else math.inf

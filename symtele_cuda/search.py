@@ -3,18 +3,30 @@
 Both follow the direction of steepest ascent on the group, T = ∇_T f with g ← (I + εT)g, that is B ← B + ε (B Bᵀ) ∂f/∂B
 (Zhao et al. 2022, arXiv 2205.10637, Algorithm 1); the trust region moves bounded activations along Y = σ⁻¹(B) instead,
 see `Plan.along_targets`. ‖∇L‖² grows without bound on GL(n), so ascending it ends at the growth cap; the trust region
-accepts a step only if the objective improves, everything is finite and the guards agree.
+accepts a step only if the objective improves, everything is finite and the losses keep their bounds.
+
+Every decision is taken on the host here; `device_search` takes the same ones on a GPU.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from .action import Direction, Network, Plan, State, StepFailed, advance, domain_limit, squared_norm, steepest_direction
+from .action import (
+    Direction,
+    Hindrance,
+    Network,
+    Plan,
+    State,
+    advance,
+    domain_limit,
+    steepest_direction,
+)
 from .activation_space import Evaluation
 from .paths import Path
 
@@ -27,8 +39,16 @@ SMALLEST_RADIUS = 1e-6
 # A value this close to the cap counts as having reached it.
 CAP_SHARE = 0.98
 
+# Where a step to above the cap is cut to this share of the way that seems to lead there, within these limits.
+CAP_AIM, LEAST_SHARE, LARGEST_SHARE = 0.97, 0.1, 0.9
+# A step is called shortened where the domain left less than this share of the radius.
+SHORTENED_BELOW = 0.999
+
 ACCEPTED = "accepted"
 SHORTENED = "accepted, shortened at the edge of the activation's domain"
+NOT_FINITE, NO_IMPROVEMENT, ABOVE_CAP = "not finite", "no improvement", "above the growth cap"
+ZERO_GRADIENT, GRADIENT_NOT_FINITE = "the gradient on the group is zero", "the gradient on the group is not finite"
+CAP_REACHED, ALL_STEPS = "growth cap reached", "all steps taken"
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,20 @@ class Waypoint:
 
     targets: tuple[Tensor, ...]
     references: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class LossBound:
+    """A loss that a state must keep between two bounds to be accepted; `describe` says what its value has broken."""
+
+    loss: Callable[[State], Tensor]
+    low: float | Tensor
+    high: float | Tensor
+    describe: Callable[[float], str]
+
+    def broken_by(self, value: Tensor) -> Tensor:
+        """Whether a value of the loss lies outside, or is NaN: a bool scalar."""
+        return ((value >= self.low) & (value <= self.high)).logical_not()
 
 
 @dataclass(frozen=True)
@@ -76,34 +110,45 @@ class Search:
         """Of steepest ascent from `state`."""
         return steepest_direction(self.network, self.plan, state, evaluation.gradient())
 
-    def limit(self, state: State, direction: Direction, size: float) -> float:
+    def limit(self, state: State, direction: Direction, size: Tensor) -> Tensor:
         """`size`, shortened where an activation would leave its domain."""
         return domain_limit(self.network, state, direction, size)
 
-    def advance(self, state: State, direction: Direction, size: float) -> tuple[State, Evaluation]:
-        """The state a step further and its evaluation; StepFailed if there is none or its value is not finite."""
-        trial = advance(self.network, self.plan, state, direction, size)
-        evaluation = self.path.evaluate(trial)
-        if not math.isfinite(evaluation.value):
-            raise StepFailed("not finite")
-        return trial, evaluation
+    def advance(self, state: State, direction: Direction, size: Tensor) -> tuple[State, tuple[Hindrance, ...]]:
+        """The state a step of `size` further, and what may hinder the step."""
+        return advance(self.network, self.plan, state, direction, size)
+
+    def moved_norm(self, state: State) -> Tensor:
+        """The Frobenius norm of all activations that the plan moves: a float64 scalar."""
+        moved = [b for b, moved in zip(state.inputs[1:], self.plan.moved, strict=False) if moved]
+        return self.network.products.dot_sum(moved, moved).sqrt()
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A step tried on the host: its state, evaluation and value where it has them, and why it cannot be taken."""
+
+    state: State
+    evaluation: Evaluation | None
+    value: float
+    hindrance: str | None
 
 
 def ascend(
-    search: Search, start: State, evaluation: Evaluation, *, cap: float, guard: Callable[[State], str | None]
+    search: Search, start: State, evaluation: Evaluation, *, cap: float, bounds: Sequence[LossBound]
 ) -> SearchResult:
     """A trust region of the activations' Frobenius norm over all moved layers.
 
     Args:
         evaluation: of the state `start`.
         cap: the value that a maximised objective may reach (math.inf for none); reaching it ends the search.
-        guard: called with every state that improves the objective; a text it returns is the reason to refuse the state.
+        bounds: what a state that improves the objective must keep besides.
     """
-    state, sign = start, search.sign
-    waypoints, records = [_waypoint(start)], list[StepRecord]()
-    radius = first_radius = FIRST_RADIUS * _moved_norm(search.plan, start)
+    state, value, sign = start, float(evaluation.value), search.sign
+    waypoints, records = [waypoint(start)], list[StepRecord]()
+    radius = first_radius = FIRST_RADIUS * float(search.moved_norm(start))
     direction: Direction | None = None
-    failed = False
+    norm, failed = math.nan, False
 
     def ended(reason: str) -> SearchResult:
         return SearchResult(tuple(waypoints), tuple(records), reason)
@@ -111,66 +156,101 @@ def ascend(
     for _ in range(search.steps):
         if direction is None:
             direction = search.direction(state, evaluation)
-            if direction.norm == 0:
-                return ended("the gradient on the group is zero")
-            if not math.isfinite(direction.norm):
-                return ended("the gradient on the group is not finite")
-        size = search.limit(state, direction, sign * radius / direction.norm)
-        shortened, radius = abs(size) * direction.norm < 0.999 * radius, abs(size) * direction.norm
-        value, note, shrinkage = math.nan, None, SHRINKAGE
-        try:
-            trial, trial_evaluation = search.advance(state, direction, size)
-            value = trial_evaluation.value
-            if sign * value <= sign * evaluation.value:
-                note = "no improvement"
-            elif value > cap:
-                note, shrinkage = "above the growth cap", _share_to_cap(evaluation.value, value, cap)
-            else:
-                note = guard(trial)
-        except StepFailed as failure:
-            note = str(failure)
-        records.append(StepRecord(value, size, note is None, note or (SHORTENED if shortened else ACCEPTED)))
+            norm = float(direction.norm)
+            if norm == 0:
+                return ended(ZERO_GRADIENT)
+            if not math.isfinite(norm):
+                return ended(GRADIENT_NOT_FINITE)
+        size = search.limit(state, direction, _scalar(sign * radius / norm, direction))
+        length = abs(float(size)) * norm
+        shortened, radius = length < SHORTENED_BELOW * radius, length
+        trial = _try(search, state, direction, size)
+        note, shrinkage = trial.hindrance, SHRINKAGE
+        if note is None and sign * trial.value <= sign * value:
+            note = NO_IMPROVEMENT
+        elif note is None and trial.value > cap:
+            note, shrinkage = ABOVE_CAP, _share_to_cap(value, trial.value, cap)
+        elif note is None:
+            note = _broken(bounds, trial.state)
+        records.append(
+            StepRecord(trial.value, float(size), note is None, note or (SHORTENED if shortened else ACCEPTED))
+        )
         if note is None:
-            state, evaluation, direction = trial, trial_evaluation, None
-            waypoints.append(_waypoint(state))
+            assert trial.evaluation is not None
+            state, evaluation, value, direction = trial.state, trial.evaluation, trial.value, None
+            waypoints.append(waypoint(state))
             radius *= LATER_GROWTH if failed else GROWTH
             if value >= CAP_SHARE * cap:
-                return ended("growth cap reached")
+                return ended(CAP_REACHED)
         else:
             radius *= shrinkage
             failed = True
         if radius < SMALLEST_RADIUS * first_radius:
-            return ended(f"no acceptable step left ({records[-1].note})")
-    return ended("all steps taken")
+            return ended(no_step_left(records[-1].note))
+    return ended(ALL_STEPS)
 
 
 def ascend_fixed(search: Search, start: State, evaluation: Evaluation, *, step_size: float) -> SearchResult:
     """The paper's rule, g ← (I ± step_size·∇_T f) g; a step is taken unless its result is not finite."""
     state = start
-    waypoints, records = [_waypoint(start)], list[StepRecord]()
+    waypoints, records = [waypoint(start)], list[StepRecord]()
     for _ in range(search.steps):
         direction = search.direction(state, evaluation)
-        size = search.limit(state, direction, search.sign * step_size)
-        try:
-            state, evaluation = search.advance(state, direction, size)
-        except StepFailed as failure:
-            records.append(StepRecord(math.nan, size, False, str(failure)))
-            reason = f"step {len(records)} could not be taken: {failure}"
-            return SearchResult(tuple(waypoints), tuple(records), reason)
-        note = SHORTENED if abs(size) < step_size else ACCEPTED
-        records.append(StepRecord(evaluation.value, size, True, note))
-        waypoints.append(_waypoint(state))
-    return SearchResult(tuple(waypoints), tuple(records), "all steps taken")
+        size = search.limit(state, direction, _scalar(search.sign * step_size, direction))
+        trial = _try(search, state, direction, size)
+        if trial.hindrance is not None:
+            records.append(StepRecord(math.nan, float(size), False, trial.hindrance))
+            return SearchResult(tuple(waypoints), tuple(records), not_taken(len(records), trial.hindrance))
+        assert trial.evaluation is not None
+        state, evaluation = trial.state, trial.evaluation
+        note = SHORTENED if abs(float(size)) < step_size else ACCEPTED
+        records.append(StepRecord(trial.value, float(size), True, note))
+        waypoints.append(waypoint(state))
+    return SearchResult(tuple(waypoints), tuple(records), ALL_STEPS)
 
 
-def _waypoint(state: State) -> Waypoint:
+def waypoint(state: State) -> Waypoint:
+    """What the weights at `state` depend on."""
     return Waypoint(state.targets, state.references)
 
 
-def _moved_norm(plan: Plan, state: State) -> float:
-    """The Frobenius norm of all activations that the plan moves."""
-    squares = [float(squared_norm(b)) for b, moved in zip(state.inputs[1:], plan.moved, strict=False) if moved]
-    return math.sqrt(sum(squares))
+def holding(hindrances: Sequence[Hindrance]) -> str | None:
+    """The first of the hindrances that holds."""
+    return next((text for flag, text in hindrances if bool(flag)), None)
+
+
+def no_step_left(note: str) -> str:
+    """Why a search ends whose radius has become too small."""
+    return f"no acceptable step left ({note})"
+
+
+def not_taken(step: int, hindrance: str) -> str:
+    """Why a search with fixed steps ends."""
+    return f"step {step} could not be taken: {hindrance}"
+
+
+def _try(search: Search, state: State, direction: Direction, size: Tensor) -> _Trial:
+    trial, hindrances = search.advance(state, direction, size)
+    if (hindrance := holding(hindrances)) is not None:
+        return _Trial(trial, None, math.nan, hindrance)
+    evaluation = search.path.evaluate(trial)
+    value = float(evaluation.value)
+    if not math.isfinite(value):
+        return _Trial(trial, None, math.nan, NOT_FINITE)
+    return _Trial(trial, evaluation, value, None)
+
+
+def _broken(bounds: Sequence[LossBound], state: State) -> str | None:
+    """What the first of the losses that `state` does not keep within its bounds says."""
+    for bound in bounds:
+        value = bound.loss(state)
+        if bool(bound.broken_by(value)):
+            return bound.describe(float(value))
+    return None
+
+
+def _scalar(value: float, direction: Direction) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=direction.norm.device)
 
 
 def _share_to_cap(value: float, trial: float, cap: float) -> float:
@@ -178,4 +258,4 @@ def _share_to_cap(value: float, trial: float, cap: float) -> float:
     if not 0 < value < cap:  # the paper's action may start above the cap, the network's own gradient being smaller
         return SHRINKAGE
     share = math.log(cap / value) / math.log(trial / value)
-    return min(0.9, max(0.1, 0.97 * share))
+    return min(LARGEST_SHARE, max(LEAST_SHARE, CAP_AIM * share))

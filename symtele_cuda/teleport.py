@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .action import Network, Plan, State, StepFailed, form_weights, initial_state, parameter_list, predict
+from . import device_search
+from .action import Network, parameter_list
 from .errors import TeleportError
+from .kernels import products_for
 from .loss import LossFunction
-from .measurement import Measurement, measure, relative_change
+from .measurement import Measurement, read, relative_change
 from .mlp import Chain, check_parameters, read_chain
-from .objectives import GradNorm, Objective
+from .objectives import Objective
 from .options import Options, make_options
-from .paths import choose_path
 from .planning import make_plan, match_inputs
 from .problem import Holdout, Problem, parameters_kept
 from .report import TeleportReport
-from .search import Search, SearchResult, ascend, ascend_fixed
+from .search import ascend, ascend_fixed, holding
+from .task import Found, Task, describe_backend, drift_refusal, holdout_refusal
 
 
 def teleport_mlp(
@@ -111,9 +114,11 @@ def teleport_mlp(
             "teleport_mlp cannot run inside torch.inference_mode(), expected torch.no_grad() or neither"
         )
     check_parameters(chain)
-    device_type = chain.linears[0].weight.device.type
-    with torch.no_grad(), torch.autocast(device_type, enabled=False), parameters_kept(chain):
-        problem = Problem.make(model, chain, batch, loss_fn)
+    device = chain.linears[0].weight.device
+    products = products_for(device, options.backend)
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, torch.no_grad(), torch.autocast(device.type, enabled=False), parameters_kept(chain):
+        problem = Problem.make(model, chain, batch, loss_fn, products)
         held = None if holdout is None else Holdout.make(chain, holdout, problem)
         report, weights = _teleport(problem, options, held)
         if report.accepted:
@@ -123,7 +128,6 @@ def teleport_mlp(
 
 def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple[TeleportReport, Network]:
     """Plan, search and check; the report (without its time) and the weights to write if it is accepted."""
-    network = problem.network
     matches = match_inputs(problem)
     plan, layer_reports = make_plan(
         problem,
@@ -133,21 +137,12 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
         inverse=options.inverse,
         group_steps=options.step_size is not None,
     )
-    start = initial_state(network, plan, problem.outputs, matches)
-    path = choose_path(problem, plan, options.objective)
-    evaluation = path.evaluate(start)
-    before = measure(problem, options.objective, held, network, problem.outputs)
-    search = Search(path, network, plan, options.objective.maximise, options.steps)
-    if options.step_size is not None:
-        result = ascend_fixed(search, start, evaluation, step_size=options.step_size)
-    else:
-        largest = options.max_growth * before.gradient_norm
-        cap = largest * largest if type(options.objective) is GradNorm else math.inf  # a subclass has its own scale
-        guard = _guard(problem, plan, options, held, before)
-        result = ascend(search, start, evaluation, cap=cap, guard=guard)
+    task = Task(problem, held, tuple(matches), plan, options)
+    found = device_search.find(task) if device_search.can_find(task) else _find_on_host(task)
+    before = found.before
     unchanged = TeleportReport(
         accepted=False,
-        reason=result.reason,
+        reason=found.result.reason,
         steps=0,
         loss_before=before.loss,
         loss_after=before.loss,
@@ -159,38 +154,43 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
         holdout_before=before.holdout,
         holdout_after=before.holdout,
         layers=layer_reports,
-        trace=result.records,
+        trace=found.result.records,
         seconds=0.0,
+        backend=found.backend,
     )
-    return _settle(problem, plan, options, held, start, result, before, unchanged)
+    return _settle(task, found, unchanged)
 
 
-def _settle(
-    problem: Problem,
-    plan: Plan,
-    options: Options,
-    held: Holdout | None,
-    start: State,
-    result: SearchResult,
-    before: Measurement,
-    unchanged: TeleportReport,
-) -> tuple[TeleportReport, Network]:
-    """Form the weights of the last state that keeps what the search promised, going back along the accepted steps.
+def _find_on_host(task: Task) -> Found:
+    """The search with every decision on the host, for any objective and any loss."""
+    options, network = task.options, task.problem.network
+    start, search = task.start(), task.search()
+    evaluation = search.path.evaluate(start)
+    before = read(task.measure(network, task.problem.outputs))
+    if options.step_size is not None:
+        result = ascend_fixed(search, start, evaluation, step_size=options.step_size)
+    else:
+        cap = float(task.cap(before.gradient_norm))
+        result = ascend(search, start, evaluation, cap=cap, bounds=task.bounds(before.data_loss, before.holdout))
+    return Found(start, before, result, None, describe_backend(network, "decisions on the host"))
+
+
+def _settle(task: Task, found: Found, unchanged: TeleportReport) -> tuple[TeleportReport, Network]:
+    """The weights of the last state that keeps what the search promised, going back along the accepted steps.
 
     Everything is measured on the weights as they will stand in the model, for 16-bit models after the rounding.
     """
-    reason = result.reason
-    for steps in range(len(result.waypoints) - 1, 0, -1):
-        waypoint = result.waypoints[steps]
-        try:
-            formed, outputs = form_weights(problem.network, plan, start, waypoint.targets, waypoint.references)
-        except StepFailed as failure:
-            reason = str(failure)
+    before, reason = found.before, found.result.reason
+    waypoints = found.result.waypoints
+    for steps in range(len(waypoints) - 1, 0, -1):
+        candidate = found.last if steps == len(waypoints) - 1 else None
+        if candidate is None:
+            candidate = task.candidate(found.start, waypoints[steps].targets, waypoints[steps].references)
+        if (hindrance := holding(candidate.hindrances)) is not None:
+            reason = hindrance
             continue
-        written, outputs = _round(formed, outputs, problem)
-        after = measure(problem, options.objective, held, written, outputs)
-        refusal = _refusal(options, before, after.data_loss, after.holdout) or _no_gain(options, before, after)
-        if refusal is not None:
+        after = read(candidate.measured)
+        if (refusal := _refusal(task.options, before, after) or _no_gain(task.options, before, after)) is not None:
             reason = refusal
             continue
         report = replace(
@@ -204,36 +204,23 @@ def _settle(
             drift=relative_change(before.data_loss, after.data_loss),
             holdout_after=after.holdout,
         )
-        return report, written
-    return replace(unchanged, reason=reason), problem.network
+        return report, candidate.network
+    return replace(unchanged, reason=reason), task.problem.network
 
 
-def _guard(
-    problem: Problem, plan: Plan, options: Options, held: Holdout | None, before: Measurement
-) -> Callable[[State], str | None]:
-    """The test of a state during the search: the batch's loss where it can drift, the holdout's where there is one."""
-
-    def guard(state: State) -> str | None:
-        loss_now = problem.loss.value(state.logits) if plan.first_order_inverse else before.data_loss
-        held_now = None if held is None else held.loss.value(predict(problem.network, plan, state, held.samples))
-        return _refusal(options, before, loss_now, held_now)
-
-    return guard
-
-
-def _refusal(options: Options, before: Measurement, data_loss: float, holdout: float | None) -> str | None:
-    """Why a state with these losses is not acceptable, or None; without a trust region only finiteness counts."""
-    if not math.isfinite(data_loss):
-        return "the loss on the batch is not finite"
+def _refusal(options: Options, before: Measurement, after: Measurement) -> str | None:
+    """Why weights with these losses are not acceptable, or None; without a trust region only finiteness counts."""
+    if not math.isfinite(after.data_loss):
+        return drift_refusal(options, before.data_loss, after.data_loss)
     if options.step_size is not None:
         return None
-    if (drift := relative_change(before.data_loss, data_loss)) > options.drift_tol:
-        return f"the loss on the batch drifted by {drift:.1e}, more than drift_tol = {options.drift_tol:g}"
-    if before.holdout is None or holdout is None:
+    if relative_change(before.data_loss, after.data_loss) > options.drift_tol:
+        return drift_refusal(options, before.data_loss, after.data_loss)
+    if before.holdout is None or after.holdout is None:
         return None
-    if holdout <= before.holdout + options.holdout_tol * abs(before.holdout):
+    if after.holdout <= before.holdout + options.holdout_tol * abs(before.holdout):
         return None
-    return f"the holdout loss rose from {before.holdout:.4g} to {holdout:.4g}"  # or is NaN
+    return holdout_refusal(before.holdout, after.holdout)
 
 
 def _no_gain(options: Options, before: Measurement, after: Measurement) -> str | None:
@@ -244,15 +231,6 @@ def _no_gain(options: Options, before: Measurement, after: Measurement) -> str |
         return None
     gained = after.objective > before.objective if options.objective.maximise else after.objective < before.objective
     return None if gained else "the objective did not improve"
-
-
-def _round(network: Network, outputs: list[Tensor], problem: Problem) -> tuple[Network, list[Tensor]]:
-    """The network rounded to the dtype of the model's parameters, held in its own dtype, and its pre-activations."""
-    if problem.parameter_dtype == problem.samples.dtype:
-        return network, outputs
-    rounded = [tensor.to(problem.parameter_dtype).to(tensor.dtype) for tensor in parameter_list(network)]
-    network = network.with_parameters(rounded)
-    return network, network.forward(problem.samples)
 
 
 def _write(chain: Chain, network: Network) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import symtele_cuda as st
 
@@ -540,6 +541,63 @@ def test_teleport_layer_refuses_and_changes_nothing(name: str) -> None:
         st.teleport_layer(**arguments)
     after = {key: bits(value) for key, value in tensors.items()} | snapshot(None, None)
     assert [key for key in before if before[key] != after[key]] == []
+
+
+def layer_on_gpus(**changes: tuple[tuple[int, ...], dict[str, Any]]) -> dict[str, Any]:
+    """Arguments without memory, which claim to lie on a GPU; inside FakeTensorMode only."""
+    good = {"weight": ((5, 6), {}), "inputs": ((4, 6), {}), "g": ((5, 5), {}), "bias": ((5,), {})}
+    return {
+        name: torch.empty(shape, **{"device": "cuda:0", "dtype": torch.float32, **options})
+        for name, (shape, options) in (good | changes).items()
+    }
+
+
+LONG = 2**15 + 1
+GPU_CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "g: another GPU": (
+        {"g": ((5, 5), {"device": "cuda:1"})},
+        ValueError,
+        r"g must be on the device of weight, cuda:0, got cuda:1",
+    ),
+    "inputs: CPU": (
+        {"inputs": ((4, 6), {"device": "cpu"})},
+        ValueError,
+        r"inputs must be on the device of weight, cuda:0, got cpu",
+    ),
+    "weight: CPU": (
+        {"weight": ((5, 6), {"device": "cpu"})},
+        ValueError,
+        r"inputs must be on the device of weight, cpu, got cuda:0",
+    ),
+    "bias: dtype": ({"bias": ((5,), {"dtype": torch.float16})}, TypeError, r"bias must have the dtype of weight"),
+    "weight: dtype": (
+        {"weight": ((5, 6), {"dtype": torch.int8})},
+        TypeError,
+        r"weight must be one of .* got torch.int8",
+    ),
+    "weight: elements": (
+        {
+            "weight": ((2 * LONG, LONG), {}),
+            "inputs": ((4, LONG), {}),
+            "g": ((2 * LONG, 2 * LONG), {}),
+            "bias": ((2 * LONG,), {}),
+        },
+        ValueError,
+        r"weight must have at most 2³¹ elements on cuda:0, got 2147614722",
+    ),
+    "g: elements": (
+        {"weight": ((2 * LONG, 6), {}), "g": ((2 * LONG, 2 * LONG), {}), "bias": ((2 * LONG,), {})},
+        ValueError,
+        r"g must have at most 2³¹ elements on cuda:0, got 4295229444",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_teleport_layer_refuses_on_a_gpu(name: str) -> None:
+    changes, error, text = GPU_CASES[name]
+    with FakeTensorMode(), pytest.raises(error, match=text):
+        st.teleport_layer(**layer_on_gpus(**changes))
 
 
 def test_the_arguments_of_the_layers_table_are_good_without_their_fault() -> None:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import platform
+import shutil
 import struct
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench import harness, layer, teleport, training
-from bench.harness import UNIT, Check, Contestant
+from bench import harness, layer, roofline, sanitize, summary, tables, teleport, training
+from bench.harness import UNIT, Check, Contestant, Timing
 from bench.memory import AllocationRecorder
+from symtele_cuda import products
 from symtele_cuda.experiments.training import TrainingSettings
+from symtele_cuda.kernels import FAKES
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = teleport.Shape((30, 24, 20, 5), 12, must_units=1e9, aim_units=1e9, must_speedup=0.0)
 
 
@@ -74,6 +82,91 @@ def test_quartiles_of_a_drifting_contestant(monkeypatch: pytest.MonkeyPatch) -> 
 
     timing = harness.compare({UNIT: clock.taking(1.0), "drifting": Contestant(run)}, rounds=5, device=CPU)["drifting"]
     assert (timing.seconds, timing.seconds_iqr) == (3.0, (2.0, 4.0))
+
+
+def test_the_unit_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    timings = harness.compare({"theirs": clock.taking(2.0), "ours": clock.taking(1.0)}, 3, CPU, "theirs")
+    assert (timings["theirs"].units, timings["ours"].units) == (1.0, 0.5)
+
+
+def test_a_single_piece_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
+    def run(_: Any) -> None:
+        clock.now += 0.25
+
+    assert harness.median_seconds(run, rounds=3, device=CPU) == 0.25
+
+
+def test_the_cpu_needs_no_copies() -> None:
+    prepare = harness.in_turn([1.0], lambda original: pytest.fail("a copy was made"), 8, CPU)
+    assert prepare() is prepare()
+
+
+class Device:
+    """In place of a GPU: launching work moves the host's clock a little, the work itself the device's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.host = 0.0
+        self.waits = 0
+        monkeypatch.setattr(harness.time, "perf_counter", lambda: self.host)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        properties = SimpleNamespace(L2_cache_size=1000)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def synchronize(self) -> None:
+        self.waits += 1
+        self.host = self.now = max(self.now, self.host)
+
+    def work(self, seconds: float) -> None:
+        self.host += 1e-6
+        self.now = max(self.now, self.host) + seconds
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def record(self) -> None:
+        self.at = self.device.now = max(self.device.now, self.device.host)
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+CUDA = torch.device("cuda")
+
+
+def test_a_gpu_s_own_clock_sees_what_is_still_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    prepared = iter(range(1000))
+    contestant = Contestant(lambda _: device.work(0.001), lambda: next(prepared))
+    timings = harness.compare({UNIT: contestant, "same": contestant}, 3, CUDA)
+    assert timings["same"].seconds == pytest.approx(0.001, rel=0.01)
+    assert device.waits < next(prepared)  # the runs of a sample follow each other without a wait
+
+
+def test_work_that_reads_back_is_timed_by_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+
+    def work(_: Any) -> None:
+        device.work(0.01)
+        device.synchronize()
+        device.host += 0.03  # work of the host behind the last kernel
+
+    unit = Contestant(lambda _: device.work(0.01))
+    timings = harness.compare({UNIT: unit, "reading": Contestant(work, reads_back=True)}, 3, CUDA)
+    assert timings["reading"].seconds == pytest.approx(0.04, rel=1e-3)
+
+
+def test_on_a_gpu_the_inputs_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    Device(monkeypatch)
+    for size, copies in ((400, 5), (2000, 1), (1, harness.MOST_COPIES)):
+        prepare = harness.in_turn([1.0], list, size, CUDA)
+        first = [id(prepare()) for _ in range(copies)]
+        assert len(set(first)) == copies and [id(prepare()) for _ in range(copies)] == first
 
 
 @pytest.mark.parametrize(
@@ -151,6 +244,141 @@ def test_layer_reports_no_speed_of_a_wrong_result(monkeypatch: pytest.MonkeyPatc
     assert "timings" not in result
 
 
+SMALL_LAYERS = [
+    layer.Shape(6, 10, 8),
+    layer.Shape(6, 10, 8, activation="tanh"),
+    layer.Shape(6, 10, 8, activation="softplus"),
+    layer.Shape(6, 10, 8, precision=roofline.FLOAT64),
+    layer.Shape(8, 8, 8, precision=roofline.TF32, orthogonal=True),
+]
+
+
+@pytest.mark.parametrize("shape", SMALL_LAYERS, ids=str)
+def test_the_methods_for_a_gpu_agree_too(shape: layer.Shape) -> None:
+    """All but the one that torch compiles, which takes long."""
+    problem = layer.make_problem(shape, CPU)
+    methods = {
+        name: method
+        for name, method in layer.methods_for(shape, torch.device("cuda")).items()
+        if name != layer.COMPILED
+    }
+    assert set(methods) == {layer.OPERATOR, layer.ON_TORCH, layer.EAGER, layer.TWIN, layer.SVD}
+    checks = layer.check_correct(problem, methods, layer.MAX_DIFFERENCE[shape.precision])
+    assert harness.all_passed(checks), {what: str(check) for what, check in checks.items() if not check.passed}
+    assert layer.COMPILED not in layer.methods_for(layer.CUDA_SHAPES["n1024-4096-4096"], torch.device("cuda"))
+
+
+def test_an_opponent_that_cannot_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: layer.Problem) -> layer.Result:
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setitem(layer.METHODS, layer.SVD, broken)
+    result = layer.measure(layer.Shape(6, 10, 8), rounds=1, device=CPU)
+    assert result["left out"] == {layer.SVD: "RuntimeError: no compiler"}
+    assert set(result["timings"]) == {UNIT, layer.OPERATOR, layer.TWIN}
+    monkeypatch.setitem(layer.METHODS, layer.OPERATOR, broken)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        layer.measure(layer.Shape(6, 10, 8), rounds=1, device=CPU)
+
+
+def test_a_shape_that_cannot_be_measured_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "SHAPES", layer.SHAPES | {"bad": layer.Shape(12, 10, 8), "good": layer.Shape(6, 10, 8)})
+    monkeypatch.setattr(layer, "REGISTRY", {"cpu": layer.SHAPES})
+    out = tmp_path / "layer.json"
+    with pytest.raises(SystemExit, match="not measured: bad"):
+        layer.main(layer.parse(["--shape", "bad", "good", "--rounds", "1", "--out", str(out)]))
+    shapes = json.loads(out.read_text(encoding="utf-8"))["shapes"]
+    assert "inputs" in shapes["bad"]["error"] and "timings" in shapes["good"]
+
+
+def test_the_truth_of_large_layers_is_that_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = layer.make_problem(layer.Shape(6, 10, 8), CPU)
+    exact = problem.map(torch.Tensor.double)
+    for one, other in zip(layer.by_operator(exact, backend="torch"), layer.by_reference(exact), strict=True):
+        assert harness.relative_difference(one, other) < 1e-12
+
+
+def timing(seconds: float) -> Timing:
+    return Timing(seconds, (seconds, seconds), seconds, (seconds, seconds), 1)
+
+
+CEILINGS = roofline.Ceilings(1e12, {name: 1e13 for name in roofline.DTYPES})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "seconds", "failing"),
+    [
+        ((20, 512, 512), (1.0, 3.0, 3.0, 1.3), set()),
+        ((20, 512, 512), (1.0, 2.9, 3.0, 1.3), {layer.ON_TORCH}),
+        ((20, 784, 512), (1.0, 1.0, 1.0, 1.3), set()),
+        ((20, 784, 512), (1.0, 1.0, 0.9, 1.2), {layer.EAGER, layer.COMPILED}),
+    ],
+)
+def test_layer_judges_the_operator(sizes: tuple[int, int, int], seconds: tuple[float, ...], failing: set[str]) -> None:
+    names = (layer.OPERATOR, layer.ON_TORCH, layer.EAGER, layer.COMPILED)
+    timings = {name: timing(value) for name, value in zip(names, seconds, strict=True)}
+    verdicts = layer.judge(layer.Shape(*sizes), timings, CEILINGS)["requirements"]
+    assert {name for name in names[1:] if not verdicts[f"faster than {name}, times"].passed} == failing
+    assert verdicts["share of the ceilings"].at_least is None
+
+
+def test_layer_judges_large_layers_by_the_ceilings() -> None:
+    shape = layer.CUDA_SHAPES["n1024-4096-4096"]
+    least = roofline.layer_work(shape.n, shape.d_in, shape.d_out, shape.precision).seconds(CEILINGS)
+    for share in (0.79, 0.81):
+        timings = {layer.OPERATOR: timing(least / share)}
+        assert layer.judge(shape, timings, CEILINGS)["requirements"]["share of the ceilings"].passed is (share > 0.8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# roofline
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_work_takes_the_longer_of_its_two_times() -> None:
+    ceilings = roofline.Ceilings(10.0, {"a": 2.0, "b": 4.0})
+    assert roofline.Work(100.0, {"a": 2.0, "b": 4.0}).seconds(ceilings) == 10.0
+    assert roofline.Work(10.0, {"a": 4.0, "b": 4.0}).seconds(ceilings) == 3.0
+
+
+def test_work_of_a_layer_is_counted() -> None:
+    """Against the operations and the elements of each product and tensor, one by one."""
+    n, d_in, d_out = 3, 5, 7
+    products = [(n, d_in, d_out), (n, d_out, d_out), (d_out, n, d_in), (n, d_in, d_out), (d_out, n, d_out)]
+    factor = n * n * d_in + n**3 + 2 * n * n * d_in  # half of H Hᵀ; its inverse; K⁻¹ H
+    work = roofline.layer_work(n, d_in, d_out, roofline.FLOAT32)
+    assert work.operations[roofline.FLOAT32] == sum(2 * a * b * c for a, b, c in products)
+    assert work.operations[roofline.FLOAT64] == factor
+    read, written = n * d_in + 2 * d_in * d_out + d_out**2, d_in * d_out + d_out**2
+    assert work.bytes == 4 * (read + written)
+    double = roofline.layer_work(n, d_in, d_out, roofline.FLOAT64)
+    assert double.operations == {roofline.FLOAT64: work.operations[roofline.FLOAT32] + factor}
+    assert double.bytes == 2 * work.bytes
+
+
+def test_roofline_measures_and_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(roofline.COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(roofline.PRODUCT_SIZE, "cpu", 32)
+    monkeypatch.setitem(roofline.SHAPES, "small", roofline.Shape(16, must_speedup=0.0))
+    out = tmp_path / "roofline.json"
+    roofline.main(roofline.parse(["--shape", "small", "--rounds", "1", "--out", str(out)]))
+    document = json.loads(out.read_text(encoding="utf-8"))
+    ceilings = document["settings"]["ceilings"]
+    assert ceilings["bytes_per_second"] > 0 and set(ceilings["operations_per_second"]) == {"float32", "float64"}
+    result = document["shapes"]["small"]
+    assert all(check["passed"] for check in [*result["checks"].values(), *result["requirements"].values()])
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_precision_is_set_and_put_back() -> None:
+    with roofline.precision(roofline.TF32):
+        assert torch.get_float32_matmul_precision() == "high"
+        with roofline.precision(roofline.FLOAT32):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # teleport
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +389,8 @@ def test_teleport_measures_and_judges(tmp_path: Path, monkeypatch: pytest.Monkey
     out = tmp_path / "teleport.json"
     teleport.main(teleport.parse(["--shape", "small", "--rounds", "1", "--out", str(out)]))
     result = json.loads(out.read_text(encoding="utf-8"))["shapes"]["small"]
-    contestants = {UNIT, teleport.GRAD_NORM, teleport.LOOKAHEAD, teleport.PUBLISHED, teleport.PUBLISHED_LEAN}
+    contestants = {UNIT, teleport.GRAD_NORM, teleport.LOOKAHEAD, teleport.LONGER}
+    contestants |= {teleport.PUBLISHED, teleport.PUBLISHED_LEAN}
     assert set(result["timings"]) == contestants
     assert all(check["passed"] for check in result["checks"].values())
     assert result["requirements"]["units, must"]["value"] == pytest.approx(
@@ -176,8 +405,8 @@ def test_teleport_measures_and_judges(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_teleport_reports_no_speed_of_a_network_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = teleport.our_teleport
 
-    def drifting(problem: teleport.Problem, objective: str) -> Any:
-        report = honest(problem, objective)
+    def drifting(problem: teleport.Problem, objective: str, steps: int = teleport.STEPS) -> Any:
+        report = honest(problem, objective, steps)
         with torch.no_grad():
             problem.weights[-1].mul_(1.1)
         return report
@@ -188,10 +417,35 @@ def test_teleport_reports_no_speed_of_a_network_that_has_changed(monkeypatch: py
     assert "timings" not in result
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        replace(SMALL, activation="tanh", published=False),
+        replace(SMALL, activation="softplus", published=False),
+        teleport.Shape((24, 24, 24, 6), 24, published=False, orthogonal=True),
+    ],
+    ids=str,
+)
+def test_teleports_of_the_other_kinds_of_problems_are_right(shape: teleport.Shape) -> None:
+    checks, searches = teleport.check_correct(teleport.make_problem(shape, CPU), shape)
+    assert harness.all_passed(checks), {what: str(check) for what, check in checks.items() if not check.passed}
+    assert all(search["layers"] == ["teleported"] * 2 for search in searches.values())
+
+
+def test_teleport_judges_a_step_by_what_more_of_them_cost() -> None:
+    shape = replace(SMALL, published=False, must_step_units=0.5, must_seconds=5.0)
+    timings = {name: timing(5.0) for name in (UNIT, teleport.GRAD_NORM, teleport.LOOKAHEAD)}
+    for longer, passed in ((10.0, True), (11.0, False)):
+        verdicts = teleport.judge(shape, timings | {teleport.LONGER: timing(longer)})
+        assert verdicts["units of one step"].value == pytest.approx((longer - 5.0) / 10)
+        assert verdicts["units of one step"].passed is passed and verdicts["seconds"].passed
+        assert "faster than published, times" not in verdicts
+
+
 @pytest.mark.parametrize("name", ["mlp-784-512-512-10-n20", "mlp-784-128-128-10-n100"])
 def test_the_search_allocates_nothing_larger_than_the_activations(name: str) -> None:
     shape = teleport.SHAPES[name]
-    checks = teleport.check_memory(teleport.make_problem(shape.dims, shape.n, CPU), shape)
+    checks = teleport.check_memory(teleport.make_problem(shape, CPU), shape)
     assert len(checks) == 2
     for what, check in checks.items():
         assert check.passed, f"{what}: {check}"
@@ -205,7 +459,7 @@ def test_the_memory_check_sees_a_weight_sized_tensor(monkeypatch: pytest.MonkeyP
         return search(*args, **kwargs)
 
     monkeypatch.setattr(teleport.symtele_cuda.teleport, "ascend", wasteful)
-    checks = teleport.check_memory(teleport.make_problem(SMALL.dims, SMALL.n, CPU), SMALL)
+    checks = teleport.check_memory(teleport.make_problem(SMALL, CPU), SMALL)
     assert not any(check.passed for check in checks.values())
 
 
@@ -218,6 +472,7 @@ TINY = training.Shape(
     training=TrainingSettings(2, 5, "sgd", 0.05),
     must_loss_ratio=10.0,
     published_rate=1e-3,
+    target_loss=1e-9,
     teleports=2,
     teleport_samples=8,
     steps=2,
@@ -288,6 +543,23 @@ class SameProcess:
         return future
 
 
+def test_training_on_scikit_learn_s_digits(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    shape = training.DIGITS["digits-0.05"]
+    short = replace(shape, training=replace(shape.training, epochs=2), steps=2, teleports=1)
+    seed = training.run_seed("short", short, 1, None, threads=1)
+    assert [record["accepted"] for record in seed["runs"][training.TELEPORTED]["teleports"]] == [True]
+
+
+def test_training_needs_a_folder_for_mnist(capsys: Any) -> None:
+    for words in ([], ["--device", "cuda", "--shape", "mnist-0.1"]):
+        with pytest.raises(SystemExit):
+            training.parse(words)
+        assert "--data-dir must name a folder of MNIST's IDX files" in capsys.readouterr().err
+    arguments = training.parse(["--device", "cuda", "--shape", "digits-0.05"])
+    assert training.on_device(training.DIGITS["digits-0.05"], arguments.device).training.device == "cuda"
+
+
 def test_training_refuses_results_of_other_settings(tmp_path: Path) -> None:
     out = tmp_path / "training.json"
     harness.write_json(out, {"shapes": {"tiny": {"shape": TINY, "seeds": []}}})
@@ -304,8 +576,10 @@ def seed_result(seed: int, losses: dict[str, float | None], accuracies: dict[str
             "train_loss": losses[label],
             "validation_loss": 1.0,
             "validation_accuracy": accuracies[label],
-            "seconds": 1.0,
+            "seconds": seconds[label],
         }
+
+    seconds = {training.PLAIN: 4.0, training.TELEPORTED: 3.0, training.PUBLISHED: 2.0}
 
     teleports = [{"accepted": True}] * TINY.teleports
     return {"seed": seed, "runs": {label: {"epochs": [epoch(label)], "teleports": teleports} for label in losses}}
@@ -316,7 +590,7 @@ def seed_result(seed: int, losses: dict[str, float | None], accuracies: dict[str
     [(0.4, 0.91, True, True), (0.41, 0.91, False, True), (0.4, 0.9, True, False), (None, 0.91, False, True)],
 )
 def test_training_judges_means(loss: float | None, accuracy: float, loss_passes: bool, accuracy_passes: bool) -> None:
-    shape = replace(TINY, must_loss_ratio=0.4)
+    shape = replace(TINY, must_loss_ratio=0.4, target_loss=1.0)
     losses = {training.PLAIN: 1.0, training.TELEPORTED: loss, training.PUBLISHED: None}
     accuracies = {training.PLAIN: 0.9, training.TELEPORTED: accuracy, training.PUBLISHED: 0.1}
     summary = training.summarise(shape, [seed_result(seed, losses, accuracies) for seed in range(5)])
@@ -327,8 +601,197 @@ def test_training_judges_means(loss: float | None, accuracy: float, loss_passes:
     assert math.isnan(summary["means"][training.PUBLISHED]["train_loss"])
 
 
-def test_every_registered_shape_can_be_asked_for() -> None:
-    assert layer.parse(["--shape", *layer.SHAPES]).shape == list(layer.SHAPES)
-    assert teleport.parse([]).shape == list(teleport.SHAPES)
+def test_training_compares_the_times_to_a_loss() -> None:
+    shape = replace(TINY, target_loss=0.5, must_seconds_ratio=1.0)
+
+    def seed(plain: list[float | None], teleported: list[float | None]) -> dict[str, Any]:
+        def epochs(losses: list[float | None]) -> list[dict[str, Any]]:
+            constant = {"validation_loss": 1.0, "validation_accuracy": 0.5}
+            return [
+                {"epoch": epoch, "train_loss": loss, "seconds": 2.0 * epoch, **constant}
+                for epoch, loss in enumerate(losses)
+            ]
+
+        arms = {training.PLAIN: plain, training.TELEPORTED: teleported, training.PUBLISHED: [2.0, None]}
+        runs = {label: {"epochs": epochs(losses), "teleports": []} for label, losses in arms.items()}
+        return {"seed": 1, "runs": runs}
+
+    name = "seconds to train loss 0.5, teleported / plain"
+    judged = training.summarise(shape, [seed([2.0, 1.0, 0.7, 0.4], [2.0, 0.5, 0.1]), seed([2.0, 0.4], [2.0, 0.3])])
+    assert judged["means"][training.PLAIN]["seconds_to_target_loss"] == (6.0 + 2.0) / 2
+    assert judged["requirements"][name].value == 2.0 / 4.0 and judged["requirements"][name].passed
+    judged = training.summarise(shape, [seed([2.0, 0.4], [2.0, 0.6])])
+    assert math.isnan(judged["means"][training.TELEPORTED]["seconds_to_target_loss"])
+    assert not judged["requirements"][name].passed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("benchmark", [layer, teleport, roofline])
+def test_each_device_has_its_shapes_and_its_file(benchmark: Any, capsys: Any) -> None:
+    here, there = benchmark.parse([]), benchmark.parse(["--device", "cuda"])
+    assert here.shape == list(benchmark.SHAPES) and there.shape == list(benchmark.CUDA_SHAPES)
+    name = benchmark.__name__.split(".")[-1]
+    assert here.out == ROOT / "bench" / "results" / f"{name}.json"
+    assert there.out == ROOT / "bench" / "results" / "gpu" / f"{name}.json"
+    foreign = next(name for name in [*benchmark.CUDA_SHAPES][::-1] if name not in benchmark.SHAPES)
+    assert benchmark.parse(["--device", "cuda", "--shape", foreign]).shape == [foreign]
+    for words, text in (
+        (["--shape", foreign], "--shape on cpu must be among"),
+        (["--device", "meta"], "--device must be one of cpu, cuda, got meta"),
+    ):
+        with pytest.raises(SystemExit):
+            benchmark.parse(words)
+        assert text in capsys.readouterr().err
+
+
+def test_training_s_options() -> None:
     arguments = training.parse(["--data-dir", "somewhere", "--shape", "mnist-0.1"])
     assert (arguments.shape, arguments.seeds, arguments.threads) == (["mnist-0.1"], [1, 2, 3, 4, 5], 1)
+    assert training.parse(["--data-dir", "somewhere"]).shape == list(training.SHAPES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpu.sh
+# ---------------------------------------------------------------------------------------------------------------------
+
+STAGES = ["machine", "build", "tests", "sanitizer", "teleport", "layer", "roofline", "training"]
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Path:
+    """In place of Python, and of the tools of CUDA: does nothing, but fails as bench.layer and hangs as bench.hang."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    python = folder / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in\n  *bench.layer*) echo "layer speaks"; exit 3;;\n  *"$HANG"*) sleep 100;;\nesac\n'
+    )
+    for name in ("python", "nvidia-smi", "nvcc", "compute-sanitizer"):
+        (folder / name).write_text(python.read_text())
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def run_gpu_sh(stub: Path, out: Path, **environ: str) -> tuple[subprocess.CompletedProcess[str], dict[str, int]]:
+    environment = {**os.environ, "PATH": f"{stub}:{os.environ['PATH']}", "PYTHON": str(stub / "python")}
+    environment |= {"OUT": str(out), "HANG": "nothing hangs", **environ}
+    command = ["bash", str(ROOT / "bench" / "gpu.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    stages = json.loads((out / "summary.json").read_text(encoding="utf-8"))["stages"]
+    assert [stage["name"] for stage in stages] == STAGES
+    return done, {stage["name"]: stage["status"] for stage in stages}
+
+
+@needs_bash
+def test_gpu_sh_goes_on_after_a_stage_that_fails(stub: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done, statuses = run_gpu_sh(stub, out)
+    assert done.returncode == 1
+    assert statuses == {name: 3 if name == "layer" else 0 for name in STAGES}
+    assert "layer speaks" in done.stdout and "layer speaks" in (out / "gpu.log").read_text(encoding="utf-8")
+    assert len(list(out.iterdir())) <= 8
+
+
+@needs_bash
+def test_gpu_sh_ends_in_time(stub: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    _, statuses = run_gpu_sh(stub, tmp_path / "out", BUDGET="7", HANG="bench.teleport")
+    assert statuses["machine"] == statuses["build"] == 0
+    assert statuses["teleport"] == statuses["training"] == 124
+    assert time.monotonic() - started < 20
+
+
+def test_the_sanitizer_sees_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = set()
+
+    class Recorded:
+        def __getattr__(self, name: str) -> Any:
+            ran.add(name)
+            return getattr(products, name)
+
+    monkeypatch.setattr(sanitize, "DEVICE", CPU)
+    monkeypatch.setattr(sanitize, "SIZES", [(7, 33, 2)])
+    monkeypatch.setattr(sanitize, "LARGE", (2, 2, 2))
+    monkeypatch.setattr(sanitize, "products_for", lambda device, backend: Recorded())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    sanitize.main([])
+    assert ran == set(FAKES)
+    sanitize.main(["--teleport"])
+
+
+def test_the_tables_of_a_gpu(digits: Path, tmp_path: Path) -> None:
+    """From results of the same form; a folder without any has no tables, and a wrong shape is left out."""
+    folder = tmp_path / "gpu"
+    assert tables.gpu_sections(folder) == []
+    operator = layer.measure(layer.Shape(6, 10, 8), rounds=1, device=CPU)
+    timings = {label: timing(1e-3) for label in (UNIT, layer.OPERATOR, layer.ON_TORCH, layer.EAGER)}
+    operator |= {"timings": timings} | layer.judge(layer.Shape(6, 10, 8), timings, CEILINGS)
+    wrong = {"shape": None, "checks": {"drift": Check(1.0, at_most=0.0)}}
+    published, ours = (teleport.measure(replace(SMALL, published=some), rounds=1, device=CPU) for some in (True, False))
+    documents: dict[str, dict[str, Any]] = {
+        "teleport": {"shapes": {"both": published, "ours": ours, "wrong": wrong}},
+        "layer": {"shapes": {"small": operator, "wrong": wrong}},
+        "roofline": {
+            "shapes": {"small": roofline.measure(roofline.Shape(16), rounds=1, device=CPU)},
+            "settings": {"ceilings": CEILINGS},
+        },
+    }
+    for name, document in documents.items():
+        harness.write_json(folder / f"{name}.json", {"machine": f"the machine of {name}", **document})
+    training.run({"tiny": TINY}, [3], digits, folder / "training.json", processes=1, threads=1)
+    page = "\n".join(tables.gpu_sections(folder))
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == ["both", "ours", "small", "small", *["tiny"] * 4]
+    assert len({row.count("|") for row in rows[:2]}) == 1 and rows[1].endswith("|  |  |")
+    assert rows[2].count("1 ms") == 4 and "wrong" not in page
+    assert "copy 1000 GB/s, float32 10.00 TFLOP/s" in page and page.count("Machine: the machine of") == 3
+    assert rows[-1].count("not reached") == 3
+
+
+def test_the_summary_says_what_there_is(tmp_path: Path) -> None:
+    text = summary.summary(tmp_path)
+    assert "tests: no result" in text and "sanitizer: no result" in text and "teleport: no result" in text
+    harness.write_json(
+        tmp_path / "summary.json",
+        {
+            "stages": [
+                {"name": "build", "status": 0, "seconds": 9},
+                {"name": "tests", "status": 124, "seconds": 7},
+                {"name": "layer", "status": 3, "seconds": 2},
+            ]
+        },
+    )
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"><testcase classname="a" name="b">'
+        '<failure/></testcase><testcase classname="a" name="c"/></testsuite></testsuites>'
+    )
+    (tmp_path / "sanitizer.log").write_text(
+        "=== memcheck\nblah\n========= ERROR SUMMARY: 2 errors\n=== racecheck\n"
+        "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n=== synccheck\n"
+    )
+    requirements = {"seconds": Check(2.0, at_most=1.0), "units": Check(3.0), "speedup": Check(4.0, at_least=3.0)}
+    shapes = {"small": {"requirements": requirements, "checks": {"drift": Check(math.nan, at_most=1e-5)}}}
+    harness.write_json(tmp_path / "teleport.json", {"machine": "a machine", "shapes": shapes})
+    lines = [line.split() for line in summary.summary(tmp_path).splitlines()]
+    for expected in (
+        "build ok 9 s",
+        "tests OUT OF TIME 7 s",
+        "layer FAILED (3) 2 s",
+        "tests: 3 tests, 1 failures, 0 errors, 1 skipped",
+        "FAIL a::b",
+        "sanitizer, memcheck: ERROR SUMMARY: 2 errors",
+        "sanitizer, racecheck: RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+        "sanitizer, synccheck: no summary",
+        "teleport: a machine",
+        "FAIL small: seconds 2 (<= 1)",
+        "small: units 3",
+        "pass small: speedup 4 (>= 3)",
+        "WRONG small: drift none (<= 1e-05)",
+        "layer: no result",
+    ):
+        assert expected.split() in lines, expected

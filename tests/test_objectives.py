@@ -14,6 +14,7 @@ from symtele_cuda.objectives import GradNorm, Lookahead
 from symtele_cuda.paths import FastPath, GeneralPath
 from symtele_cuda.planning import make_plan, match_inputs
 from symtele_cuda.problem import Problem
+from symtele_cuda.search import holding
 
 # κ of these batches is below 1e3; the general path squares it through K⁻¹, hence 1e-9 and not 1e-13.
 AGREEMENT = 1e-9
@@ -35,7 +36,8 @@ def set_up(dims: list[int], activation: str, bias: bool, action: str, n: int = 1
         direction = steepest_direction(problem.network, plan, state, path.evaluate(state).gradient())
         norm = sum(float(b.square().sum()) for b in state.inputs[1:]) ** 0.5
         size = domain_limit(problem.network, state, direction, 0.01 * norm / direction.norm)
-        state = advance(problem.network, plan, state, direction, size)
+        state, hindrances = advance(problem.network, plan, state, direction, size)
+        assert holding(hindrances) is None
     return problem, plan, state
 
 
@@ -74,7 +76,7 @@ def compare_paths(problem: Problem, plan: Plan, state: State, objective: GradNor
         assert list(steps[0].steps) == list(steps[1].steps) != []
         for layer, got in steps[0].steps.items():
             expected = steps[1].steps[layer]
-            got, expected = ((s.targets if s.inputs is None else s.inputs) for s in (got, expected))
+            got, expected = got.change, expected.change
             assert relative(got, expected) <= AGREEMENT, f"layer {layer}"
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from symtele_cuda import info, ops, reference
+from symtele_cuda import extension, ops, reference
 from symtele_cuda.activations import ELU, Activation, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
-from symtele_cuda.build_decision import TorchBuild, decide
 from symtele_cuda.errors import TeleportError
 from symtele_cuda.ops import teleport_layer
 
@@ -305,10 +303,10 @@ def cotangents(tensors: tuple[Tensor, ...], requires_grad: bool) -> tuple[Tensor
 @with_and_without_bias
 def test_opcheck(activation: Activation, action: str, bias: bool) -> None:
     library = torch.ops.symtele_cuda
-    description = (activation.name, activation.parameter, action)
+    description = (activation.name, activation.parameter, action, "auto")
     constant = (*make_layer(4, 5, 3, bias).tensors(), *description)
     layer = (*make_layer(4, 5, 3, bias).with_gradient().tensors(), *description)
-    new_weight, new_bias, *saved = library.teleport_layer(*constant)
+    new_weight, new_bias, *saved, _ = library.teleport_layer(*constant)
     grads = cotangents((new_weight, new_bias), requires_grad=True)
     constant_grads = cotangents((new_weight, new_bias), requires_grad=False)
     gradients = library.teleport_layer_backward(True, *constant_grads, *saved, *constant)
@@ -403,13 +401,30 @@ def test_only_what_is_asked_for_is_differentiated() -> None:
 def test_fake_kernels_know_the_shapes_and_refuse_wrong_ones() -> None:
     layer = make_layer(4, 5, 3, bias=True, dtype=torch.float32).map(lambda tensor: tensor.to("meta"))
     operator = torch.ops.symtele_cuda.teleport_layer
-    outputs = operator(*layer.tensors(), "tanh", 0.0, "paper")
+    outputs = operator(*layer.tensors(), "tanh", 0.0, "paper", "auto")
     assert {output.device.type for output in outputs} == {"meta"}
-    assert [tuple(output.shape) for output in outputs] == [(3, 5), (3,), (4, 3), (4, 3), (4, 6)]
-    without_bias = operator(*layer.tensors()[:3], None, "tanh", 0.0, "paper")
-    assert [tuple(output.shape) for output in without_bias] == [(3, 5), (0,), (4, 3), (4, 3), (4, 5)]
+    assert [tuple(output.shape) for output in outputs] == [(3, 5), (3,), (4, 3), (4, 3), (4, 6), (4,)]
+    without_bias = operator(*layer.tensors()[:3], None, "tanh", 0.0, "paper", "auto")
+    assert [tuple(output.shape) for output in without_bias] == [(3, 5), (0,), (4, 3), (4, 3), (4, 5), (4,)]
     with pytest.raises(ValueError, match=r"g must have shape \(d_out=3, d_out=3\), got \(5, 3\)"):
-        operator(layer.weight, layer.inputs, layer.weight.T, layer.bias, "tanh", 0.0, "paper")
+        operator(layer.weight, layer.inputs, layer.weight.T, layer.bias, "tanh", 0.0, "paper", "auto")
+
+
+@every_action
+@with_and_without_bias
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_the_kernels_ask_nothing_of_the_device(
+    dtype: torch.dtype, action: str, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device every question about a value is an error, as it is while a CUDA graph is captured."""
+    monkeypatch.setattr(ops, "_full_precision", lambda tensor: nullcontext())  # there is no autocast for this device
+    layer = make_layer(4, 5, 3, bias, dtype).map(lambda tensor: tensor.to("meta"))
+    arguments = (*layer.tensors(), "tanh", 0.0, action, "torch")
+    new_weight, new_bias, *saved, health = ops._forward(*arguments)
+    gradients = ops._backward(True, new_weight, new_bias, *saved, *arguments)
+    ops._double_backward(*gradients, new_weight, new_bias, *saved, *arguments)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
+        health.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,27 +451,18 @@ def test_backends_that_are_always_there(backend: str) -> None:
     assert torch.equal(teleport_layer(*layer.tensors(), backend=backend)[0], teleport_layer(*layer.tensors())[0])
 
 
-def test_cuda_backend_says_why_it_is_not_there_and_what_to_do() -> None:
+def test_cuda_backend_says_why_it_is_not_there_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(4, 6, 3, bias=False)
-    with pytest.raises(ValueError, match=r"backend='cuda' is not available: .*no CUDA kernels.*backend='torch'"):
+    monkeypatch.setattr(extension, "unavailable_reason", lambda: "nobody built it")
+    with pytest.raises(ValueError, match=r"backend='cuda' is not available: nobody built it\. Use .*backend='torch'"):
         teleport_layer(*layer.tensors(), backend="cuda")
 
 
-@pytest.mark.parametrize(
-    ("torch_build", "cause"),
-    [
-        (TorchBuild("2.13.0+cpu", None), r"torch 2\.13\.0\+cpu is a build without CUDA"),
-        (None, "torch cannot be imported"),
-    ],
-)
-def test_the_reason_is_the_one_that_the_build_recorded(
-    torch_build: TorchBuild | None, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record = tmp_path / "_build.json"
-    monkeypatch.setattr(info, "RECORD", record)
-    assert re.search("no CUDA kernels: it is a source tree .*backend='torch'", ops.cuda_unavailable_reason())
-    record.write_text(decide({}, torch_build, toolkit=None, sources=[]).to_json())
-    assert re.search(f"no CUDA kernels: .*{cause}.*backend='torch'", ops.cuda_unavailable_reason())
+def test_cuda_backend_wants_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(4, 6, 3, bias=False)
+    monkeypatch.setattr(extension, "unavailable_reason", lambda: None)
+    with pytest.raises(ValueError, match=r"backend='cuda' is not available: the tensors are on cpu.*backend='torch'"):
+        teleport_layer(*layer.tensors(), backend="cuda")
 
 
 def changed(**replacements: Any) -> Callable[[Layer], dict[str, Any]]:
@@ -596,6 +602,23 @@ def test_inputs_of_the_extreme_scales(scale: float, action: str) -> None:
     assert_agree("weight", scale * apply(scaled, Tanh(), action)[0], expected, 1e-12)
 
 
+def test_squares_that_overflow_are_no_error() -> None:
+    layer = make_layer(4, 6, 3, bias=True, dtype=torch.float32)
+    new_weight, _ = teleport_layer(1e25 * layer.weight, layer.inputs, layer.g, 1e25 * layer.bias)
+    expected, _ = teleport_layer(layer.weight, layer.inputs, layer.g, layer.bias)
+    assert_agree("weight", 1e-25 * new_weight, expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("samples", [[0, 0, 0], [0, 1, 0]], ids=str)
+@with_and_without_bias
+def test_repeated_samples_are_refused_in_every_dtype(dtype: torch.dtype, samples: list[int], bias: bool) -> None:
+    layer = make_layer(2, 6, 3, bias, dtype)
+    rank = len(set(samples))
+    with pytest.raises(TeleportError, match=f"must have full row rank, .* got rank {rank} for n=3 samples"):
+        teleport_layer(layer.weight, layer.inputs[samples], layer.g, layer.bias)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "largest"),
     [
@@ -613,6 +636,17 @@ def test_new_weights_that_overflow_are_refused(name: str, dtype: torch.dtype, la
     layer = Layer(0 * one, 0 * one, g, number[0]) if name == "bias" else Layer(number, one, g, None)
     with pytest.raises(ValueError, match=f"the new {name} must be at most {largest}, the largest number of {dtype}"):
         teleport_layer(*layer.tensors(), negative_slope=0.5)
+
+
+def test_a_g_far_from_the_identity_is_looked_at_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(4, 6, 3, bias=True)
+    looked_at = []
+    for name in ("_check_invertible", "_check_matched", "_check_domain", "_check_range", "_check_finite"):
+        monkeypatch.setattr(ops, name, lambda *arguments, name=name: looked_at.append(name))
+    teleport_layer(*layer.tensors())
+    assert looked_at == []
+    teleport_layer(*replace(layer, g=-3 * layer.g).tensors())
+    assert looked_at == ["_check_invertible"]
 
 
 @pytest.mark.parametrize("d_out", [1, 2, 40])
@@ -648,6 +682,6 @@ def test_the_factorisation_is_left_out_only_near_the_identity(dtype: torch.dtype
     identity = torch.eye(50, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     noise = (torch.randn(50, 50, generator=generator, dtype=torch.float64) / math.sqrt(50)).to(dtype)
-    assert all(ops._is_near_identity(identity + size * noise) for size in (0.0, 1e-3, 0.1))
+    assert all(ops._identity_remainder(identity + size * noise) <= ops._VANISHED for size in (0.0, 1e-3, 0.1))
     far = [-identity, 3 * identity, noise, identity + noise, identity * math.nan, identity * math.inf, 0 * identity]
-    assert not any(ops._is_near_identity(g) for g in far)
+    assert not any(ops._identity_remainder(g) <= ops._VANISHED for g in far)

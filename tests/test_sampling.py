@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from symtele_cuda import TeleportError, teleport_mlp
 from symtele_cuda.mlp import read_chain
-from symtele_cuda.pinv import condition_from_gram, gram, invert_gram
+from symtele_cuda.pinv import condition_from_gram
 from symtele_cuda.problem import layer_inputs, read_network
+from symtele_cuda.products import gram, invert_gram
 from symtele_cuda.sampling import GOOD_CONDITION, matched_samples
 
 DIMS = [30, 40, 36, 5]
@@ -121,9 +122,9 @@ def test_condition_numbers_are_bounded(activation: str, make: Callable[[Tensor],
     assert bool((chosen.diff() > 0).all())
     network = read_network(read_chain(model))
     for values in layer_inputs(network, x[chosen], network.forward(x[chosen]))[:-1]:
-        matrix = gram(values, True)
-        inverse = invert_gram(matrix)
-        assert inverse is not None
+        matrix, _ = gram(values, True)
+        inverse, info = invert_gram(matrix)
+        assert info.item() == 0
         # To rounding: the Gram matrix of the chosen rows, not the chosen rows of the Gram matrix.
         assert condition_from_gram(matrix, inverse) <= GOOD_CONDITION * (1 + 1e-6)
     assert max(conditions(model, x[chosen])) <= 2 * GOOD_CONDITION  # that estimate is good to a factor of two

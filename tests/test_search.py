@@ -1,4 +1,4 @@
-"""The trust region and the fixed step, on scripted objective values."""
+"""The trust region and the fixed step, on scripted objective values: with decisions on the host and on the device."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 from networks import make_batch, make_mlp
 
-from symtele_cuda import search
+from symtele_cuda import device_search, search
 from symtele_cuda.action import Gradient, Plan, State, initial_state
 from symtele_cuda.activation_space import Evaluation
 from symtele_cuda.mlp import read_chain
 from symtele_cuda.planning import make_plan, match_inputs
 from symtele_cuda.problem import Problem
-from symtele_cuda.search import Search, SearchResult, ascend, ascend_fixed
+from symtele_cuda.search import LossBound, Search, SearchResult
 
 START = 1.0
 
@@ -29,7 +29,8 @@ class ScriptedPath:
     inputs: torch.Tensor
 
     def evaluate(self, state: State) -> Evaluation:
-        return Evaluation(next(self.values), lambda: Gradient((None, self.inputs), (None, None), ((), ())))
+        value = torch.tensor(next(self.values), dtype=torch.float64)
+        return Evaluation(value, lambda: Gradient((None, self.inputs), (None, None), ((), ())))
 
 
 def set_up() -> tuple[Problem, Plan, State]:
@@ -41,11 +42,31 @@ def set_up() -> tuple[Problem, Plan, State]:
         return problem, plan, initial_state(problem.network, plan, problem.outputs, matches)
 
 
-def run(values: list[float], *, maximise=True, cap=math.inf, guard=lambda state: None, scale=1e-3) -> SearchResult:
+@pytest.fixture(params=["host", "device"], autouse=True)
+def where(request: pytest.FixtureRequest) -> str:
+    """Where the decisions are taken; every test runs both ways."""
+    return request.param
+
+
+def ascend(where: str, search_: Search, state: State, evaluation: Evaluation, cap: float, bounds: list[LossBound]):
+    if where == "host":
+        return search.ascend(search_, state, evaluation, cap=cap, bounds=bounds)
+    trace = device_search.ascend(search_, state, evaluation, cap=cap, bounds=bounds)
+    return trace.result([row.tolist() for row in trace.rows], bounds)
+
+
+def ascend_fixed(where: str, search_: Search, state: State, evaluation: Evaluation, step_size: float):
+    if where == "host":
+        return search.ascend_fixed(search_, state, evaluation, step_size=step_size)
+    trace = device_search.ascend_fixed(search_, state, evaluation, step_size=step_size)
+    return trace.result([row.tolist() for row in trace.rows], [])
+
+
+def run(where: str, values: list[float], *, maximise=True, cap=math.inf, bounds=(), scale=1e-3) -> SearchResult:
     problem, plan, state = set_up()
     path = ScriptedPath(iter([START, *values]), scale * torch.ones_like(state.inputs[1]))
     search_ = Search(path, problem.network, plan, maximise, steps=len(values))
-    return ascend(search_, state, path.evaluate(state), cap=cap, guard=guard)
+    return ascend(where, search_, state, path.evaluate(state), cap, list(bounds))
 
 
 def sizes(result: SearchResult) -> list[float]:
@@ -54,9 +75,9 @@ def sizes(result: SearchResult) -> list[float]:
 
 
 @pytest.mark.parametrize("maximise", [True, False])
-def test_the_radius_grows_on_success_and_shrinks_on_failure(maximise):
+def test_the_radius_grows_on_success_and_shrinks_on_failure(where, maximise):
     better, worse = ([2.0, 3.0, 4.0, 5.0], 0.0) if maximise else ([0.9, 0.8, 0.7, 0.6], 9.0)
-    result = run([better[0], better[1], worse, *better[2:]], maximise=maximise)
+    result = run(where, [better[0], better[1], worse, *better[2:]], maximise=maximise)
     assert [record.accepted for record in result.records] == [True, True, False, True, True]
     assert sizes(result)[2] / sizes(result)[1] > 0  # one direction throughout
     lengths = [abs(record.size) * length(result, k) for k, record in enumerate(result.records)]
@@ -76,51 +97,57 @@ def length(result: SearchResult, k: int) -> float:
     return float((batch @ batch.T @ (1e-3 * torch.ones_like(state.inputs[1]))).norm())
 
 
-def test_the_first_radius_is_a_share_of_the_activations_norm():
-    result = run([2.0])
+def test_the_first_radius_is_a_share_of_the_activations_norm(where):
+    result = run(where, [2.0])
     _, _, state = set_up()
     assert abs(result.records[0].size) * length(result, 0) == pytest.approx(
         search.FIRST_RADIUS * float(state.inputs[1].norm()), rel=1e-9
     )
 
 
-def test_what_is_not_finite_is_refused():
-    result = run([math.nan, math.inf, 2.0])
+def test_what_is_not_finite_is_refused(where):
+    result = run(where, [math.nan, math.inf, 2.0])
     assert [record.note for record in result.records] == ["not finite", "not finite", "accepted"]
 
 
-def test_the_growth_cap_refuses_what_is_above_and_ends_the_search_just_below():
-    result = run([5.0, 1.5, 3.99], cap=4.0)
+def test_the_growth_cap_refuses_what_is_above_and_ends_the_search_just_below(where):
+    result = run(where, [5.0, 1.5, 3.99], cap=4.0)
     assert [record.note for record in result.records] == ["above the growth cap", "accepted", "accepted"]
     assert result.reason == "growth cap reached"
     # log 4 / log 5 of the way, less three percent: a line through the logarithms.
     assert sizes(result)[1] == pytest.approx(0.97 * math.log(4) / math.log(5), rel=1e-9)
 
 
-def test_the_guard_s_words_are_the_reason():
-    refusals = iter(["the holdout loss rose", None])
-    result = run([2.0, 3.0], guard=lambda state: next(refusals))
-    assert [record.note for record in result.records] == ["the holdout loss rose", "accepted"]
+def test_a_bound_s_words_are_the_reason(where):
+    losses = iter([9.0, math.nan, 1.0])
+    bound = LossBound(
+        loss=lambda state: torch.tensor(next(losses), dtype=torch.float64),
+        low=0.0,
+        high=5.0,
+        describe=lambda value: f"the loss rose to {value:g}",
+    )
+    result = run(where, [2.0, 3.0, 4.0], bounds=[bound])
+    assert [record.note for record in result.records] == ["the loss rose to 9", "the loss rose to nan", "accepted"]
 
 
-def test_a_search_without_an_acceptable_step_ends_early():
-    result = run([0.0] * 50)
+def test_a_search_without_an_acceptable_step_ends_early(where):
+    result = run(where, [0.0] * 50)
     assert len(result.records) < 15 and result.reason == "no acceptable step left (no improvement)"
     assert len(result.waypoints) == 1
 
 
 @pytest.mark.parametrize(("scale", "reason"), [(0.0, "is zero"), (math.nan, "not finite")])
-def test_a_gradient_that_leads_nowhere_ends_the_search(scale, reason):
-    result = run([2.0], scale=scale)
+def test_a_gradient_that_leads_nowhere_ends_the_search(where, scale, reason):
+    result = run(where, [2.0], scale=scale)
     assert result.records == () and reason in result.reason
 
 
 @pytest.mark.parametrize("maximise", [True, False])
-def test_fixed_steps_are_taken_whatever_the_objective_says_until_it_is_not_finite(maximise):
+def test_fixed_steps_are_taken_whatever_the_objective_says_until_it_is_not_finite(where, maximise):
     problem, plan, state = set_up()
-    path = ScriptedPath(iter([START, 0.5, 2.0, math.inf]), 1e-3 * torch.ones_like(state.inputs[1]))
+    path = ScriptedPath(iter([START, 0.5, 2.0, math.inf, 1.0, 1.0]), 1e-3 * torch.ones_like(state.inputs[1]))
     five_steps = Search(path, problem.network, plan, maximise, steps=5)
-    result = ascend_fixed(five_steps, state, path.evaluate(state), step_size=1e-4)
+    result = ascend_fixed(where, five_steps, state, path.evaluate(state), 1e-4)
     assert [record.accepted for record in result.records] == [True, True, False]
     assert {record.size for record in result.records} == {1e-4 if maximise else -1e-4}
     assert "not finite" in result.reason and len(result.waypoints) == 3

@@ -133,7 +133,7 @@ def test_images_are_gathered_in_their_own_shape() -> None:
         shapes.append(tuple(outputs.shape))
         return F.cross_entropy(outputs, targets)
 
-    teleporter, reference = make_teleporter(model, loss_fn=loss_fn), make_teleporter(flat)
+    teleporter, reference = make_teleporter(model, loss_fn=loss_fn), make_teleporter(flat, loss_fn=F.cross_entropy)
     for x, y in batches:
         teleporter.step((x.view(-1, 1, 2, 3), y), epoch=0)
         reference.step((x, y), epoch=0)
@@ -557,7 +557,7 @@ def test_an_error_leaves_gathering_where_it_was() -> None:
     assert_same_parameters(model, expected)
     broken = False
     assert teleporter.step(batches[1], epoch=0) is not None
-    st.teleport_mlp(expected, join(batches, 6), objective="lookahead", lr=0.05)
+    st.teleport_mlp(expected, join(batches, 6), F.cross_entropy, objective="lookahead", lr=0.05)
     assert_same_parameters(model, expected)
 
 

@@ -1,0 +1,177 @@
+// The inverse of a symmetric positive definite matrix, by sweeps of its pivots, 32 of them a launch.
+//
+// Sweeping pivot c of a symmetric A, with d = a_cc and u = the column a_:c but u_c = 1, takes, for i >= j,
+//
+//     a_ij <- (a_ij or, where i = c or j = c, 0) -+ u_i u_j / d        + where i <= c, - elsewhere
+//
+// and after all pivots A is the inverse. It is Cholesky's factorization K = L D L^T, the inversion of L row by row and
+// the product of the triangles in one pass: the one-sweep algorithm of Bientinesi, Gunter, van de Geijn (2008). Only
+// the lower triangle is kept on the way.
+//
+// A launch sweeps the 32 pivots of one block column k. Every block of threads has one tile of A, and sweeps the pivot
+// block (k, k) and the two panels that its tile needs, (i, k) and (j, k), for itself, one pivot after the other, adding
+// each pivot's term to its tile as it goes. So nothing but the matrix passes from launch to launch.
+//
+// ||K X - I|| is a few u kappa(K) times the norm of K_21 K_11^-1, the largest for all leading blocks K_11 of K. That is
+// about u kappa^(3/2) at worst, which the float32 factor of symtele_cuda/pinv.py bears to its largest condition number,
+// and a few u kappa for graded spectra. To multiply with the inverse of the pivot block, as blocked Gauss-Jordan does,
+// would lose u kappa^(3/2) for any two clusters of eigenvalues.
+#pragma once
+
+#include <cfloat>
+
+#include "kernels.h"
+#include "launch.cuh"
+
+namespace symtele {
+
+constexpr int sweep_width = 32;  // the pivots of a launch and the side of a tile: a lane for every column
+constexpr int strip_height = 4;  // a thread holds this many rows of its lane's column
+constexpr int sweep_threads = sweep_width * sweep_width / strip_height;
+
+struct alignas(16) Strip {
+  double row[strip_height];
+};
+
+struct TileColumn {
+  Strip strips[sweep_width / strip_height];
+
+  __device__ double at(int row) const { return strips[row / strip_height].row[row % strip_height]; }
+};
+
+// The columns u of the pivot block and of the panels (i, k) and (j, k) at one pivot.
+struct PivotColumn {
+  TileColumn pivots, panel_i, panel_j;
+};
+
+struct SweepMemory {
+  PivotColumn columns[2];                       // at one pivot, and at the next
+  double turned[sweep_width][sweep_width + 1];  // one more than the width, so that columns do not share a bank
+};
+
+// This thread's place in a tile.
+__device__ inline int lane_of_tile() { return threadIdx.x % sweep_width; }
+__device__ inline int strip_of_tile() { return threadIdx.x / sweep_width; }
+
+// Tile (i, j), i >= j, of the lower triangle; beyond the matrix and above its diagonal that of the identity.
+__device__ inline Strip load_tile(const double* matrix, int64_t size, int64_t i, int64_t j) {
+  Strip strip;
+  const int64_t column = j * sweep_width + lane_of_tile();
+  for (int q = 0; q < strip_height; ++q) {
+    const int64_t row = i * sweep_width + strip_of_tile() * strip_height + q;
+    strip.row[q] = row < size && column <= row ? matrix[row * size + column] : double(row == column);
+  }
+  return strip;
+}
+
+__device__ inline Strip constant_tile(double diagonal) {
+  Strip strip;
+  for (int q = 0; q < strip_height; ++q) {
+    strip.row[q] = strip_of_tile() * strip_height + q == lane_of_tile() ? diagonal : 0;
+  }
+  return strip;
+}
+
+__device__ inline void negate(Strip& strip) {
+  for (int q = 0; q < strip_height; ++q) strip.row[q] = -strip.row[q];
+}
+
+// The transposed tile. All threads of the block come here together.
+__device__ inline Strip transpose_tile(const Strip& strip, SweepMemory& memory) {
+  Strip turned;
+  for (int q = 0; q < strip_height; ++q) {
+    memory.turned[strip_of_tile() * strip_height + q][lane_of_tile()] = strip.row[q];
+  }
+  __syncthreads();
+  for (int q = 0; q < strip_height; ++q) {
+    turned.row[q] = memory.turned[lane_of_tile()][strip_of_tile() * strip_height + q];
+  }
+  __syncthreads();
+  return turned;
+}
+
+// Panel (i, k) of the symmetric matrix, as the pivots of block k sweep it: u_c = 1 makes it the identity for i = k.
+__device__ inline Strip load_panel(const double* matrix, int64_t size, int64_t i, int64_t k, SweepMemory& memory) {
+  if (i == k) return constant_tile(1);
+  if (i > k) return load_tile(matrix, size, i, k);
+  return transpose_tile(load_tile(matrix, size, k, i), memory);
+}
+
+// Write the elements (row, column) of tile (i, j) for which kept(row, column) holds.
+template <class Kept>
+__device__ void store_tile(const Strip& strip, double* matrix, int64_t size, int64_t i, int64_t j, Kept kept) {
+  const int64_t column = j * sweep_width + lane_of_tile();
+  for (int q = 0; q < strip_height; ++q) {
+    const int64_t row = i * sweep_width + strip_of_tile() * strip_height + q;
+    if (row < size && column < size && kept(row, column)) matrix[row * size + column] = strip.row[q];
+  }
+}
+
+// Whether d and 1 / d are positive and normal numbers.
+__device__ inline bool is_pivot(double d) { return d >= DBL_MIN && d <= 1 / DBL_MIN; }
+
+// 1 / d to about an ulp for what is a pivot. The exact division has a branch for other numbers and a last correction,
+// and every pivot waits for the reciprocal of the one before.
+__device__ inline double reciprocal(double d) {
+#ifdef __CUDA_ARCH__
+  double r;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(d));  // 20 bits, doubled twice
+  r = fma(r, fma(-d, r, 1.0), r);
+  return fma(r, fma(-d, r, 1.0), r);
+#else
+  return 1 / d;
+#endif
+}
+
+// Sweep the pivots of block k of `from` into tile (blockIdx.y, blockIdx.x) of `to`; *info takes the number of the first
+// pivot that is none, counted from 1. The last launch of an inverse also writes the upper triangle.
+__global__ void __launch_bounds__(sweep_threads)
+    sweep_pivots(int64_t size, int64_t k, const double* __restrict__ from, double* __restrict__ to, int32_t* info) {
+  const int64_t i = blockIdx.y, j = blockIdx.x;
+  if (j > i) return;
+  SweepMemory& memory = *shared_memory<SweepMemory>();
+  const int lane = lane_of_tile(), strip = strip_of_tile();
+
+  Strip tile = i == k || j == k ? constant_tile(0) : load_tile(from, size, i, j);
+  Strip pivots = load_tile(from, size, k, k);
+  Strip panel_i = load_panel(from, size, i, k, memory);
+  Strip panel_j = load_panel(from, size, j, k, memory);
+  // The sign of the tile's terms. They are linear in the panel, so that it need not be set at every pivot.
+  if (i > k) negate(panel_j);
+
+  const auto publish = [&](PivotColumn& column) {
+    column.pivots.strips[strip] = pivots;
+    column.panel_i.strips[strip] = panel_i;
+    column.panel_j.strips[strip] = panel_j;
+  };
+
+  const int count = static_cast<int>(min(int64_t{sweep_width}, size - k * sweep_width));
+  const bool reports = i == 0 && j == 0 && threadIdx.x == 0;
+  int failed = 0;
+  if (lane == 0) publish(memory.columns[0]);
+  for (int c = 0; c < count; ++c) {
+    __syncthreads();
+    const PivotColumn& column = memory.columns[c % 2];
+    const Strip u = column.pivots.strips[strip], u_i = column.panel_i.strips[strip], u_j = column.panel_j.strips[strip];
+    const double d = column.pivots.at(c), u_lane = column.pivots.at(lane), u_j_lane = column.panel_j.at(lane);
+    const double r = reciprocal(d);
+    // Columns and rows up to c are done with; what happens to them here does not matter.
+    const double in_panels = r * u_lane;
+    for (int q = 0; q < strip_height; ++q) {
+      pivots.row[q] -= u.row[q] * in_panels;
+      panel_i.row[q] -= u_i.row[q] * in_panels;
+      panel_j.row[q] -= u_j.row[q] * in_panels;
+    }
+    if (lane == c + 1) publish(memory.columns[(c + 1) % 2]);
+    const double in_tile = r * u_j_lane;
+    for (int q = 0; q < strip_height; ++q) tile.row[q] += u_i.row[q] * in_tile;
+    if (reports && failed == 0 && !is_pivot(d)) failed = static_cast<int>(k) * sweep_width + c + 1;
+  }
+
+  if (reports && (k == 0 || *info == 0)) *info = failed;
+  store_tile(tile, to, size, i, j, [](int64_t row, int64_t column) { return row >= column; });
+  if ((k + 1) * sweep_width < size) return;
+  store_tile(transpose_tile(tile, memory), to, size, j, i, [](int64_t row, int64_t column) { return row < column; });
+}
+
+}  // namespace symtele

@@ -1,0 +1,639 @@
+// The operators of symtele_cuda/products.py on CUDA tensors: schemas, checks, memory and the choice of the kernel.
+//
+// There is no Python in here: torch.ops.load_library loads the library, whatever the version of Python. Every operator
+// runs on the device and the current stream of its first tensor, takes memory from torch alone and never waits for the
+// device, so that CUDA graphs can capture it. Only what a kernel cannot read as it lies is copied.
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/linalg_cholesky_ex.h>
+#include <ATen/ops/linalg_solve_triangular.h>
+#include <ATen/ops/mm.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "kernels.h"
+
+namespace symtele {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t max_elements = int64_t{1} << 31;
+
+// Beyond this size the Gram matrix and its inverse fill a GPU with the library's kernels; below it they are made of
+// launches, of which our own kernels need fewer.
+constexpr int64_t largest_own_gram = 512;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// checks: every error names the argument, what was expected and what came
+// ---------------------------------------------------------------------------------------------------------------------
+
+std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+
+void check_size(const char* name, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.numel() <= max_elements, name, " must have at most 2^31 elements, got ", tensor.numel(),
+                    " in shape ", tensor.sizes());
+}
+
+void check_device(const char* name, const Tensor& tensor, c10::Device device) {
+  TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on the device of the first tensor, ", device, ", got ",
+                    tensor.device());
+}
+
+void check_on_cuda(const char* name, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.is_cuda(), name, " must be on a CUDA device, got ", tensor.device());
+}
+
+void check_dtype(const char* name, const Tensor& tensor, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be of dtype ", name_of(dtype), ", got ",
+                   name_of(tensor.scalar_type()));
+}
+
+void check_shape(const char* name, const Tensor& tensor, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
+  check_size(name, tensor);
+}
+
+void check_is_matrix(const char* name, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.dim() == 2, name, " must be a matrix, got shape ", tensor.sizes());
+  check_size(name, tensor);
+}
+
+// The tensor that the others of a call follow in device and dtype.
+void check_first(const char* name, const Tensor& tensor) {
+  check_on_cuda(name, tensor);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, name,
+                   " must be of dtype float32 or float64, got ", name_of(tensor.scalar_type()));
+  check_size(name, tensor);
+}
+
+void check_follows(const char* name, const Tensor& tensor, const Tensor& first) {
+  check_device(name, tensor, first.device());
+  check_dtype(name, tensor, first.scalar_type());
+}
+
+void check_scalar(const char* name, const Tensor& tensor, at::ScalarType dtype, c10::Device device) {
+  check_device(name, tensor, device);
+  check_dtype(name, tensor, dtype);
+  TORCH_CHECK_VALUE(tensor.numel() == 1, name, " must have one element, got shape ", tensor.sizes());
+}
+
+void check_same_number(const char* name, TensorList tensors, const char* other_name, TensorList others) {
+  TORCH_CHECK_VALUE(tensors.size() == others.size(), name, " must have as many tensors as ", other_name, ", ",
+                    others.size(), ", got ", tensors.size());
+}
+
+// Raise the CUDA error that `function` returned.
+void check_cuda(cudaError_t error, const char* function) {
+  const char* advice = error == cudaErrorNoKernelImageForDevice
+                           ? "; `python -m symtele_cuda info` names the architectures that were built"
+                           : "";
+  TORCH_CHECK(error == cudaSuccess, "symtele_cuda: ", function, " failed with ", cudaGetErrorName(error), " (",
+              cudaGetErrorString(error), ")", advice);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// tensors as the launchers take them
+// ---------------------------------------------------------------------------------------------------------------------
+
+Dtype dtype_of(const Tensor& tensor) { return tensor.scalar_type() == at::kFloat ? Dtype::f32 : Dtype::f64; }
+
+Activation make_activation(std::string_view name, double parameter) {
+  constexpr std::array<std::pair<std::string_view, ActivationKind>, 6> kinds{{
+      {"identity", ActivationKind::identity},
+      {"leaky_relu", ActivationKind::leaky_relu},
+      {"tanh", ActivationKind::tanh},
+      {"sigmoid", ActivationKind::sigmoid},
+      {"softplus", ActivationKind::softplus},
+      {"elu", ActivationKind::elu},
+  }};
+  for (const auto& [known, kind] : kinds) {
+    if (known == name) return {kind, parameter};
+  }
+  TORCH_CHECK_VALUE(false, "activation must be one of identity, leaky_relu, tanh, sigmoid, softplus, elu, got ", name);
+}
+
+// The strides of a matrix whose elements follow each other along rows or along columns, without overlap. A dimension of
+// one element has any stride; it gets the one that the layout would have.
+std::optional<std::pair<int64_t, int64_t>> matrix_strides(const Tensor& tensor) {
+  const int64_t rows = tensor.size(0), columns = tensor.size(1);
+  const int64_t down = tensor.stride(0), across = tensor.stride(1);
+  if ((across == 1 || columns <= 1) && (down >= columns || rows <= 1)) {
+    return std::pair{rows <= 1 ? std::max<int64_t>(columns, 1) : down, int64_t{1}};
+  }
+  if ((down == 1 || rows <= 1) && (across >= rows || columns <= 1)) {
+    return std::pair{int64_t{1}, columns <= 1 ? std::max<int64_t>(rows, 1) : across};
+  }
+  return std::nullopt;
+}
+
+// `tensor`, or a copy where it lies in a way that no kernel reads.
+Tensor readable_matrix(const Tensor& tensor) { return matrix_strides(tensor) ? tensor : tensor.contiguous(); }
+
+Matrix matrix_of(const Tensor& tensor) {
+  const auto [down, across] = *matrix_strides(tensor);
+  return {tensor.const_data_ptr(), down, across};
+}
+
+cudaStream_t stream_of(const Tensor& tensor) { return c10::cuda::getCurrentCUDAStream(tensor.device().index()); }
+
+// The compute capability of a device, 80 for 8.0.
+int compute_capability(c10::Device device) {
+  int major = 0, minor = 0;
+  const char* function = "cudaDeviceGetAttribute";
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()), function);
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index()), function);
+  return 10 * major + minor;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// products with an epilogue
+// ---------------------------------------------------------------------------------------------------------------------
+
+// One product and its epilogue: the setters check the operands and hold them until the launch.
+class FusedProduct {
+ public:
+  FusedProduct(EpilogueKind kind, const Tensor& a, const Tensor& b) {
+    check_first("a", a);
+    check_is_matrix("a", a);
+    check_follows("b", b, a);
+    check_is_matrix("b", b);
+    TORCH_CHECK_VALUE(b.size(0) == a.size(1), "b must have as many rows as a has columns, ", a.size(1), ", got shape ",
+                      b.sizes());
+    guard_.set_device(a.device());
+    a_ = readable_matrix(a);
+    b_ = readable_matrix(b);
+    product_.dtype = dtype_of(a);
+    product_.rows = a.size(0);
+    product_.columns = b.size(1);
+    product_.inner = a.size(1);
+    product_.a = matrix_of(a_);
+    product_.b = matrix_of(b_);
+    product_.epilogue.kind = kind;
+    product_.epilogue.alpha = 1;
+    product_.epilogue.beta = 1;
+    TORCH_CHECK_VALUE(product_.rows == 0 || product_.columns <= max_elements / product_.rows,
+                      "a and b must have a product of at most 2^31 elements, got ", product_.rows, " x ",
+                      product_.columns);
+  }
+
+  FusedProduct& scale(double alpha, double beta) {
+    product_.epilogue.alpha = alpha;
+    product_.epilogue.beta = beta;
+    return *this;
+  }
+
+  FusedProduct& activation(std::string_view name, double parameter) {
+    product_.epilogue.activation = make_activation(name, parameter);
+    return *this;
+  }
+
+  FusedProduct& source(const OptionalTensor& source) {
+    if (source) product_.epilogue.source = elements("source", *source, source_);
+    return *this;
+  }
+
+  FusedProduct& at(const char* name, const Tensor& at) {
+    product_.epilogue.at = elements(name, at, at_);
+    return *this;
+  }
+
+  // The term u v^T: without v there is none, without u it is a vector of ones.
+  FusedProduct& rank_one(const OptionalTensor& column, const OptionalTensor& row) {
+    if (!row) return *this;
+    product_.epilogue.row = vector("row", *row, product_.columns);
+    product_.epilogue.row_stride = row->stride(0);
+    if (!column) return *this;
+    product_.epilogue.column = vector("column", *column, product_.rows);
+    product_.epilogue.column_stride = column->stride(0);
+    return *this;
+  }
+
+  Tensor compute() {
+    first_ = at::empty({product_.rows, product_.columns}, a_.options());
+    product_.epilogue.first = first_.mutable_data_ptr();
+    run();
+    return first_;
+  }
+
+  std::tuple<Tensor, Tensor> compute_both() {
+    Tensor second = at::empty({product_.rows, product_.columns}, a_.options());
+    product_.epilogue.second = second.mutable_data_ptr();
+    return {compute(), second};
+  }
+
+ private:
+  // An operand of the result's shape, contiguous in `held`.
+  const void* elements(const char* name, const Tensor& tensor, Tensor& held) {
+    check_follows(name, tensor, a_);
+    check_shape(name, tensor, {product_.rows, product_.columns});
+    held = tensor.contiguous();
+    return held.const_data_ptr();
+  }
+
+  const void* vector(const char* name, const Tensor& tensor, int64_t size) {
+    check_follows(name, tensor, a_);
+    check_shape(name, tensor, {size});
+    return tensor.const_data_ptr();
+  }
+
+  void run() {
+    if (product_.rows == 0 || product_.columns == 0) return;
+    const bool allow_tf32 = at::globalContext().allowTF32CuBLAS();
+    switch (choose_route(product_, allow_tf32, compute_capability(a_.device()))) {
+      case Route::fused:
+        return check_cuda(launch_fused(product_, stream_of(a_)), "launch_fused");
+      case Route::tensor:
+        return check_cuda(launch_tensor(product_, stream_of(a_)), "launch_tensor");
+      case Route::library:
+        return run_library();
+    }
+  }
+
+  void run_library() {
+    const Epilogue& epilogue = product_.epilogue;
+    if (epilogue.kind == EpilogueKind::linear && epilogue.row == nullptr) {
+      // With beta = 0 what stands in the result before is not read.
+      at::addmm_out(first_, source_.defined() ? source_ : first_, a_, b_, source_.defined() ? epilogue.beta : 0.0,
+                    epilogue.alpha);
+      return;
+    }
+    at::mm_out(first_, a_, b_);
+    check_cuda(launch_epilogue(product_, stream_of(a_)), "launch_epilogue");
+  }
+
+  c10::cuda::OptionalCUDAGuard guard_;
+  Product product_{};
+  Tensor a_, b_, source_, at_, first_;
+};
+
+Tensor linear(const Tensor& a, const Tensor& b, const OptionalTensor& source, const OptionalTensor& column,
+              const OptionalTensor& row, double alpha, double beta) {
+  return FusedProduct(EpilogueKind::linear, a, b).scale(alpha, beta).source(source).rank_one(column, row).compute();
+}
+
+std::tuple<Tensor, Tensor> linear_activation(const Tensor& a, const Tensor& b, const OptionalTensor& row,
+                                             std::string_view activation, double parameter) {
+  return FusedProduct(EpilogueKind::activation, a, b)
+      .rank_one(std::nullopt, row)
+      .activation(activation, parameter)
+      .compute_both();
+}
+
+std::tuple<Tensor, Tensor> inverse_activation(const Tensor& a, const Tensor& b, const Tensor& origin, double rho,
+                                              std::string_view activation, double parameter) {
+  return FusedProduct(EpilogueKind::inverse_activation, a, b)
+      .scale(1, -rho)
+      .at("origin", origin)
+      .activation(activation, parameter)
+      .compute_both();
+}
+
+std::tuple<Tensor, Tensor> over_slope(const Tensor& a, const Tensor& b, const OptionalTensor& column,
+                                      const OptionalTensor& row, const Tensor& at, std::string_view activation,
+                                      double parameter) {
+  return FusedProduct(EpilogueKind::over_slope, a, b)
+      .rank_one(column, row)
+      .at("at", at)
+      .activation(activation, parameter)
+      .compute_both();
+}
+
+Tensor times_slope(const Tensor& a, const Tensor& b, const Tensor& at, const Tensor& source, double beta,
+                   std::string_view activation, double parameter) {
+  return FusedProduct(EpilogueKind::times_slope, a, b)
+      .scale(1, beta)
+      .source(source)
+      .at("at", at)
+      .activation(activation, parameter)
+      .compute();
+}
+
+std::tuple<Tensor, Tensor> masked(const Tensor& a, const Tensor& b, const OptionalTensor& source, const Tensor& mask) {
+  return FusedProduct(EpilogueKind::masked, a, b).source(source).at("mask", mask).compute_both();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Gram matrices
+// ---------------------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> gram(const Tensor& rows, bool bias) {
+  check_first("rows", rows);
+  check_is_matrix("rows", rows);
+  const int64_t size = rows.size(0);
+  TORCH_CHECK_VALUE(size == 0 || size <= max_elements / size,
+                    "rows must have a Gram matrix of at most 2^31 elements, got ", size, " rows");
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const bool rounds = rows.scalar_type() != at::kDouble;
+  Tensor exact, rounded;
+  if (size > largest_own_gram) {
+    const Tensor wide = rows.to(at::kDouble);
+    exact = at::mm(wide, wide.t());
+    if (bias) exact.add_(1);
+    if (rounds) rounded = exact.to(rows.scalar_type());
+  } else {
+    const Tensor readable = readable_matrix(rows);
+    exact = at::empty({size, size}, rows.options().dtype(at::kDouble));
+    if (rounds) rounded = at::empty({size, size}, rows.options());
+    check_cuda(launch_gram(dtype_of(rows), matrix_of(readable), size, rows.size(1), bias,
+                             exact.mutable_data_ptr<double>(), rounds ? rounded.mutable_data_ptr() : nullptr,
+                             stream_of(rows)),
+                 "launch_gram");
+  }
+  return {exact, rounds ? rounded : exact.clone()};
+}
+
+// By the triangular factor's inverse: cholesky_inverse would read back whether it succeeded.
+std::tuple<Tensor, Tensor> invert_by_library(const Tensor& gram) {
+  auto [triangle, info] = at::linalg_cholesky_ex(gram);
+  const Tensor identity = at::eye(gram.size(0), gram.options());
+  const Tensor inverse = at::linalg_solve_triangular(triangle, identity, /*upper=*/false);
+  return {at::mm(inverse.t(), inverse), info};
+}
+
+std::tuple<Tensor, Tensor> invert_gram(const Tensor& gram) {
+  check_on_cuda("gram", gram);
+  check_dtype("gram", gram, at::kDouble);
+  check_is_matrix("gram", gram);
+  const int64_t size = gram.size(0);
+  check_shape("gram", gram, {size, size});
+  const c10::cuda::CUDAGuard guard(gram.device());
+  if (size > largest_own_gram) return invert_by_library(gram);
+  const Tensor readable = gram.contiguous();
+  Tensor inverse = at::empty({size, size}, gram.options());
+  Tensor info = at::empty({}, gram.options().dtype(at::kInt));
+  Tensor workspace = at::empty({invert_gram_workspace(size)}, gram.options().dtype(at::kByte));
+  check_cuda(launch_invert_gram(size, readable.const_data_ptr<double>(), inverse.mutable_data_ptr<double>(),
+                                  info.mutable_data_ptr<int32_t>(), workspace.mutable_data_ptr(), stream_of(gram)),
+               "launch_invert_gram");
+  return {inverse, info};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// steps of the search
+// ---------------------------------------------------------------------------------------------------------------------
+
+using StepLauncher = decltype(&launch_step_batch);
+static_assert(std::is_same_v<StepLauncher, decltype(&launch_step_targets)>);
+
+std::tuple<Tensor, Tensor, Tensor> step(StepLauncher launch, const char* launcher, const char* base_name,
+                                        const Tensor& base, const Tensor& change, const Tensor& size,
+                                        std::string_view activation, double parameter) {
+  check_first(base_name, base);
+  check_follows("change", change, base);
+  check_shape("change", change, base.sizes());
+  check_scalar("size", size, at::kDouble, base.device());
+  const c10::cuda::CUDAGuard guard(base.device());
+  const Tensor from = base.contiguous(), along = change.contiguous();
+  Tensor moved = at::empty_like(from), targets = at::empty_like(from), slopes = at::empty_like(from);
+  check_cuda(launch(dtype_of(base), base.numel(), make_activation(activation, parameter), from.const_data_ptr(),
+                      along.const_data_ptr(), size.const_data_ptr<double>(), moved.mutable_data_ptr(),
+                      targets.mutable_data_ptr(), slopes.mutable_data_ptr(), stream_of(base)),
+               launcher);
+  return {moved, targets, slopes};
+}
+
+std::tuple<Tensor, Tensor, Tensor> step_batch(const Tensor& batch, const Tensor& change, const Tensor& size,
+                                              std::string_view activation, double parameter) {
+  return step(launch_step_batch, "launch_step_batch", "batch", batch, change, size, activation, parameter);
+}
+
+std::tuple<Tensor, Tensor, Tensor> step_targets(const Tensor& targets, const Tensor& change, const Tensor& size,
+                                                std::string_view activation, double parameter) {
+  return step(launch_step_targets, "launch_step_targets", "targets", targets, change, size, activation, parameter);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// lists of tensors, as many in a launch as its arguments hold
+// ---------------------------------------------------------------------------------------------------------------------
+
+Tensor dot_of_some(TensorList left, TensorList right) {
+  const Tensor& first = left[0];
+  std::vector<Tensor> held;
+  TensorPairs pairs{};
+  pairs.count = static_cast<int>(left.size());
+  for (size_t i = 0; i < left.size(); ++i) {
+    const Tensor& one = held.emplace_back(left[i].contiguous());
+    pairs.left[i] = one.const_data_ptr();
+    pairs.elements[i] = one.numel();
+    pairs.right[i] = held.emplace_back(right[i].contiguous()).const_data_ptr();
+  }
+  const auto options = first.options();
+  Tensor partial = at::empty({dot_sum_workspace()}, options.dtype(at::kByte));
+  Tensor result = at::empty({}, options.dtype(at::kDouble));
+  check_cuda(launch_dot_sum(dtype_of(first), pairs, static_cast<double*>(partial.mutable_data_ptr()),
+                              result.mutable_data_ptr<double>(), stream_of(first)),
+               "launch_dot_sum");
+  return result;
+}
+
+Tensor dot_sum(TensorList left, TensorList right) {
+  TORCH_CHECK_VALUE(!left.empty(), "left must have at least one tensor, got none");
+  check_same_number("right", right, "left", left);
+  check_first("left", left[0]);
+  for (size_t i = 0; i < left.size(); ++i) {
+    check_follows("left", left[i], left[0]);
+    check_size("left", left[i]);
+    check_follows("right", right[i], left[0]);
+    check_shape("right", right[i], left[i].sizes());
+  }
+  const c10::cuda::CUDAGuard guard(left[0].device());
+  Tensor total;
+  for (size_t start = 0; start < left.size(); start += max_tensors) {
+    const size_t count = std::min<size_t>(max_tensors, left.size() - start);
+    Tensor part = dot_of_some(left.slice(start, count), right.slice(start, count));
+    total = total.defined() ? total.add_(part) : part;
+  }
+  return total;
+}
+
+void commit_some(const Tensor& accept, TensorList current, TensorList trial) {
+  std::vector<Tensor> held;
+  ByteCopies copies{};
+  copies.count = static_cast<int>(current.size());
+  for (size_t i = 0; i < current.size(); ++i) {
+    copies.target[i] = current[i].mutable_data_ptr();
+    copies.source[i] = held.emplace_back(trial[i].contiguous()).const_data_ptr();
+    copies.bytes[i] = static_cast<int64_t>(current[i].nbytes());
+  }
+  check_cuda(launch_commit(accept.const_data_ptr<bool>(), copies, stream_of(accept)), "launch_commit");
+}
+
+void commit(const Tensor& accept, TensorList current, TensorList trial) {
+  check_on_cuda("accept", accept);
+  check_scalar("accept", accept, at::kBool, accept.device());
+  check_same_number("trial", trial, "current", current);
+  for (size_t i = 0; i < current.size(); ++i) {
+    check_device("current", current[i], accept.device());
+    check_size("current", current[i]);
+    TORCH_CHECK_VALUE(current[i].is_contiguous(), "current must have contiguous tensors, got strides ",
+                      current[i].strides(), " of shape ", current[i].sizes());
+    check_follows("trial", trial[i], current[i]);
+    check_shape("trial", trial[i], current[i].sizes());
+  }
+  const c10::cuda::CUDAGuard guard(accept.device());
+  for (size_t start = 0; start < current.size(); start += max_tensors) {
+    const size_t count = std::min<size_t>(max_tensors, current.size() - start);
+    commit_some(accept, current.slice(start, count), trial.slice(start, count));
+  }
+}
+
+Tensor near_dependence_of_some(TensorList grams, TensorList inverses, TensorList infos, double largest) {
+  const auto options = grams[0].options();
+  std::vector<Tensor> held;
+  GramList list{};
+  list.count = static_cast<int>(grams.size());
+  for (size_t i = 0; i < grams.size(); ++i) {
+    list.gram[i] = held.emplace_back(grams[i].contiguous()).const_data_ptr<double>();
+    list.inverse[i] = held.emplace_back(inverses[i].contiguous()).const_data_ptr<double>();
+    list.info[i] = infos[i].const_data_ptr<int32_t>();
+    list.elements[i] = grams[i].numel();
+  }
+  Tensor partial = at::empty({near_dependence_workspace()}, options.dtype(at::kByte));
+  Tensor beyond = at::empty({}, options.dtype(at::kBool));
+  check_cuda(launch_near_dependence(list, largest, static_cast<double*>(partial.mutable_data_ptr()),
+                                    beyond.mutable_data_ptr<bool>(), stream_of(grams[0])),
+             "launch_near_dependence");
+  return beyond;
+}
+
+Tensor near_dependence(TensorList grams, TensorList inverses, TensorList infos, double largest) {
+  TORCH_CHECK_VALUE(!grams.empty(), "grams must have at least one tensor, got none");
+  check_same_number("inverses", inverses, "grams", grams);
+  check_same_number("infos", infos, "grams", grams);
+  check_on_cuda("grams", grams[0]);
+  for (size_t i = 0; i < grams.size(); ++i) {
+    check_device("grams", grams[i], grams[0].device());
+    check_dtype("grams", grams[i], at::kDouble);
+    check_size("grams", grams[i]);
+    check_follows("inverses", inverses[i], grams[i]);
+    check_shape("inverses", inverses[i], grams[i].sizes());
+    check_scalar("infos", infos[i], at::kInt, grams[i].device());
+  }
+  const c10::cuda::CUDAGuard guard(grams[0].device());
+  Tensor beyond;
+  for (size_t start = 0; start < grams.size(); start += max_tensors) {
+    const size_t count = std::min<size_t>(max_tensors, grams.size() - start);
+    Tensor part = near_dependence_of_some(grams.slice(start, count), inverses.slice(start, count),
+                                          infos.slice(start, count), largest);
+    beyond = beyond.defined() ? beyond.logical_or_(part) : part;
+  }
+  return beyond;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the decision on a step
+// ---------------------------------------------------------------------------------------------------------------------
+
+JudgeRules make_rules(at::ArrayRef<double> rules) {
+  constexpr size_t count = sizeof(JudgeRules) / sizeof(double);
+  TORCH_CHECK_VALUE(rules.size() == count, "rules must have ", count, " numbers, got ", rules.size());
+  return {rules[0], rules[1], rules[2], rules[3], rules[4], rules[5], rules[6], rules[7], rules[8]};
+}
+
+void check_flags(const char* name, const Tensor& flags, c10::Device device) {
+  check_device(name, flags, device);
+  check_dtype(name, flags, at::kBool);
+  TORCH_CHECK_VALUE(flags.dim() == 1, name, " must be a vector, got shape ", flags.sizes());
+}
+
+std::tuple<Tensor, Tensor> judge(const Tensor& control, const Tensor& size, const Tensor& norm, const Tensor& value,
+                                 const Tensor& hindered, const Tensor& broken, const Tensor& cap, bool maximise,
+                                 at::ArrayRef<double> rules) {
+  check_on_cuda("control", control);
+  check_dtype("control", control, at::kDouble);
+  check_shape("control", control, {sizeof(SearchControl) / sizeof(double)});
+  TORCH_CHECK_VALUE(control.is_contiguous(), "control must be contiguous, got strides ", control.strides());
+  const c10::Device device = control.device();
+  check_scalar("size", size, at::kDouble, device);
+  check_scalar("norm", norm, at::kDouble, device);
+  check_scalar("value", value, at::kDouble, device);
+  check_scalar("cap", cap, at::kDouble, device);
+  check_flags("hindered", hindered, device);
+  check_flags("broken", broken, device);
+  const c10::cuda::CUDAGuard guard(device);
+  const Tensor hindered_flags = hindered.contiguous(), broken_flags = broken.contiguous();
+  const StepFacts facts{size.const_data_ptr<double>(),
+                        norm.const_data_ptr<double>(),
+                        value.const_data_ptr<double>(),
+                        cap.const_data_ptr<double>(),
+                        hindered_flags.const_data_ptr<bool>(),
+                        hindered.numel(),
+                        broken_flags.const_data_ptr<bool>(),
+                        broken.numel(),
+                        maximise};
+  Tensor accepted = at::empty({}, control.options().dtype(at::kBool));
+  Tensor row = at::empty({judge_figures}, control.options());
+  auto* const state = reinterpret_cast<SearchControl*>(control.mutable_data_ptr<double>());
+  check_cuda(launch_judge(state, make_rules(rules), facts, accepted.mutable_data_ptr<bool>(),
+                          row.mutable_data_ptr<double>(), stream_of(control)),
+             "launch_judge");
+  return {accepted, row};
+}
+
+}  // namespace
+}  // namespace symtele
+
+TORCH_LIBRARY_FRAGMENT(symtele_cuda, library) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  for (const char* schema : {
+           "linear(Tensor a, Tensor b, Tensor? source=None, Tensor? column=None, Tensor? row=None, float alpha=1.0, "
+           "float beta=1.0) -> Tensor",
+           "linear_activation(Tensor a, Tensor b, Tensor? row, str activation, float parameter) -> (Tensor, Tensor)",
+           "inverse_activation(Tensor a, Tensor b, Tensor origin, float rho, str activation, float parameter) "
+           "-> (Tensor, Tensor)",
+           "over_slope(Tensor a, Tensor b, Tensor? column, Tensor? row, Tensor at, str activation, float parameter) "
+           "-> (Tensor, Tensor)",
+           "times_slope(Tensor a, Tensor b, Tensor at, Tensor source, float beta, str activation, float parameter) "
+           "-> Tensor",
+           "masked(Tensor a, Tensor b, Tensor? source, Tensor mask) -> (Tensor, Tensor)",
+           "gram(Tensor rows, bool bias) -> (Tensor, Tensor)",
+           "invert_gram(Tensor gram) -> (Tensor, Tensor)",
+           "step_batch(Tensor batch, Tensor change, Tensor size, str activation, float parameter) "
+           "-> (Tensor, Tensor, Tensor)",
+           "step_targets(Tensor targets, Tensor change, Tensor size, str activation, float parameter) "
+           "-> (Tensor, Tensor, Tensor)",
+           "dot_sum(Tensor[] left, Tensor[] right) -> Tensor",
+           "commit(Tensor accept, Tensor(a!)[] current, Tensor[] trial) -> ()",
+           "near_dependence(Tensor[] grams, Tensor[] inverses, Tensor[] infos, float largest) -> Tensor",
+           "judge(Tensor(a!) control, Tensor size, Tensor norm, Tensor value, Tensor hindered, Tensor broken, "
+           "Tensor cap, bool maximise, float[] rules) -> (Tensor, Tensor)",
+       }) {
+    library.def(schema, tags);
+  }
+}
+
+TORCH_LIBRARY_IMPL(symtele_cuda, CUDA, library) {
+  library.impl("linear", symtele::linear);
+  library.impl("linear_activation", symtele::linear_activation);
+  library.impl("inverse_activation", symtele::inverse_activation);
+  library.impl("over_slope", symtele::over_slope);
+  library.impl("times_slope", symtele::times_slope);
+  library.impl("masked", symtele::masked);
+  library.impl("gram", symtele::gram);
+  library.impl("invert_gram", symtele::invert_gram);
+  library.impl("step_batch", symtele::step_batch);
+  library.impl("step_targets", symtele::step_targets);
+  library.impl("dot_sum", symtele::dot_sum);
+  library.impl("commit", symtele::commit);
+  library.impl("near_dependence", symtele::near_dependence);
+  library.impl("judge", symtele::judge);
+}

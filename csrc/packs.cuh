@@ -1,0 +1,46 @@
+// Elementwise passes with accesses of 16 bytes where the pointers allow them.
+#pragma once
+
+#include <type_traits>
+
+#include "launch.cuh"
+
+namespace symtele {
+
+// `width` neighbouring elements in one access.
+template <class T, int width>
+struct alignas(width * sizeof(T)) Pack {
+  T at[width];
+};
+
+template <int width>
+using Width = std::integral_constant<int, width>;
+
+template <int width, class T>
+__device__ Pack<T, width> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, width>*>(from);
+}
+
+template <int width, class T>
+__device__ void store_pack(T* to, const Pack<T, width>& pack) {
+  *reinterpret_cast<Pack<T, width>*>(to) = pack;
+}
+
+template <class... Pointers>
+__host__ __device__ bool are_aligned(const Pointers*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;
+}
+
+// Call act(first element, Width<elements>) for all of `count` elements, shared out over the x dimension of the grid:
+// in packs of 16 bytes if `aligned`, and one by one where they end.
+template <class T, class Act>
+__device__ void for_packs(int64_t count, bool aligned, Act act) {
+  constexpr int width = 16 / sizeof(T);
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t threads = int64_t{gridDim.x} * blockDim.x;
+  const int64_t packs = aligned ? count / width : 0;
+  for (int64_t pack = thread; pack < packs; pack += threads) act(pack * width, Width<width>{});
+  for (int64_t i = packs * width + thread; i < count; i += threads) act(i, Width<1>{});
+}
+
+}  // namespace symtele

@@ -1,0 +1,31 @@
+#include "reduce.cuh"
+
+namespace symtele {
+
+int64_t dot_sum_workspace() { return most_partial_sums * int64_t{sizeof(double)}; }
+
+cudaError_t launch_dot_sum(Dtype dtype, const TensorPairs& pairs, double* partial, double* result,
+                           cudaStream_t stream) {
+  const auto launch_of = dtype == Dtype::f32 ? launch_dot_sum_of<float> : launch_dot_sum_of<double>;
+  return launch_of(pairs, partial, result, stream);
+}
+
+int64_t near_dependence_workspace() { return max_tensors * most_norm_blocks * int64_t{sizeof(SquaredNorms)}; }
+
+cudaError_t launch_near_dependence(const GramList& grams, double largest, double* partial, bool* beyond,
+                                   cudaStream_t stream) {
+  int64_t elements = 1;
+  for (int i = 0; i < grams.count; ++i) elements = max(elements, grams.elements[i]);
+  const int64_t blocks = min(divide_up(elements, elements_of_block), most_norm_blocks);
+  const size_t shared_bytes = reduce_threads * sizeof(double);
+  auto* const norms = reinterpret_cast<SquaredNorms*>(partial);
+  if (grams.count > 0) {
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(grams.count));
+    const cudaError_t error = launch(sum_squares, grid, reduce_threads, shared_bytes, stream, grams, norms);
+    if (error != cudaSuccess) return error;
+  }
+  const double limit = largest * largest * largest * largest;
+  return launch(any_beyond, 1, reduce_threads, shared_bytes, stream, grams, norms, blocks, limit, beyond);
+}
+
+}  // namespace symtele

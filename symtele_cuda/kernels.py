@@ -1,0 +1,345 @@
+"""The compiled kernels as torch operators, and the choice between them and their twins in plain torch.
+
+`csrc/ops.cpp` defines the operators `symtele_cuda::linear`, ... and their CUDA kernels. Once that library is loaded,
+each gets its twin of `products` as its CPU kernel and a fake kernel, which knows the shapes without computing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from types import SimpleNamespace
+from typing import Any, NoReturn, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from . import extension, products
+from .checks import check_name
+
+BACKENDS = ("auto", "torch", "cuda")
+
+
+class Products(Protocol):
+    """The functions of `products`, computed by whatever kernels."""
+
+    def linear(
+        self,
+        a: Tensor,
+        b: Tensor,
+        source: Tensor | None = None,
+        column: Tensor | None = None,
+        row: Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+    ) -> Tensor: ...
+
+    def linear_activation(
+        self, a: Tensor, b: Tensor, row: Tensor | None, activation: str, parameter: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def inverse_activation(
+        self, a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, parameter: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def over_slope(
+        self,
+        a: Tensor,
+        b: Tensor,
+        column: Tensor | None,
+        row: Tensor | None,
+        at: Tensor,
+        activation: str,
+        parameter: float,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def times_slope(
+        self, a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, parameter: float
+    ) -> Tensor: ...
+
+    def masked(self, a: Tensor, b: Tensor, source: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def gram(self, rows: Tensor, bias: bool) -> tuple[Tensor, Tensor]: ...
+
+    def invert_gram(self, gram: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def step_batch(
+        self, batch: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def step_targets(
+        self, targets: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def dot_sum(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor: ...
+
+    def commit(self, accept: Tensor, current: Sequence[Tensor], trial: Sequence[Tensor]) -> None: ...
+
+    def near_dependence(
+        self, grams: Sequence[Tensor], inverses: Sequence[Tensor], infos: Sequence[Tensor], largest: float
+    ) -> Tensor: ...
+
+    def judge(
+        self,
+        control: Tensor,
+        size: Tensor,
+        norm: Tensor,
+        value: Tensor,
+        hindered: Tensor,
+        broken: Tensor,
+        cap: Tensor,
+        maximise: bool,
+        rules: Sequence[float],
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def products_for(device: torch.device, backend: str) -> Products:
+    """The products for tensors on `device`: the compiled ones, or the module `products`.
+
+    Args:
+        device: where the tensors are.
+        backend: "torch" for plain torch, "cuda" for the compiled kernels, "auto" for these where they can be had.
+
+    Raises:
+        ValueError: an unknown name, or "cuda" where the compiled kernels cannot be had, with the reason.
+    """
+    check_backend(backend)
+    if backend == "torch":
+        return products
+    obstacle = _obstacle(device)
+    if obstacle is None:
+        return _compiled()
+    if backend == "cuda":
+        _refuse(obstacle)
+    return products
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is a known name whose kernels this installation has."""
+    check_name("backend", backend, BACKENDS)
+    reason = extension.unavailable_reason() if backend == "cuda" else None
+    if reason is not None:
+        _refuse(reason)
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise ValueError(
+        f"backend='cuda' is not available: {reason}. Use backend='auto' or backend='torch', "
+        "which run the same formulas with torch's own kernels, on CUDA tensors too"
+    )
+
+
+@cache
+def _obstacle(device: torch.device) -> str | None:
+    """Why the compiled kernels cannot take tensors on `device`, or None."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}, not on a CUDA device"
+    return extension.unavailable_reason() or extension.device_obstacle(torch.cuda.get_device_capability(device))
+
+
+@cache
+def _compiled() -> Products:
+    extension.load()
+    complete("symtele_cuda")
+    return operators_of("symtele_cuda")
+
+
+def complete(namespace: str) -> None:
+    """Give the operators of `namespace` their twins as CPU kernels, and their fake kernels."""
+    for name, fake in FAKES.items():
+        operator = f"{namespace}::{name}"
+        torch.library.impl(operator, "cpu")(_with_own_results(getattr(products, name)))
+        torch.library.register_fake(operator, fake)
+
+
+def operators_of(namespace: str) -> Products:
+    """The operators that a library defined in `namespace`."""
+    library = getattr(torch.ops, namespace)
+    return cast(Products, SimpleNamespace(**{name: getattr(library, name).default for name in FAKES}))
+
+
+def _with_own_results(twin: Callable[..., Any]) -> Callable[..., Any]:
+    """`twin` with results that are contiguous and no two of them one tensor, as σ(Z) and Z are for the identity."""
+
+    @wraps(twin)
+    def kernel(*arguments: Any) -> Any:
+        results = twin(*arguments)
+        if not isinstance(results, tuple):
+            return results
+        earlier = (any(one is other for other in results[:i]) for i, one in enumerate(results))
+        return tuple(one.clone() if seen else one.contiguous() for one, seen in zip(results, earlier, strict=True))
+
+    return kernel
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fake kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_operand(name: str, operand: Tensor | None, first: Tensor, shape: Sequence[int]) -> None:
+    """An operand of this shape, in the dtype and on the device of `first`, or none."""
+    if operand is None:
+        return
+    torch._check_value(
+        tuple(operand.shape) == tuple(shape),
+        lambda: f"{name} must have shape {tuple(shape)}, got {tuple(operand.shape)}",
+    )
+    torch._check_type(
+        operand.dtype == first.dtype, lambda: f"{name} must be of dtype {first.dtype}, got {operand.dtype}"
+    )
+    torch._check_value(
+        operand.device == first.device,
+        lambda: f"{name} must be on the device of the first tensor, {first.device}, got {operand.device}",
+    )
+
+
+def _check_matrix(name: str, tensor: Tensor) -> None:
+    torch._check_value(tensor.ndim == 2, lambda: f"{name} must be a matrix, got shape {tuple(tensor.shape)}")
+    torch._check_type(
+        tensor.dtype in (torch.float32, torch.float64),
+        lambda: f"{name} must be of dtype float32 or float64, got {tensor.dtype}",
+    )
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Memory for a b."""
+    _check_matrix("a", a)
+    _check_matrix("b", b)
+    _check_operand("b", b, a, (a.shape[1], b.shape[1]))
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _linear(
+    a: Tensor,
+    b: Tensor,
+    source: Tensor | None = None,
+    column: Tensor | None = None,
+    row: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    product = _product(a, b)
+    _check_operand("source", source, a, product.shape)
+    _check_operand("column", column, a, product.shape[:1])
+    _check_operand("row", row, a, product.shape[1:])
+    return product
+
+
+def _linear_activation(
+    a: Tensor, b: Tensor, row: Tensor | None, activation: str, parameter: float
+) -> tuple[Tensor, Tensor]:
+    product = _linear(a, b, row=row)
+    return product, torch.empty_like(product)
+
+
+def _inverse_activation(
+    a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, parameter: float
+) -> tuple[Tensor, Tensor]:
+    product = _product(a, b)
+    _check_operand("origin", origin, a, product.shape)
+    return product, torch.empty_like(product)
+
+
+def _over_slope(
+    a: Tensor, b: Tensor, column: Tensor | None, row: Tensor | None, at: Tensor, activation: str, parameter: float
+) -> tuple[Tensor, Tensor]:
+    product = _linear(a, b, column=column, row=row)
+    _check_operand("at", at, a, product.shape)
+    return product, torch.empty_like(product)
+
+
+def _times_slope(
+    a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, parameter: float
+) -> Tensor:
+    product = _linear(a, b, source)
+    _check_operand("at", at, a, product.shape)
+    return product
+
+
+def _masked(a: Tensor, b: Tensor, source: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+    product = _linear(a, b, source)
+    _check_operand("mask", mask, a, product.shape)
+    return product, torch.empty_like(product)
+
+
+def _gram(rows: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    _check_matrix("rows", rows)
+    rounded = rows.new_empty(rows.shape[0], rows.shape[0])
+    return torch.empty_like(rounded, dtype=torch.float64), rounded
+
+
+def _invert_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+    _check_matrix("gram", gram)
+    _check_operand("gram", gram, gram.new_empty(0, dtype=torch.float64), (gram.shape[0], gram.shape[0]))
+    return gram.new_empty(gram.shape), gram.new_empty((), dtype=torch.int32)
+
+
+def _step(base: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float) -> tuple[Tensor, ...]:
+    _check_operand("change", change, base, base.shape)
+    _check_operand("size", size, base.new_empty((), dtype=torch.float64), ())
+    return base.new_empty(base.shape), base.new_empty(base.shape), base.new_empty(base.shape)
+
+
+def _dot_sum(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    for one, other in zip(left, right, strict=True):
+        _check_operand("left", one, left[0], one.shape)
+        _check_operand("right", other, one, one.shape)
+    return left[0].new_empty((), dtype=torch.float64)
+
+
+def _commit(accept: Tensor, current: Sequence[Tensor], trial: Sequence[Tensor]) -> None:
+    _check_operand("accept", accept, current[0].new_empty((), dtype=torch.bool), ())
+    for old, new in zip(current, trial, strict=True):
+        _check_operand("trial", new, old, old.shape)
+
+
+def _near_dependence(
+    grams: Sequence[Tensor], inverses: Sequence[Tensor], infos: Sequence[Tensor], largest: float
+) -> Tensor:
+    exact, info = grams[0].new_empty((), dtype=torch.float64), grams[0].new_empty((), dtype=torch.int32)
+    for matrix, inverse, flag in zip(grams, inverses, infos, strict=True):
+        _check_operand("grams", matrix, exact, matrix.shape)
+        _check_operand("inverses", inverse, matrix, matrix.shape)
+        _check_operand("infos", flag, info, ())
+    return grams[0].new_empty((), dtype=torch.bool)
+
+
+def _judge(
+    control: Tensor,
+    size: Tensor,
+    norm: Tensor,
+    value: Tensor,
+    hindered: Tensor,
+    broken: Tensor,
+    cap: Tensor,
+    maximise: bool,
+    rules: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    exact, flag = control.new_empty((), dtype=torch.float64), control.new_empty((), dtype=torch.bool)
+    _check_operand("control", control, exact, (5,))
+    for name, number in {"size": size, "norm": norm, "value": value, "cap": cap}.items():
+        _check_operand(name, number, exact, ())
+    for name, flags in {"hindered": hindered, "broken": broken}.items():
+        _check_operand(name, flags, flag, (flags.numel(),))
+    torch._check_value(len(rules) == 9, lambda: f"rules must have 9 numbers, got {len(rules)}")
+    return flag, control.new_empty(6)
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "linear": _linear,
+    "linear_activation": _linear_activation,
+    "inverse_activation": _inverse_activation,
+    "over_slope": _over_slope,
+    "times_slope": _times_slope,
+    "masked": _masked,
+    "gram": _gram,
+    "invert_gram": _invert_gram,
+    "step_batch": _step,
+    "step_targets": _step,
+    "dot_sum": _dot_sum,
+    "commit": _commit,
+    "near_dependence": _near_dependence,
+    "judge": _judge,
+}
+"""The operators of `csrc/ops.cpp` by their names."""

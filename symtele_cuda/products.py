@@ -1,0 +1,223 @@
+"""The fused products, in plain torch: what the compiled kernels compute, and what runs where there are none.
+
+Each function is one pass of the compiled extension over its operands, with one signature here and there
+(`csrc/ops.cpp`). A product is followed by an elementwise epilogue that reads and writes every element once; a matrix
+operand may be transposed by its strides. Activations go by name and parameter (see `activations`).
+
+All tensors of a call have one dtype, float32 or float64, and one device, but for what is said to be float64. The
+results are new tensors; `commit` alone writes to its arguments. Deterministic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .activations import Activation, make_activation
+
+
+def linear(
+    a: Tensor,
+    b: Tensor,
+    source: Tensor | None = None,
+    column: Tensor | None = None,
+    row: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    """α (a b + u vᵀ) + β C for a (n×k), b (k×m), `source` C (n×m), `column` u (n), by default of ones, `row` v (m).
+
+    Without `row` there is no term u vᵀ, without `source` no β C.
+    """
+    product = a @ b if source is None and alpha == 1 else _scaled(source, a, b, alpha, beta)
+    if row is None:
+        return product
+    return product.add_(row if column is None else torch.outer(column, row), alpha=alpha)
+
+
+def linear_activation(
+    a: Tensor, b: Tensor, row: Tensor | None, activation: str, parameter: float
+) -> tuple[Tensor, Tensor]:
+    """Z = a b + 1 vᵀ and σ(Z), with `row` v (m) or None."""
+    z = linear(a, b, row=row)
+    return z, _activation(activation, parameter).forward(z)
+
+
+def inverse_activation(
+    a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, parameter: float
+) -> tuple[Tensor, Tensor]:
+    """Y = σ⁻¹(a b) and Y − ρ Z, with `origin` Z (n×m); not finite where a b leaves the domain of σ⁻¹."""
+    y = _activation(activation, parameter).inverse(a @ b)
+    return y, torch.sub(y, origin, alpha=rho)
+
+
+def over_slope(
+    a: Tensor,
+    b: Tensor,
+    column: Tensor | None,
+    row: Tensor | None,
+    at: Tensor,
+    activation: str,
+    parameter: float,
+) -> tuple[Tensor, Tensor]:
+    """G = a b + u vᵀ and G / σ'(Y), with `at` Y (n×m) and u, v as in `linear`."""
+    gradient = linear(a, b, column=column, row=row)
+    return gradient, gradient / _activation(activation, parameter).derivative(at)
+
+
+def times_slope(
+    a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, parameter: float
+) -> Tensor:
+    """(a b) ⊙ σ'(Z) + β C, with `at` Z and `source` C (n×m)."""
+    product = (a @ b).mul_(_activation(activation, parameter).derivative(at))
+    return product.add_(source, alpha=beta)
+
+
+def masked(a: Tensor, b: Tensor, source: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """D = a b + C and D ⊙ M, with `source` C (n×m) or None and `mask` M (n×m)."""
+    product = a @ b if source is None else torch.addmm(source, a, b)
+    return product, product * mask
+
+
+def gram(rows: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """K = H Hᵀ, plus 1 in every element with bias, summed in float64: itself (float64), and in the dtype of H (n×d)."""
+    product = times_own_transpose(rows.double())
+    exact = product.add_(1.0) if bias else product
+    return exact, exact.to(rows.dtype)
+
+
+def invert_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """K⁻¹ of a symmetric K (n×n, float64), and an int32 scalar that is 0 where K is numerically positive definite.
+
+    Elsewhere K⁻¹ holds no meaning.
+    """
+    triangle, info = torch.linalg.cholesky_ex(gram)
+    if gram.device.type == "cpu":
+        return (torch.cholesky_inverse(triangle) if info.item() == 0 else torch.full_like(gram, math.nan)), info
+    # `cholesky_inverse` reads its own info back from the device.
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve(identity, triangle), info
+
+
+def near_dependence(
+    grams: Sequence[Tensor], inverses: Sequence[Tensor], infos: Sequence[Tensor], largest: float
+) -> Tensor:
+    """Whether any of the matrices K, with K⁻¹ and info from `invert_gram`, is not positive definite, or may have a
+    condition number κ₂ beyond `largest`², by the bound κ₂ ≤ ‖K‖_F ‖K⁻¹‖_F: a bool scalar. NaN counts as beyond."""
+    beyond = torch.zeros((), dtype=torch.bool, device=grams[0].device)
+    for matrix, inverse, info in zip(grams, inverses, infos, strict=True):
+        bound = dot_sum([matrix], [matrix]) * dot_sum([inverse], [inverse])
+        beyond = beyond | (bound <= largest**4).logical_not() | (info != 0)
+    return beyond
+
+
+def step_batch(
+    batch: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """B' = B + ε ΔB, Y' = σ⁻¹(B') and σ'(Y'), with ε the float64 scalar `size`.
+
+    Y' is not finite where B' lies outside the domain of σ⁻¹.
+    """
+    chosen = _activation(activation, parameter)
+    moved = torch.addcmul(batch, change, size)
+    targets = chosen.inverse(moved)
+    return moved, targets, chosen.derivative(targets)
+
+
+def step_targets(
+    targets: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """B' = σ(Y'), Y' = Y + ε ΔY and σ'(Y'), with ε the float64 scalar `size`."""
+    chosen = _activation(activation, parameter)
+    moved = torch.addcmul(targets, change, size)
+    return chosen.forward(moved), moved, chosen.derivative(moved)
+
+
+def dot_sum(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Σ_i ⟨left_i, right_i⟩ over the pairs of equal shape, summed in float64: a float64 scalar."""
+    return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True)]).sum().double()
+
+
+def commit(accept: Tensor, current: Sequence[Tensor], trial: Sequence[Tensor]) -> None:
+    """Copy every tensor of `trial` over its partner in `current` if the bool scalar `accept` holds, on the device."""
+    for old, new in zip(current, trial, strict=True):
+        torch.where(accept, new, old, out=old)
+
+
+def judge(
+    control: Tensor,
+    size: Tensor,
+    norm: Tensor,
+    value: Tensor,
+    hindered: Tensor,
+    broken: Tensor,
+    cap: Tensor,
+    maximise: bool,
+    rules: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Whether the trust region takes a step, a bool scalar, and the row of figures that says why; updates `control`.
+
+    The arithmetic of `search.ascend`, in float64. `control` holds (value, radius, failed, ended, first radius) of the
+    search; `size`, `norm` and `value` are the step's ε, the norm of its direction and the objective it reached;
+    `hindered` and `broken` the flags of its hindrances and of its loss bounds; `rules` the constants (growth, later
+    growth, shrinkage, smallest radius, cap share, cap aim, least share, largest share, shortened below).
+
+    The row is (value, size, accepted, shortened, note, end). note: 0, or the place, counted from 1, of the first that
+    holds of: the hindrances, not finite, no improvement, above the cap, the bounds. end: 0 while the search goes on, 1
+    after its end, 2 and 3 for a direction that is zero or not finite, 4 at the cap, 5 for too small a radius.
+    """
+    growth, later, shrinkage, smallest, cap_share, aim, least, largest, shortened_below = rules
+    before, radius, failed, ended, first_radius = control.unbind()
+    sign = 1.0 if maximise else -1.0
+    length = size.abs() * norm
+    flags = torch.cat(
+        [
+            hindered,
+            torch.stack([torch.isfinite(value).logical_not(), (sign * value <= sign * before), value > cap]),
+            broken,
+        ]
+    )
+    any_flag = flags.any()
+    note = torch.where(any_flag, flags.double().argmax() + 1, 0)
+    stuck = torch.where(norm == 0, 2.0, torch.where(torch.isfinite(norm), 0.0, 3.0))
+    running = (ended == 0) & (stuck == 0)
+    accept = running & any_flag.logical_not()
+
+    share = (aim * torch.log(cap / before) / torch.log(value / before)).clamp(least, largest)
+    cut = (note == len(hindered) + 3) & (before > 0) & (before < cap)
+    grown = torch.where(failed > 0, torch.full_like(value, later), growth)  # two plain numbers would make a float32
+    next_radius = length * torch.where(accept, grown, torch.where(cut, share, shrinkage))
+    reached = accept & (value >= cap_share * cap)
+    end = torch.where(reached, 4.0, torch.where(next_radius < smallest * first_radius, 5.0, 0.0))
+    end = torch.where(ended > 0, 1.0, torch.where(stuck > 0, stuck, end))
+
+    shortened = length < shortened_below * radius
+    row = torch.stack([value, size, accept.double(), shortened.double(), note.double(), end])
+    after = [torch.where(accept, value, before), next_radius, torch.where(accept, failed, 1.0), end, first_radius]
+    control.copy_(torch.stack(after))
+    return accept, row
+
+
+def times_own_transpose(rows: Tensor) -> Tensor:
+    """A Aᵀ, for large A with the block off the diagonal computed once."""
+    half = len(rows) // 2
+    if half < 64:
+        return rows @ rows.T
+    upper, lower = rows[:half], rows[half:]
+    across = lower @ upper.T
+    return torch.cat([torch.cat([upper @ upper.T, across.T], 1), torch.cat([across, lower @ lower.T], 1)])
+
+
+def _scaled(source: Tensor | None, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
+    if source is None:
+        return (a @ b).mul_(alpha)
+    return torch.addmm(source, a, b, alpha=alpha, beta=beta)
+
+
+@lru_cache(maxsize=64)
+def _activation(name: str, parameter: float) -> Activation:
+    return make_activation(name, parameter)

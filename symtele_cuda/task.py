@@ -1,0 +1,202 @@
+"""What one teleport has to do: the problem, the plan and the options, as every way to search it needs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import products as torch_products
+from .action import Hindrance, Match, Network, Plan, State, form_weights, initial_state, parameter_list, predict
+from .measurement import Measurement, measure, relative_change
+from .objectives import GradNorm, Lookahead
+from .options import Options
+from .paths import Path, choose_path
+from .problem import Holdout, Problem
+from .search import LossBound, Search, SearchResult
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights that a state stands for, as they would be written; their `measure`d values; what may hinder them."""
+
+    network: Network
+    measured: Tensor
+    hindrances: tuple[Hindrance, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found: the measurement at its start, the accepted states, and the weights of the last of them.
+
+    last is None where it has not been formed yet; backend says in words what has computed.
+    """
+
+    start: State
+    before: Measurement
+    result: SearchResult
+    last: Candidate | None
+    backend: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem with its holdout, how its layers' inputs are matched, the plan that follows, and the options."""
+
+    problem: Problem
+    held: Holdout | None
+    matches: tuple[Match, ...]
+    plan: Plan
+    options: Options
+
+    def tensors(self) -> list[Tensor]:
+        """All the tensors of the task, which differ between teleports of one `signature`."""
+        problem, network = self.problem, self.problem.network
+        tensors = [*parameter_list(network), problem.samples, problem.loss.targets, problem.output_delta]
+        tensors += problem.outputs
+        for match in self.matches:
+            tensors += [match.inputs, match.gram, *([] if match.gram_inverse is None else [match.gram_inverse])]
+        if self.held is not None:
+            tensors += [self.held.samples, self.held.loss.targets]
+        if isinstance(objective := self.options.objective, Lookahead):
+            tensors.append(torch.as_tensor(objective.rate, dtype=problem.samples.dtype, device=problem.samples.device))
+        return tensors
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Task:
+        """The same task with other tensors, in the order of `tensors()`."""
+        rest = iter(tensors)
+        problem, held, options = self.problem, self.held, self.options
+        network = problem.network.with_parameters([next(rest) for _ in parameter_list(problem.network)])
+        samples, targets, output_delta = next(rest), next(rest), next(rest)
+        problem = replace(
+            problem,
+            network=network,
+            samples=samples,
+            loss=replace(problem.loss, targets=targets),
+            output_delta=output_delta,
+            outputs=tuple(next(rest) for _ in problem.outputs),
+        )
+        matches = tuple(
+            replace(
+                match,
+                inputs=next(rest),
+                gram=next(rest),
+                gram_inverse=None if match.gram_inverse is None else next(rest),
+            )
+            for match in self.matches
+        )
+        if held is not None:
+            held = replace(held, samples=next(rest), loss=replace(held.loss, targets=next(rest)))
+        if isinstance(options.objective, Lookahead):
+            options = replace(options, objective=Lookahead(next(rest)))
+        return replace(self, problem=problem, held=held, matches=matches, options=options)
+
+    def signature(self) -> Hashable:
+        """What a program of this task's tensors depends on besides their values."""
+        problem, network = self.problem, self.problem.network
+        return (
+            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors()),
+            tuple(bias is None for bias in network.biases),
+            network.activations,
+            id(network.products),
+            tuple(match.gram_inverse is None for match in self.matches),
+            (problem.loss.function, problem.loss.output, problem.parameter_dtype),
+            self.plan,
+            type(self.options.objective),
+            replace(self.options, objective=GradNorm()),
+        )
+
+    def start(self) -> State:
+        """The state at g = I."""
+        return initial_state(self.problem.network, self.plan, self.problem.outputs, self.matches)
+
+    def path(self) -> Path:
+        return choose_path(self.problem, self.plan, self.options.objective)
+
+    def search(self) -> Search:
+        objective = self.options.objective
+        return Search(self.path(), self.problem.network, self.plan, objective.maximise, self.options.steps)
+
+    def measure(self, network: Network, outputs: Sequence[Tensor]) -> Tensor:
+        """The values of a `Measurement` of `network`, whose pre-activations on the batch are `outputs`."""
+        return measure(self.problem, self.options.objective, self.held, network, outputs)
+
+    def cap(self, gradient_norm: float | Tensor) -> float | Tensor:
+        """The value that ‖∇L‖² may reach from a start with ‖∇L‖ = `gradient_norm`; no cap for other objectives."""
+        if type(self.options.objective) is not GradNorm:  # a subclass has a scale of its own
+            return math.inf
+        largest = self.options.max_growth * gradient_norm
+        return largest * largest
+
+    def bounds(self, data_loss: float | Tensor, holdout: float | Tensor | None) -> tuple[LossBound, ...]:
+        """What an accepted state keeps, given the losses at the start: the batch's loss where it can drift, and the
+        holdout's where there is one."""
+        bounds: list[LossBound] = []
+        if self.plan.first_order_inverse:
+            room = _share(self.options.drift_tol, data_loss)
+            bounds.append(
+                LossBound(
+                    lambda state: self.problem.loss.value(state.logits).double(),
+                    data_loss - room,
+                    data_loss + room,
+                    lambda value: drift_refusal(self.options, float(data_loss), value),
+                )
+            )
+        if self.held is not None and holdout is not None:
+            bounds.append(
+                LossBound(
+                    self._holdout_loss,
+                    -math.inf,
+                    holdout + _share(self.options.holdout_tol, holdout),
+                    lambda value: holdout_refusal(float(holdout), value),
+                )
+            )
+        return tuple(bounds)
+
+    def candidate(self, start: State, targets: Sequence[Tensor], references: Sequence[Tensor | None]) -> Candidate:
+        """The weights of a state, formed, rounded to the dtype of the model's parameters, and measured."""
+        formed, outputs, hindrances = form_weights(self.problem.network, self.plan, start, targets, references)
+        written, outputs = _round(formed, outputs, self.problem)
+        return Candidate(written, self.measure(written, outputs), hindrances)
+
+    def _holdout_loss(self, state: State) -> Tensor:
+        assert self.held is not None
+        return self.held.loss.value(predict(self.problem.network, self.plan, state, self.held.samples)).double()
+
+
+def describe_backend(network: Network, how: str) -> str:
+    """What computes with the network, where, and how the search runs."""
+    kernels = "torch" if network.products is torch_products else "cuda kernels"
+    return f"{kernels} on {network.weights[0].device.type}, {how}"
+
+
+def drift_refusal(options: Options, before: float, loss: float) -> str:
+    """What a loss on the batch says that is outside `drift_tol`."""
+    if not math.isfinite(loss):
+        return "the loss on the batch is not finite"
+    drift = relative_change(before, loss)
+    return f"the loss on the batch drifted by {drift:.1e}, more than drift_tol = {options.drift_tol:g}"
+
+
+def holdout_refusal(before: float, loss: float) -> str:
+    """What a loss on the holdout says that is beyond `holdout_tol`."""
+    return f"the holdout loss rose from {before:.4g} to {loss:.4g}"  # or is NaN
+
+
+def _share(tolerance: float, loss: float | Tensor) -> float | Tensor:
+    """How far a loss may move; without limit also where it is 0."""
+    if math.isinf(tolerance):
+        return math.inf
+    return tolerance * (loss.abs() if isinstance(loss, Tensor) else abs(loss))
+
+
+def _round(network: Network, outputs: list[Tensor], problem: Problem) -> tuple[Network, list[Tensor]]:
+    """The network rounded to the dtype of the model's parameters, held in its own dtype, and its pre-activations."""
+    if problem.parameter_dtype == problem.samples.dtype:
+        return network, outputs
+    rounded = [tensor.to(problem.parameter_dtype).to(tensor.dtype) for tensor in parameter_list(network)]
+    network = network.with_parameters(rounded)
+    return network, network.forward(problem.samples)

@@ -1,0 +1,147 @@
+// factor ORDER INPUT OUTPUT: runs the cases that INPUT describes (tests/test_factor_kernels_on_cpu.py writes it) with
+// the kernels of csrc/gram.cuh, invert_gram.cuh, step.cuh, reduce.cuh, commit.cuh and judge.cuh on the CPU, the threads
+// in ORDER (cuda_on_cpu::set_order), and writes for each the launcher's error code and the results.
+#include <vector>
+
+#include "buffers.h"
+#include "commit.cu"
+#include "gram.cu"
+#include "invert_gram.cu"
+#include "judge.cu"
+#include "reduce.cu"
+#include "step.cu"
+
+namespace {
+
+using namespace symtele;
+using harness::Buffer;
+using harness::Reader;
+using harness::Writer;
+
+Dtype read_dtype(Reader& in) { return static_cast<Dtype>(in.number()); }
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
+
+void run_gram(Reader& in, Writer& out) {
+  const Dtype dtype = read_dtype(in);
+  const int64_t rows = in.number(), columns = in.number(), row_stride = in.number(), column_stride = in.number();
+  const bool bias = in.number() != 0, rounds = in.number() != 0;
+  const Buffer h = in.buffer();
+  const Buffer exact(rows * rows * sizeof(double)), rounded(rounds ? rows * rows * bytes_of(dtype) : 0);
+  const Matrix matrix{h.get(), row_stride, column_stride};
+  out.number(launch_gram(dtype, matrix, rows, columns, bias, exact.get<double>(), rounded.get(), nullptr));
+  out.buffer(exact);
+  out.buffer(rounded);
+}
+
+void run_invert_gram(Reader& in, Writer& out) {
+  const int64_t size = in.number();
+  const Buffer gram = in.buffer();
+  const Buffer inverse(gram.bytes()), info(sizeof(int32_t)), workspace(invert_gram_workspace(size));
+  out.number(launch_invert_gram(size, gram.get<double>(), inverse.get<double>(), info.get<int32_t>(), workspace.get(),
+                                nullptr));
+  out.buffer(inverse);
+  out.buffer(info);
+}
+
+void run_step(Reader& in, Writer& out) {
+  const auto launcher = in.number() ? launch_step_targets : launch_step_batch;
+  const Dtype dtype = read_dtype(in);
+  const int64_t count = in.number(), offset = in.number() * bytes_of(dtype);  // of every array in its buffer
+  Activation activation{};
+  activation.kind = static_cast<ActivationKind>(in.number());
+  activation.parameter = in.number<double>();
+  const Buffer size = in.buffer(), base = in.buffer(), change = in.buffer();
+  const Buffer moved(base.bytes()), targets(base.bytes()), slopes(base.bytes());
+  const auto start = [offset](const Buffer& buffer) { return buffer.get<unsigned char>() + offset; };
+  out.number(launcher(dtype, count, activation, start(base), start(change), size.get<double>(), start(moved),
+                      start(targets), start(slopes), nullptr));
+  out.buffer(moved);
+  out.buffer(targets);
+  out.buffer(slopes);
+}
+
+void run_dot_sum(Reader& in, Writer& out) {
+  const Dtype dtype = read_dtype(in);
+  TensorPairs pairs{};
+  pairs.count = static_cast<int>(in.number());
+  std::vector<Buffer> buffers;
+  for (int i = 0; i < pairs.count; ++i) {
+    const int64_t offset = in.number() * bytes_of(dtype);
+    pairs.elements[i] = in.number();
+    for (const void** operand : {&pairs.left[i], &pairs.right[i]}) {
+      buffers.push_back(in.buffer());
+      *operand = buffers.back().get<unsigned char>() + offset;
+    }
+  }
+  const Buffer partial(dot_sum_workspace()), result(sizeof(double));
+  out.number(launch_dot_sum(dtype, pairs, partial.get<double>(), result.get<double>(), nullptr));
+  out.buffer(result);
+}
+
+void run_commit(Reader& in, Writer& out) {
+  const Buffer accept = in.buffer();
+  ByteCopies copies{};
+  copies.count = static_cast<int>(in.number());
+  std::vector<Buffer> targets, sources;
+  for (int i = 0; i < copies.count; ++i) {
+    const int64_t offset = in.number();
+    copies.bytes[i] = in.number();
+    targets.push_back(in.buffer());
+    sources.push_back(in.buffer());
+    copies.target[i] = targets.back().get<unsigned char>() + offset;
+    copies.source[i] = sources.back().get<unsigned char>() + offset;
+  }
+  out.number(launch_commit(accept.get<bool>(), copies, nullptr));
+  for (const Buffer& target : targets) out.buffer(target);
+}
+
+void run_near_dependence(Reader& in, Writer& out) {
+  GramList grams{};
+  const double largest = in.number<double>();
+  grams.count = static_cast<int>(in.number());
+  std::vector<Buffer> buffers;
+  for (int i = 0; i < grams.count; ++i) {
+    grams.elements[i] = in.number();
+    for (const double** matrix : {&grams.gram[i], &grams.inverse[i]}) {
+      *matrix = buffers.emplace_back(in.buffer()).get<double>();
+    }
+    grams.info[i] = buffers.emplace_back(in.buffer()).get<int32_t>();
+  }
+  const Buffer partial(near_dependence_workspace()), beyond(sizeof(bool));
+  out.number(launch_near_dependence(grams, largest, partial.get<double>(), beyond.get<bool>(), nullptr));
+  out.buffer(beyond);
+}
+
+void run_judge(Reader& in, Writer& out) {
+  const Buffer control = in.buffer(), rules = in.buffer();
+  const Buffer size = in.buffer(), norm = in.buffer(), value = in.buffer(), cap = in.buffer();
+  const Buffer hindered = in.buffer(), broken = in.buffer();
+  const bool maximise = in.number() != 0;
+  const StepFacts facts{size.get<double>(),
+                        norm.get<double>(),
+                        value.get<double>(),
+                        cap.get<double>(),
+                        hindered.get<bool>(),
+                        static_cast<int64_t>(hindered.bytes()),
+                        broken.get<bool>(),
+                        static_cast<int64_t>(broken.bytes()),
+                        maximise};
+  const Buffer accepted(sizeof(bool)), row(judge_figures * sizeof(double));
+  out.number(launch_judge(control.get<SearchControl>(), *rules.get<JudgeRules>(), facts, accepted.get<bool>(),
+                          row.get<double>(), nullptr));
+  out.buffer(accepted);
+  out.buffer(row);
+  out.buffer(control);
+}
+
+void (*const operations[])(Reader&, Writer&) = {run_gram,   run_invert_gram,     run_step, run_dot_sum,
+                                                run_commit, run_near_dependence, run_judge};
+
+}  // namespace
+
+int main(int, char** arguments) {
+  cuda_on_cpu::set_order(arguments[1]);
+  Reader in(arguments[2]);
+  Writer out(arguments[3]);
+  for (int64_t left = in.number(); left > 0; --left) operations[in.number()](in, out);
+}

@@ -1,0 +1,110 @@
+"""What the tests of the operators share: the schemas of csrc/ops.cpp, and good arguments for each operator."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from symtele_cuda.activations import ELU, Activation, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
+
+SOURCE = Path(__file__).parents[1] / "csrc" / "ops.cpp"
+ACTIVATIONS = [Identity(), LeakyReLU(0.1), Tanh(), Sigmoid(), Softplus(3.0), ELU(0.4)]
+RULES = {
+    "growth": 3.0,
+    "later growth": 1.5,
+    "shrinkage": 0.25,
+    "smallest radius": 1e-3,
+    "cap share": 0.9,
+    "cap aim": 0.95,
+    "least share": 0.1,
+    "largest share": 0.8,
+    "shortened below": 0.99,
+}
+
+
+def read_schemas() -> list[str]:
+    """The operators' schemas in csrc/ops.cpp."""
+    section = SOURCE.read_text().split("TORCH_LIBRARY_FRAGMENT")[1].split("TORCH_LIBRARY_IMPL")[0]
+    joined = re.sub(r'"\s*\n\s*"', "", section)  # the compiler joins neighbouring strings
+    return re.findall(r'"(\w+\(.*\) -> .*?)"', joined)
+
+
+SCHEMAS = {(schema := torch._C.parse_schema(text)).name: schema for text in read_schemas()}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def arguments_of(name: str, activation: Activation, dtype: torch.dtype, full: bool) -> tuple[Any, ...]:
+    """Good arguments of an operator, with every optional operand or with none."""
+    sigma = (activation.name, activation.parameter)
+    a, b, c = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(3, 4), (4, 5), (3, 5)]))
+    column, row = (normal(3, dtype=dtype), normal(5, dtype=dtype)) if full else (None, None)
+    size = torch.tensor(0.5, dtype=torch.float64)
+    accept = torch.tensor(full)
+    info = torch.tensor(0, dtype=torch.int32)
+    exact = torch.eye(4, dtype=torch.float64) + 1 / (1 + full)
+    calls: dict[str, tuple[Any, ...]] = {
+        "linear": (a, b, c, column, row, 0.5, 2.0) if full else (a, b),
+        "linear_activation": (a, b, row, *sigma),
+        "inverse_activation": (a.abs() / 9, b.abs() / 9, c, 1.0, *sigma),
+        "over_slope": (a, b, column, row, c, *sigma),
+        "times_slope": (a, b, c, c + 1, -1.0, *sigma),
+        "masked": (a, b, c + 1 if full else None, c),
+        "gram": (a, full),
+        "invert_gram": (exact,),
+        "step_batch": (c.abs() / 9, c.abs().T.contiguous().T / 9, size, *sigma),
+        "step_targets": (c, c, size, *sigma),
+        "dot_sum": ([a, b.T], [2 * a, b.T]) if full else ([a], [a]),
+        "commit": (accept, [a, b], [a + 1, (b + 1).T.contiguous().T]),
+        "near_dependence": ([exact] * (1 + full), [exact] * (1 + full), [info] * (1 + full), 3.0),
+        "judge": judge_arguments(broken=(False,) * full, maximise=full),
+    }
+    return calls[name]
+
+
+def judge_arguments(
+    control: tuple[float, ...] = (2.0, 0.5, 0.0, 0.0, 0.5),
+    size: float = 0.25,
+    norm: float = 2.0,
+    value: float = 3.0,
+    hindered: tuple[bool, ...] = (False, False),
+    broken: tuple[bool, ...] = (False,),
+    cap: float = math.inf,
+    maximise: bool = True,
+) -> tuple[Any, ...]:
+    """The arguments of `judge`, of a step that is taken where nothing else is said."""
+    state, size_, norm_, value_, cap_ = (
+        torch.tensor(one, dtype=torch.float64) for one in (control, size, norm, value, cap)
+    )
+    flags = (torch.tensor(one, dtype=torch.bool) for one in (hindered, broken))
+    return state, size_, norm_, value_, *flags, cap_, maximise, list(RULES.values())
+
+
+def results_of(function: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """What the operator returns, and the tensors that it writes to."""
+    result = function(*arguments)
+    results = list(result) if isinstance(result, tuple) else [] if result is None else [result]
+    for argument, value in zip(SCHEMAS[name].arguments, arguments, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            results += value if isinstance(value, list) else [value]
+    return results
+
+
+def takes_activation(name: str) -> bool:
+    return any(argument.name == "activation" for argument in SCHEMAS[name].arguments)
+
+
+CASES = [(name, activation) for name in SCHEMAS for activation in ACTIVATIONS[: None if takes_activation(name) else 1]]
+
+every_operator_and_activation = pytest.mark.parametrize(
+    ("name", "activation"), CASES, ids=[f"{name}-{activation}" for name, activation in CASES]
+)

@@ -1,0 +1,563 @@
+"""The kernels around the products, run on the CPU: Gram matrices and their inverses, steps, reductions, decisions.
+
+tests/harness/factor.cpp executes csrc/ under the emulator and the sanitizers, in several orders of the threads and the
+blocks, whose results must be the same to the bit; the oracle is the twin in products.py, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from cpu_harness import ORDERS, Unpacker, build, output_of, pack, plant_fault
+from torch import Tensor
+
+from symtele_cuda import products
+from symtele_cuda.activations import make_activation
+
+GRAM, INVERT_GRAM, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE = range(7)
+DTYPES = (torch.float32, torch.float64)
+DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1}
+
+# In the order of ActivationKind.
+ACTIVATIONS = {"identity": 0.0, "leaky_relu": 0.1, "tanh": 0.0, "sigmoid": 0.0, "softplus": 2.0, "elu": 1.5}
+
+UNIT_ROUNDOFF = 2.0**-53  # of float64
+
+# The relative Frobenius error: a few roundings an element, of which sigma's inverse magnifies that of its argument.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
+
+# ||K X - I|| over u kappa(K). On the matrices here the sweeps stay below 15, Cholesky's inversion below 4.
+LARGEST_RESIDUAL = 100
+
+Results = Sequence[tuple[torch.dtype, tuple[int, ...]]]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("factor", tmp_path_factory.mktemp("factor"))
+
+
+def run_case(program: Path, operation: int, items: list, results: Results) -> list[Tensor | None]:
+    """The results (dtype, shape) of one case, which all orders of the threads and blocks must give to the bit."""
+    content = pack([1, operation, *items])
+    first, *others = [output_of(program, content, order) for order in ORDERS]
+    assert all(other == first for other in others), "the result depends on the order of the threads or blocks"
+    output = Unpacker(first)
+    assert output.number() == 0, "the launch failed"
+    tensors = [output.tensor(dtype, shape) for dtype, shape in results]
+    assert output.done()
+    return tensors
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_near(got: Tensor | None, expected: Tensor, tolerance: float, name: str) -> None:
+    assert got is not None
+    assert got.shape == expected.shape
+    error = torch.linalg.vector_norm(got.double() - expected) / torch.linalg.vector_norm(expected).clamp(min=1e-300)
+    worst = (got.double() - expected).abs().argmax().item()
+    assert error <= tolerance, f"{name}: relative error {error:.2e}, worst at element {worst}"
+
+
+def offset_buffer(values: Tensor, offset: int) -> Tensor:
+    """A flat buffer in which the values begin at element `offset`."""
+    return torch.cat([values.new_full((offset,), 77), values.flatten()])
+
+
+# --- gram ------------------------------------------------------------------------------------------------------------
+
+
+def check_gram(
+    program: Path,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    bias: bool = True,
+    strides: tuple[int, int] | None = None,
+) -> None:
+    row_stride, column_stride = strides or (columns, 1)
+    storage = normal((rows - 1) * row_stride + (columns - 1) * column_stride + 1, dtype=dtype)
+    h = storage.as_strided((rows, columns), (row_stride, column_stride))
+    rounds = dtype == torch.float32
+    items = [DTYPE_NUMBERS[dtype], rows, columns, row_stride, column_stride, int(bias), int(rounds), storage]
+    square = (rows, rows)
+    exact, rounded = run_case(program, GRAM, items, [(torch.float64, square), (dtype, square)])
+    assert exact is not None
+    assert torch.equal(exact, exact.T)
+    assert_near(exact, products.gram(h, bias)[0], 1e-15 * columns, "gram")
+    if rounds:
+        assert rounded is not None and torch.equal(rounded, exact.float())
+    else:
+        assert rounded is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 7), (7, 2), (16, 64), (17, 65), (33, 31), (50, 129)])
+def test_gram(program, rows, columns, dtype, bias):
+    check_gram(program, rows, columns, dtype, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strides", [(75, 1), (1, 20), (1, 23)])
+def test_gram_of_padded_and_transposed_rows(program, strides, dtype):
+    check_gram(program, 20, 70, dtype, strides=strides)
+
+
+def test_gram_of_no_rows_and_of_no_columns(program):
+    for rows, expected in ((0, torch.empty(0, 0)), (3, torch.ones(3, 3))):
+        items = [0, rows, 0, 1, 1, 1, 1, None]
+        results = [(torch.float64, (rows, rows)), (torch.float32, (rows, rows))]
+        for result in run_case(program, GRAM, items, results):
+            assert result is None if rows == 0 else torch.equal(result.float(), expected)
+
+
+# --- invert_gram -----------------------------------------------------------------------------------------------------
+
+
+def invert(program: Path, gram: Tensor) -> tuple[Tensor, int]:
+    results = [(torch.float64, tuple(gram.shape)), (torch.int32, (1,))]
+    inverse, info = run_case(program, INVERT_GRAM, [len(gram), gram], results)
+    assert inverse is not None and info is not None
+    return inverse, int(info)
+
+
+def spectrum(shape: str, size: int, condition: float) -> Tensor:
+    """Eigenvalues from 1 to 1 / condition."""
+    if shape == "graded":
+        return condition ** -torch.linspace(0, 1, size, dtype=torch.float64)
+    large = {"one large": 1, "half large": (size + 1) // 2, "one small": size - 1}[shape]
+    return torch.where(torch.arange(size) < max(large, 1), 1.0, 1 / condition).double()
+
+
+def symmetric(eigenvalues: Tensor) -> Tensor:
+    """A symmetric matrix with these eigenvalues, and vectors in no special position to its rows."""
+    vectors = torch.linalg.qr(normal(len(eigenvalues), len(eigenvalues))).Q
+    matrix = (vectors * eigenvalues) @ vectors.T
+    return (matrix + matrix.T) / 2
+
+
+def residual(gram: Tensor, inverse: Tensor) -> float:
+    """||K X - I||_2, to the rounding errors of the product, which are a small part of it."""
+    return float(torch.linalg.matrix_norm(gram @ inverse - torch.eye(len(gram), dtype=torch.float64), 2))
+
+
+def check_inverse(program: Path, size: int, shape: str = "graded", condition: float = 1e4) -> None:
+    gram = symmetric(spectrum(shape, size, condition))
+    inverse, info = invert(program, torch.where(torch.ones(size, size).tril() > 0, gram, torch.nan))
+    assert info == 0
+    assert torch.equal(inverse, inverse.T)
+    assert residual(gram, inverse) <= LARGEST_RESIDUAL * UNIT_ROUNDOFF * float(torch.linalg.cond(gram))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 31, 32, 33, 64, 65, 97])
+def test_inverse_reads_the_lower_triangle_and_is_symmetric(program, size):
+    check_inverse(program, size)
+
+
+@pytest.mark.parametrize("condition", [1e0, 1e8, 1e12])
+@pytest.mark.parametrize("shape", ["graded", "one large", "half large", "one small"])
+@pytest.mark.parametrize("size", [20, 60])
+def test_residual_of_the_inverse(program, size, shape, condition):
+    check_inverse(program, size, shape, condition)
+
+
+@pytest.mark.parametrize("condition", [1e4, 1e8])
+def test_residual_where_the_leading_blocks_are_nearly_singular(program, condition):
+    """The worst case: the large eigenvalues' vectors are smooth, so that their first elements hardly differ."""
+    size = 40
+    steps = torch.arange(1, size + 1, dtype=torch.float64)
+    vectors = (2 / (size + 1)) ** 0.5 * torch.sin(torch.pi / (size + 1) * torch.outer(steps, steps))  # orthogonal
+    gram = (vectors * spectrum("half large", size, condition)) @ vectors.T
+    inverse, info = invert(program, (gram + gram.T) / 2)
+    assert info == 0
+    assert residual(gram, inverse) <= UNIT_ROUNDOFF * condition**1.5
+
+
+@pytest.mark.parametrize("scale", [2.0**-500, 2.0**500])
+def test_inverse_scales_with_the_matrix(program, scale):
+    gram = symmetric(spectrum("graded", 40, 1e3))
+    inverse, info = invert(program, gram)
+    scaled, scaled_info = invert(program, gram * scale)
+    assert info == scaled_info == 0
+    assert torch.equal(scaled, inverse / scale)
+
+
+def spoilt(size: int, pivot: int, value: float) -> Tensor:
+    """L L^T, but with this value for a pivot (counted from 1)."""
+    triangle = normal(size, size).tril() / size + torch.eye(size, dtype=torch.float64)
+    gram = triangle @ triangle.T
+    gram[pivot - 1, pivot - 1] += value - triangle[pivot - 1, pivot - 1] ** 2
+    return gram
+
+
+def check_bad_pivot(program: Path, size: int, pivot: int, value: float) -> None:
+    gram = spoilt(size, pivot, value)
+    assert invert(program, gram)[1] == pivot
+
+
+@pytest.mark.parametrize("value", [-0.5, torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("size", "pivot"), [(1, 1), (20, 1), (20, 7), (20, 20), (70, 32), (70, 33), (70, 64), (70, 70)]
+)
+def test_the_first_pivot_that_is_not_positive_is_named(program, size, pivot, value):
+    check_bad_pivot(program, size, pivot, value)
+    if value == -0.5:
+        assert int(products.invert_gram(spoilt(size, pivot, value))[1]) == pivot  # as by Cholesky
+
+
+def test_exact_zeros_are_no_pivots(program):
+    assert invert(program, torch.zeros(5, 5, dtype=torch.float64))[1] == 1
+    assert invert(program, torch.ones(40, 40, dtype=torch.float64))[1] == 2
+
+
+def check_several_bad_pivots(program: Path, size: int, pivots: Sequence[int]) -> None:
+    gram = torch.eye(size, dtype=torch.float64)
+    for pivot in pivots:
+        gram[pivot - 1, pivot - 1] = -1
+    assert invert(program, gram)[1] == min(pivots)
+
+
+@pytest.mark.parametrize("pivots", [(69, 50), (50, 34), (40, 32, 3)])
+def test_the_first_of_several_bad_pivots_counts(program, pivots):
+    check_several_bad_pivots(program, 70, pivots)
+
+
+def test_inverse_of_an_empty_matrix(program):
+    results = [(torch.float64, (0, 0)), (torch.int32, (1,))]
+    inverse, info = run_case(program, INVERT_GRAM, [0, None], results)
+    assert inverse is None and int(info) == 0
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def step_case(
+    program: Path, of_targets: bool, name: str, base: Tensor, change: Tensor, size: float, offset: int
+) -> list[Tensor]:
+    kind, parameter = list(ACTIVATIONS).index(name), ACTIVATIONS[name]
+    buffers = [torch.tensor(size, dtype=torch.float64), offset_buffer(base, offset), offset_buffer(change, offset)]
+    items = [int(of_targets), DTYPE_NUMBERS[base.dtype], len(base), offset, kind, parameter, *buffers]
+    results = run_case(program, STEP, items, [(base.dtype, (len(base) + offset,))] * 3)
+    for result in results:
+        untouched = result[:offset].view(torch.int32)  # the first elements of the buffer are not part of the result
+        assert bool((untouched == -1).all())
+    return [result[offset:] for result in results]
+
+
+def check_step(
+    program: Path, of_targets: bool, name: str, dtype: torch.dtype, count: int = 300, offset: int = 0
+) -> None:
+    targets = normal(count).clamp(-2, 2)
+    base = (targets if of_targets else make_activation(name, ACTIVATIONS[name]).forward(targets)).to(dtype)
+    change, size = normal(count, dtype=dtype, seed=1), 1e-3
+    got = step_case(program, of_targets, name, base, change, size, offset)
+    twin = products.step_targets if of_targets else products.step_batch
+    expected = twin(base.double(), change.double(), torch.tensor(size, dtype=torch.float64), name, ACTIVATIONS[name])
+    for result, right, what in zip(got, expected, ("moved", "targets", "slopes"), strict=True):
+        assert_near(result, right, TOLERANCE[dtype], what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of_targets", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_step(program, name, of_targets, dtype):
+    check_step(program, of_targets, name, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("count", [1, 3, 4, 1027])
+def test_step_of_any_length_and_alignment(program, count, offset, dtype):
+    check_step(program, True, "leaky_relu", dtype, count, offset)
+
+
+def test_step_beyond_the_largest_grid(program):
+    check_step(program, True, "leaky_relu", torch.float64, 1024 * 256 * 2 + 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_step_out_of_the_domain_is_not_finite(program, name, dtype):
+    base = torch.linspace(-4, 4, 33).to(dtype)  # with the ends of the domains, 0 and 1
+    change, size = torch.ones_like(base), 0.0
+    moved, targets, _ = step_case(program, False, name, base, change, size, 0)
+    expected = products.step_batch(base, change, torch.tensor(size, dtype=torch.float64), name, ACTIVATIONS[name])[1]
+    assert torch.equal(moved, base)
+    assert torch.equal(targets.isfinite(), expected.isfinite())
+
+
+def test_step_of_nothing(program):
+    items = [0, 0, 0, 0, 0, 0.0, torch.zeros(1, dtype=torch.float64), None, None]
+    assert run_case(program, STEP, items, [(torch.float32, (0,))] * 3) == [None] * 3
+
+
+# --- dot_sum ---------------------------------------------------------------------------------------------------------
+
+
+def check_dot_sum(program: Path, dtype: torch.dtype, sizes: Sequence[int], offset: int = 0) -> None:
+    left = [normal(size, dtype=dtype, seed=i) for i, size in enumerate(sizes)]
+    right = [a + normal(len(a), dtype=dtype, seed=100 + i) for i, a in enumerate(left)]
+    items: list = [DTYPE_NUMBERS[dtype], len(sizes)]
+    for a, b in zip(left, right, strict=True):
+        items += [offset, len(a), offset_buffer(a, offset), offset_buffer(b, offset)]
+    (result,) = run_case(program, DOT_SUM, items, [(torch.float64, (1,))])
+    expected = sum(float(a.double() @ b.double()) for a, b in zip(left, right, strict=True))
+    assert float(result) == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("sizes", [[1], [0, 5], [4096], [4095, 4097, 3], [300] * 64, [10240, 4, 33333]])
+def test_dot_sum(program, sizes, offset, dtype):
+    check_dot_sum(program, dtype, sizes, offset)
+
+
+def test_dot_sum_beyond_the_largest_grid(program):
+    check_dot_sum(program, torch.float32, [700_001, 500_000])
+
+
+def test_dot_sum_of_nothing(program):
+    for items in ([0, 0], [0, 1, 0, 0, None, None]):
+        (result,) = run_case(program, DOT_SUM, items, [(torch.float64, (1,))])
+        assert float(result) == 0
+
+
+# --- commit ----------------------------------------------------------------------------------------------------------
+
+
+def check_commit(program: Path, accept: bool, sizes: Sequence[int], offset: int = 0) -> None:
+    old = [torch.arange(size + offset, dtype=torch.int64).to(torch.uint8) for size in sizes]
+    new = [255 - tensor for tensor in old]
+    items: list = [torch.tensor([accept]), len(sizes)]
+    for a, b in zip(old, new, strict=True):
+        items += [offset, len(a) - offset, a, b]
+    results = run_case(program, COMMIT, items, [(torch.uint8, (size + offset,)) for size in sizes])
+    for result, a, b in zip(results, old, new, strict=True):
+        assert (result is None and len(a) == 0) or torch.equal(
+            result, torch.cat([a[:offset], (b if accept else a)[offset:]])
+        )
+
+
+@pytest.mark.parametrize("accept", [False, True])
+@pytest.mark.parametrize("offset", [0, 1, 16])
+@pytest.mark.parametrize("sizes", [[1], [15, 16, 17, 0, 40000], [64] * 64])
+def test_commit(program, sizes, offset, accept):
+    check_commit(program, accept, sizes, offset)
+
+
+def test_commit_beyond_the_largest_grid(program):
+    check_commit(program, True, [256 * 256 * 16 + 33])
+
+
+def test_commit_of_nothing(program):
+    check_commit(program, True, [])
+
+
+# --- near_dependence -------------------------------------------------------------------------------------------------
+
+
+def check_near_dependence(program: Path, largest: float, sizes: Sequence[int], info: int = 0) -> bool:
+    """Of multiples of orthogonal matrices Q, ‖Q‖_F² = size, compared with the twin; what it says."""
+    grams = [50 * torch.linalg.qr(normal(n, n)).Q for n in sizes]
+    inverses = [torch.linalg.qr(normal(n, n, seed=1)).Q for n in sizes]
+    infos = [torch.tensor(info if k == len(sizes) - 1 else 0, dtype=torch.int32) for k in range(len(sizes))]
+    items: list = [largest, len(sizes)]
+    for parts in zip(sizes, grams, inverses, infos, strict=True):
+        items += [parts[0] ** 2, *parts[1:]]
+    (beyond,) = run_case(program, NEAR_DEPENDENCE, items, [(torch.bool, (1,))])
+    assert beyond == products.near_dependence(grams, inverses, infos, largest)
+    return bool(beyond)
+
+
+@pytest.mark.parametrize("sizes", [[1], [5, 40], [100, 3, 130], [7] * 64], ids=str)
+def test_near_dependence_by_the_bound(program, sizes):
+    largest = (50 * max(sizes)) ** 0.5  # largest⁴ = ‖50 Q‖² ‖Q'‖² of the largest matrix
+    assert not check_near_dependence(program, largest * 1.001, sizes)
+    assert check_near_dependence(program, largest * 0.999, sizes)
+
+
+def test_near_dependence_by_a_failed_inverse(program):
+    assert check_near_dependence(program, 1e9, [5, 4], info=3)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_nan_counts_as_near_dependence(program, which):
+    items: list = [1e9, 1, 9, torch.eye(3).double(), torch.eye(3).double(), torch.tensor(0, dtype=torch.int32)]
+    items[2 + which][1, 2] = torch.nan
+    assert run_case(program, NEAR_DEPENDENCE, items, [(torch.bool, (1,))])[0]
+
+
+# --- judge -----------------------------------------------------------------------------------------------------------
+
+RULES = (2.0, 1.2, 0.25, 1e-6, 0.98, 0.97, 0.1, 0.9, 0.999)
+RUNNING = dict(before=1.0, radius=0.5, failed=0.0, ended=0.0, size=0.05, norm=10.0, value=2.0, cap=10.0)
+NONE = (False, False)
+
+
+@pytest.mark.parametrize("maximise", [True, False])
+@pytest.mark.parametrize("failed", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        dict(),
+        dict(size=-0.05),
+        dict(size=0.03),  # shortened
+        dict(value=0.5),
+        dict(value=1.0),
+        dict(value=9.81),  # at the cap
+        dict(value=20.0),  # above it
+        dict(value=1e9),
+        dict(value=10.01),
+        dict(value=20.0, before=-1.0),
+        dict(value=20.0, before=12.0),
+        dict(value=20.0, cap=math.inf),
+        dict(value=math.nan),
+        dict(value=math.inf),
+        dict(norm=0.0, size=math.inf),
+        dict(norm=math.nan, size=math.nan),
+        dict(ended=4.0),
+        dict(radius=1e-9, size=1e-10),
+        dict(hindered=(False, True)),
+        dict(hindered=()),
+        dict(hindered=(), value=20.0),
+        dict(hindered=(True, True), value=math.nan),
+        dict(broken=(False, True)),
+        dict(broken=()),
+        dict(broken=(True,), value=0.1),
+        dict(broken=(True,), value=20.0),
+    ],
+    ids=str,
+)
+def test_judge(program, facts, failed, maximise):
+    facts = {**RUNNING, "failed": failed, "hindered": NONE, "broken": NONE, **facts}
+    control = torch.tensor([*(facts[k] for k in ("before", "radius", "failed", "ended")), 0.5], dtype=torch.float64)
+    scalars = [torch.tensor(facts[key], dtype=torch.float64) for key in ("size", "norm", "value")]
+    flags = [torch.tensor(facts[key], dtype=torch.bool) for key in ("hindered", "broken")]
+    cap = torch.tensor(facts["cap"], dtype=torch.float64)
+    items: list = [control, torch.tensor(RULES, dtype=torch.float64), *scalars, cap, *flags, int(maximise)]
+    kinds = [(torch.bool, (1,)), (torch.float64, (6,)), (torch.float64, (5,))]
+    accepted, row, after = run_case(program, JUDGE, items, kinds)
+    expected, expected_row = products.judge(control, *scalars, *flags, cap, maximise, RULES)
+    assert accepted == expected
+    torch.testing.assert_close(row, expected_row, rtol=1e-14, atol=0, equal_nan=True)
+    torch.testing.assert_close(after, control, rtol=1e-14, atol=0, equal_nan=True)
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+Check = Callable[[Path], None]
+
+FAULTS: dict[str, tuple[str, str, str, Check]] = {
+    "no barrier between two pivots": (
+        "invert_gram.cuh",
+        "    __syncthreads();\n    const PivotColumn& column",
+        "    const PivotColumn& column",
+        partial(check_inverse, size=7),
+    ),
+    "one buffer for two pivots": (
+        "invert_gram.cuh",
+        "publish(memory.columns[(c + 1) % 2])",
+        "publish(memory.columns[c % 2])",
+        partial(check_inverse, size=7),
+    ),
+    "a barrier in a divergent branch": (
+        "invert_gram.cuh",
+        "  __syncthreads();\n  return turned;",
+        "  if (lane_of_tile() < 16) __syncthreads();\n  return turned;",
+        partial(check_inverse, size=33),
+    ),
+    "a launch reads what it writes": (
+        "invert_gram.cu",
+        "(blocks - 1 - k) % 2 == 0 ? inverse",
+        "k % 2 < 2 ? inverse",
+        partial(check_inverse, size=97),
+    ),
+    "elements behind the matrix": (
+        "invert_gram.cuh",
+        "strip.row[q] = row < size",
+        "strip.row[q] = row <= size",
+        partial(check_inverse, size=33),
+    ),
+    "too little shared memory for a sweep": (
+        "invert_gram.cu",
+        "sizeof(SweepMemory)",
+        "sizeof(SweepMemory) - 2 * sizeof(double)",
+        partial(check_inverse, size=33),
+    ),
+    "no upper triangle": (
+        "invert_gram.cuh",
+        "return row < column;",
+        "return row + 32 < column;",
+        partial(check_inverse, size=33),
+    ),
+    "the last bad pivot": (
+        "invert_gram.cuh",
+        "if (reports && failed == 0 &&",
+        "if (reports &&",
+        partial(check_several_bad_pivots, size=40, pivots=(39, 7, 3)),
+    ),
+    "no barrier before the next slab": (
+        "gram.cuh",
+        "    __syncthreads();\n  }\n\n  for",
+        "  }\n\n  for",
+        partial(check_gram, rows=17, columns=129, dtype=torch.float32),
+    ),
+    "too little shared memory for a slab": (
+        "gram.cuh",
+        "sizeof(GramMemory)",
+        "sizeof(GramMemory) - sizeof(double)",
+        partial(check_gram, rows=17, columns=65, dtype=torch.float64),
+    ),
+    "the wrong element of the upper triangle": (
+        "gram.cuh",
+        "above = column * h.rows + row;",
+        "above = column * h.rows + row + 1;",
+        partial(check_gram, rows=17, columns=65, dtype=torch.float64),
+    ),
+    "an element left out behind the packs": (
+        "packs.cuh",
+        "i = packs * width + thread;",
+        "i = packs * width + thread + 1;",
+        partial(check_step, of_targets=True, name="tanh", dtype=torch.float32, count=7),
+    ),
+    "packs without alignment": (
+        "step.cuh",
+        "are_aligned(base, change, moved, targets, slopes)",
+        "true",
+        partial(check_step, of_targets=True, name="tanh", dtype=torch.float32, count=7, offset=1),
+    ),
+    "no barrier between two halvings": (
+        "reduce.cuh",
+        "    __syncthreads();\n  }",
+        "  }",
+        partial(check_dot_sum, dtype=torch.float32, sizes=[5000]),
+    ),
+    "a matrix left out": (
+        "reduce.cuh",
+        "if (threadIdx.x < grams.count) {",
+        "if (threadIdx.x + 1 < grams.count) {",
+        partial(check_near_dependence, largest=1e9, sizes=[5, 4], info=3),
+    ),
+    "a copy without asking": (
+        "commit.cuh",
+        "if (!*accept) return;",
+        "if (!accept) return;",
+        partial(check_commit, accept=False, sizes=[17]),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault, tmp_path):
+    file, right, wrong, check = FAULTS[fault]
+    program = build("factor", tmp_path, csrc=plant_fault(tmp_path, file, right, wrong))
+    with pytest.raises(AssertionError):
+        check(program)

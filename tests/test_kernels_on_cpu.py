@@ -1,0 +1,354 @@
+"""The fused matrix product and the epilogues (csrc/matmul.cuh, epilogue.cuh, activation.cuh), run on the CPU.
+
+Each product is compared with its twin in symtele_cuda.products, in float64 on the same numbers, and must give the same
+bytes in whatever order the threads run. What the operands' buffers hold beside the operands is NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from cpu_harness import ORDERS, Unpacker, build, output_of, pack, plant_fault, run
+from torch import Tensor
+
+from symtele_cuda import products
+
+KINDS = ("linear", "activation", "inverse_activation", "over_slope", "times_slope", "masked")
+ACTIVATIONS = ("identity", "leaky_relu", "tanh", "sigmoid", "softplus", "elu")
+PARAMETERS = {"leaky_relu": 0.1, "softplus": 1.5, "elu": 0.7}
+DTYPES = {torch.float32: 0, torch.float64: 1}
+FUSED, EPILOGUE_ALONE = 0, 1
+TILES = (16, 32, 64)
+
+# Relative error in the Frobenius norm: u sqrt(inner) for the sums, and what atanh and log make of it near their poles.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of an operand: column-major if `transposed`, its rows (columns) `padding` elements further apart than they are
+    long, its first element `offset` behind the beginning of an allocation."""
+
+    transposed: bool = False
+    padding: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    launcher: int
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    inner: int
+    kind: str = "linear"
+    activation: str = "identity"
+    a: Layout = Layout()
+    b: Layout = Layout()
+    source: bool = False
+    column: bool = False
+    row: bool = False
+    vector_stride: int = 1
+    alpha: float = 1.0
+    beta: float = 1.0
+    seed: int = 0
+
+    @property
+    def parameter(self) -> float:
+        return PARAMETERS.get(self.activation, 0.0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+
+@dataclass(frozen=True)
+class Inputs:
+    a: Tensor
+    b: Tensor
+    source: Tensor | None
+    at: Tensor | None
+    column: Tensor | None
+    row: Tensor | None
+
+
+def make_inputs(case: Case) -> Inputs:
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    a, b = normal(case.rows, case.inner), normal(case.inner, case.columns)
+    if case.kind == "inverse_activation":
+        a, b = into_range(a, b, case.activation, case.parameter)
+    inputs = Inputs(
+        a,
+        b,
+        normal(*case.shape) if case.source else None,
+        normal(*case.shape) / 2 if case.kind not in ("linear", "activation") else None,  # tanh' has digits there
+        normal(case.rows) if case.column else None,
+        normal(case.columns) if case.row else None,
+    )
+    return map_tensors(inputs, lambda tensor: tensor.to(case.dtype))
+
+
+def into_range(a: Tensor, b: Tensor, activation: str, parameter: float) -> tuple[Tensor, Tensor]:
+    """Scale a so that a b lies well inside the range of the activation."""
+    if activation in ("sigmoid", "softplus"):
+        a, b = a.abs() + 0.1, b.abs() + 0.1
+    product = a @ b
+    if product.numel() == 0 or product.abs().max() == 0:
+        return a, b
+    if activation == "softplus":  # on both sides of the threshold
+        return a * (20 / product.mean()), b
+    limit = {"tanh": 0.9, "sigmoid": 0.9, "elu": 0.9 * parameter}.get(activation)
+    return (a, b) if limit is None else (a * (limit / product.abs().max()), b)
+
+
+def map_tensors(inputs: Inputs, function) -> Inputs:
+    fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    return Inputs(**{name: None if tensor is None else function(tensor) for name, tensor in fields.items()})
+
+
+def expected(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    """What the twin makes of the same numbers in float64."""
+    x = map_tensors(inputs, Tensor.double)
+    activation = case.activation, case.parameter
+    match case.kind:
+        case "linear":
+            return (products.linear(x.a, x.b, x.source, x.column, x.row, case.alpha, case.beta),)
+        case "activation":
+            return products.linear_activation(x.a, x.b, x.row, *activation)
+        case "inverse_activation":
+            return products.inverse_activation(x.a, x.b, x.at, -case.beta, *activation)
+        case "over_slope":
+            return products.over_slope(x.a, x.b, x.column, x.row, x.at, *activation)
+        case "times_slope":
+            return (products.times_slope(x.a, x.b, x.at, x.source, case.beta, *activation),)
+    return products.masked(x.a, x.b, x.source, x.at)
+
+
+# --- what the program reads and writes -------------------------------------------------------------------------------
+
+
+def encode(case: Case, inputs: Inputs) -> bytes:
+    size = inputs.a.element_size() * case.rows * case.columns
+    first = inputs.a @ inputs.b if case.launcher == EPILOGUE_ALONE else torch.full(case.shape, torch.nan).to(case.dtype)
+    header = [case.launcher, DTYPES[case.dtype], case.rows, case.columns, case.inner, KINDS.index(case.kind)]
+    scalars = [ACTIVATIONS.index(case.activation), case.parameter, case.alpha, case.beta]
+    vectors = [None if v is None else spread(v, case.vector_stride) for v in (inputs.column, inputs.row)]
+    return pack(
+        [
+            *(*header, *scalars, case.vector_stride, case.vector_stride),
+            *(*lay_out(inputs.a, case.a), *lay_out(inputs.b, case.b)),
+            *(inputs.source, inputs.at, *vectors, first, size if writes_twice(case) else 0),
+        ]
+    )
+
+
+def lay_out(matrix: Tensor, layout: Layout) -> tuple[int, int, int, Tensor]:
+    """Offset and strides, and a buffer that ends with the matrix."""
+    lines = matrix.T if layout.transposed else matrix
+    buffer = matrix.new_full((layout.offset + len(lines) * (lines.shape[1] + layout.padding),), torch.nan)
+    stride = lines.shape[1] + layout.padding
+    buffer[layout.offset :].view(len(lines), stride)[:, : lines.shape[1]] = lines
+    strides = (1, stride) if layout.transposed else (stride, 1)
+    end = len(buffer) - layout.padding if len(lines) else len(buffer)
+    return layout.offset, *strides, buffer[:end]
+
+
+def spread(vector: Tensor, stride: int) -> Tensor:
+    buffer = vector.new_full(((len(vector) - 1) * stride + 1,), torch.nan)
+    buffer[::stride] = vector
+    return buffer
+
+
+def writes_twice(case: Case) -> bool:
+    return case.kind not in ("linear", "times_slope")
+
+
+def check(case: Case, inputs: Inputs, output: Unpacker) -> None:
+    assert output.number() == 0, f"not launched: {case}"
+    results = [output.tensor(case.dtype, case.shape) for _ in range(2)]
+    names = ("first", "second") if writes_twice(case) else ("first",)
+    assert writes_twice(case) or results[1] is None
+    for name, result, reference in zip(names, results, expected(case, inputs), strict=False):
+        error = (result.double() - reference).abs()
+        assert error.norm() <= TOLERANCE[case.dtype] * reference.norm(), (
+            f"{name}: relative error {error.norm() / reference.norm():.1e}, worst at "
+            f"{divmod(int(error.nan_to_num(torch.inf).argmax()), case.columns)}: {case}"
+        )
+
+
+def run_cases(program: Path, cases: list[Case], order: str) -> bytes:
+    """Run the cases, check them all, and return what the program wrote."""
+    inputs = [make_inputs(case) for case in cases]
+    written = output_of(program, encode_all(cases, inputs), order)
+    output = Unpacker(written)
+    for case, values in zip(cases, inputs, strict=True):
+        check(case, values, output)
+    assert output.done()
+    return written
+
+
+def encode_all(cases: list[Case], inputs: list[Inputs]) -> bytes:
+    return pack([len(cases)]) + b"".join(map(encode, cases, inputs))
+
+
+# --- the cases -------------------------------------------------------------------------------------------------------
+
+SIZES = (1, 2, 7, 31, 33, 65, 129)
+EPILOGUES = [(kind, activation) for kind in KINDS[1:5] for activation in ACTIVATIONS] + [
+    ("linear", "identity"),
+    ("masked", "identity"),
+]
+
+
+def draw_case(launcher: int, dtype: torch.dtype, kind: str, activation: str, draw: random.Random) -> Case:
+    """A case of this epilogue; the sizes, layouts and optional operands are drawn."""
+
+    def layout() -> Layout:
+        return Layout(draw.random() < 0.5, draw.choice((0, 0, 3, 4)), draw.choice((0, 0, 1)))
+
+    optional = kind in ("linear", "masked")
+    row = kind in ("linear", "activation", "over_slope") and draw.random() < 0.7
+    return Case(
+        launcher,
+        dtype,
+        *(draw.choice(SIZES) for _ in range(3)),
+        kind,
+        activation,
+        layout(),
+        layout(),
+        source=kind == "times_slope" or (optional and draw.random() < 0.5),
+        column=row and kind != "activation" and draw.random() < 0.5,
+        row=row,
+        vector_stride=draw.choice((1, 3)),
+        alpha=draw.choice((1.0, -0.7)) if kind == "linear" else 1.0,
+        beta=draw.choice((1.0, -0.3)) if kind in ("linear", "inverse_activation", "times_slope") else 1.0,
+        seed=draw.randrange(1000),
+    )
+
+
+def draw_cases(launcher: int, dtype: torch.dtype) -> list[Case]:
+    draw = random.Random(f"{launcher} {dtype}")
+    epilogues = EPILOGUES + 6 * [("linear", "identity")]
+    return [draw_case(launcher, dtype, *epilogue, draw) for epilogue in epilogues]
+
+
+def layout_cases(tile: int, dtype: torch.dtype) -> list[Case]:
+    """Both orientations of each operand, loaded in pieces of 16 bytes, and not because of padding or offset."""
+    layouts = [Layout(transposed, *odd) for transposed in (False, True) for odd in ((4, 0), (1, 0), (4, 1))]
+    return [Case(tile, dtype, 36, 68, 44, a=a, b=b) for a, b in itertools.product(layouts, layouts)]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("matmul", tmp_path_factory.mktemp("matmul"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("launcher", [FUSED, EPILOGUE_ALONE, *TILES])
+def test_epilogues_and_odd_sizes(program, launcher, dtype):
+    cases = draw_cases(launcher, dtype)
+    written = {run_cases(program, cases, order) for order in ORDERS}
+    assert len(written) == 1, "the results depend on the order of the threads"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", TILES)
+def test_operand_layouts(program, tile, dtype):
+    run_cases(program, layout_cases(tile, dtype), "ascending")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_stages_and_the_choice_of_tiles(program, dtype):
+    """Sums over several stages, and products that launch_fused gives to each of the three tiles."""
+    sizes = [(20, 20, 784), (40, 30, 513), (320, 300, 40), (610, 620, 9)]
+    transposed = Layout(transposed=True)
+    cases = [Case(FUSED, dtype, *size, a=a) for size in sizes for a in (Layout(), transposed)]
+    assert run_cases(program, cases, "ascending") == run_cases(program, cases, "descending")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_sum_and_no_element(program, dtype):
+    """inner = 0 gives the epilogue of zeros; without rows or columns nothing is launched."""
+    cases = [Case(launcher, dtype, 3, 5, 0, source=True) for launcher in (FUSED, *TILES)]
+    cases += [Case(launcher, dtype, *size) for launcher in (FUSED, EPILOGUE_ALONE) for size in ((0, 5, 4), (5, 0, 4))]
+    inputs = [make_inputs(case) for case in cases]
+    output = Unpacker(output_of(program, encode_all(cases, inputs), "ascending"))
+    for case, values in zip(cases, inputs, strict=True):
+        assert output.number() == 0
+        first, second = (output.tensor(case.dtype, case.shape) for _ in range(2))
+        assert second is None
+        assert first is None if 0 in case.shape else torch.equal(first, values.source)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "softplus", "elu"])
+def test_the_inverse_is_not_finite_outside_its_domain(program, activation):
+    case = Case(16, torch.float32, 9, 7, 5, "inverse_activation", activation)
+    inputs = dataclasses.replace(make_inputs(case), a=torch.full((9, 5), -3.0), b=torch.ones(5, 7))
+    output = Unpacker(output_of(program, encode_all([case], [inputs]), "ascending"))
+    assert output.number() == 0
+    assert not output.tensor(case.dtype, case.shape).isfinite().any()
+
+
+# --- planted faults --------------------------------------------------------------------------------------------------
+
+MATMUL, EPILOGUE, ACTIVATION = "matmul.cuh", "epilogue.cuh", "activation.cuh"
+
+# What a fault stands for: the file, the line that is right, what takes its place.
+FAULTS = {
+    "no barrier between stages": (
+        MATMUL,
+        "    __syncthreads();  // `next` is written, and `present` read by all\n",
+        "",
+    ),
+    "no barrier before the sum": (MATMUL, "  __syncthreads();  // the partial sums are written\n", ""),
+    "a barrier that some threads skip": (
+        MATMUL,
+        "    __syncthreads();  // `next`",
+        "    if (threadIdx.x < 200) __syncthreads();  // `next`",
+    ),
+    "too little shared memory": (MATMUL, "::shared_bytes, stream", "::shared_bytes - 16, stream"),
+    "one element too far along": (MATMUL, "      if (i < left)", "      if (i <= left)"),
+    "one line of the operand too far": (MATMUL, "if (outer_left <= 0 ||", "if (outer_left < 0 ||"),
+    "pieces where they are not aligned": (MATMUL, "if (operand.aligned && left", "if (left"),
+    "an index one too far": (
+        MATMUL,
+        "k_piece * length + step % length",
+        "k_piece * length + step % length + 1",
+    ),
+    "a stage not turned where it is read": (MATMUL, "at.row) ^ turn_of<T>(at.slice);", "at.row);"),
+    "wrong element written": (
+        MATMUL,
+        "epilogue.write(i * epilogue.columns + j,",
+        "epilogue.write(i * epilogue.columns,",
+    ),
+    "one row too many": (MATMUL, "    if (i < rows &&", "    if (i <= rows &&"),
+    "a row too many read": (MATMUL, "element / extent, rows - 1)", "element / extent, rows)"),
+    "column and row exchanged": (EPILOGUE, "row[j * row_stride]", "row[i * row_stride]"),
+    "a wrong derivative": (ACTIVATION, "return 1 - value * value;", "return 1 - value;"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_found(tmp_path, name):
+    program = build("matmul", tmp_path, plant_fault(tmp_path, *FAULTS[name]))
+    with pytest.raises(AssertionError):
+        written = {run_cases(program, draw_cases(32, torch.float32), order) for order in ORDERS}
+        assert len(written) == 1
+
+
+def test_the_emulator_names_the_barrier_that_is_missed(tmp_path):
+    faulty = build("matmul", tmp_path, plant_fault(tmp_path, *FAULTS["a barrier that some threads skip"]))
+    case = Case(16, torch.float32, 3, 3, 3)
+    done = run(faulty, encode_all([case], [make_inputs(case)]), "ascending")
+    assert done.returncode == 3
+    assert "a barrier that not all threads reach" in done.stderr
