@@ -33,7 +33,12 @@ def linear(
 
     Without `row` there is no term u vᵀ, without `source` no β C.
     """
-    product = a @ b if source is None and alpha == 1 else _scaled(source, a, b, alpha, beta)
+    if source is not None:
+        product = torch.addmm(source, a, b, alpha=alpha, beta=beta)
+    else:
+        product = torch.mm(a, b)
+        if alpha != 1:
+            product.mul_(alpha)
     if row is None:
         return product
     return product.add_(row if column is None else torch.outer(column, row), alpha=alpha)
@@ -79,7 +84,7 @@ def times_slope(
 
 def masked(a: Tensor, b: Tensor, source: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
     """D = a b + C and D ⊙ M, with `source` C (n×m) or None and `mask` M (n×m)."""
-    product = a @ b if source is None else torch.addmm(source, a, b)
+    product = torch.mm(a, b) if source is None else torch.addmm(source, a, b)
     return product, product * mask
 
 
@@ -110,8 +115,8 @@ def near_dependence(
     condition number κ₂ beyond `largest`², by the bound κ₂ ≤ ‖K‖_F ‖K⁻¹‖_F: a bool scalar. NaN counts as beyond."""
     beyond = torch.zeros((), dtype=torch.bool, device=grams[0].device)
     for matrix, inverse, info in zip(grams, inverses, infos, strict=True):
-        bound = dot_sum([matrix], [matrix]) * dot_sum([inverse], [inverse])
-        beyond = beyond | (bound <= largest**4).logical_not() | (info != 0)
+        bound = torch.linalg.vector_norm(matrix) * torch.linalg.vector_norm(inverse)
+        beyond = beyond | (bound <= largest**2).logical_not() | info.bool()
     return beyond
 
 
@@ -139,7 +144,8 @@ def step_targets(
 
 def dot_sum(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Σ_i ⟨left_i, right_i⟩ over the pairs of equal shape, summed in float64: a float64 scalar."""
-    return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True)]).sum().double()
+    dots = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
+    return (dots[0] if len(dots) == 1 else torch.stack(dots).sum()).double()
 
 
 def commit(accept: Tensor, current: Sequence[Tensor], trial: Sequence[Tensor]) -> None:
@@ -210,12 +216,6 @@ def times_own_transpose(rows: Tensor) -> Tensor:
     upper, lower = rows[:half], rows[half:]
     across = lower @ upper.T
     return torch.cat([torch.cat([upper @ upper.T, across.T], 1), torch.cat([across, lower @ lower.T], 1)])
-
-
-def _scaled(source: Tensor | None, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
-    if source is None:
-        return (a @ b).mul_(alpha)
-    return torch.addmm(source, a, b, alpha=alpha, beta=beta)
 
 
 @lru_cache(maxsize=64)
