@@ -233,15 +233,37 @@ def launch_inverse(name: str, arguments: Sequence[Any], results: Any) -> list[La
     ]
 
 
+def launch_pseudo_inverse(name: str, arguments: Sequence[Any], results: Tensor) -> list[Launch]:
+    """A copy in float64, with the ones in another launch, the product and its rounding."""
+    inverse, rows, bias = arguments
+    wide = results.new_empty(results.shape, dtype=torch.float64)
+    return [
+        Launch(f"{name}, its copy", "elementwise", bytes_of(rows), bytes_of(wide), kernels=1 + bias),
+        *launch_product("linear", (inverse, wide), wide, False),
+        Launch(f"{name}, its rounding", "elementwise", bytes_of(wide), bytes_of(results)),
+    ]
+
+
+def launch_remainder(name: str, arguments: Sequence[Any], results: Tensor, allow_tf32: bool) -> list[Launch]:
+    """The vectors, and `rounds` products with g and its transpose each."""
+    g, _, rounds = arguments
+    products = launch_product("linear", (results, g, results), results, allow_tf32)
+    return [Launch(name, "elementwise", 0, bytes_of(results)), *(2 * rounds * products)]
+
+
 def launch_fused(name: str, arguments: Sequence[Any], results: Any, allow_tf32: bool) -> list[Launch]:
     """The launches of one of csrc's operators."""
     if name == "gram":
         return launch_gram(name, arguments, results)
     if name == "invert_gram":
         return launch_inverse(name, arguments, results)
+    if name == "pseudo_inverse":
+        return launch_pseudo_inverse(name, arguments, results)
+    if name == "identity_remainder":
+        return launch_remainder(name, arguments, results, allow_tf32)
     if name in PRODUCTS:
         return launch_product(name, arguments, results, allow_tf32)
-    kernels_of_it = 2 if name in ("dot_sum", "near_dependence") else 1
+    kernels_of_it = 2 if name in ("dot_sum", "squared_norms", "near_dependence") else 1
     return [Launch(name, "elementwise", bytes_of(arguments), bytes_of(results), kernels=kernels_of_it)]
 
 

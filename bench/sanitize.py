@@ -79,6 +79,9 @@ def run_factors(products: Products, operands: Operands) -> None:
         matrix = operands.positive_definite(size)
         inverse, info = products.invert_gram(matrix)
         products.invert_gram(-matrix)
+        for bias in (False, True):
+            products.pseudo_inverse(inverse, operands.make(size, 65), bias)
+        products.identity_remainder(operands.make(size, size), 8, 2)
         products.near_dependence([matrix, matrix], [inverse, inverse], [info, info], 1e5)
 
 
@@ -87,6 +90,7 @@ def run_lists(products: Products, operands: Operands) -> None:
         left = [operands.make(1 + 37 * index) for index in range(count)]
         right = [operands.make(1 + 37 * index) for index in range(count)]
         products.dot_sum(left, right)
+        products.squared_norms([*left, operands.make(3).double(), operands.make(3).int()])
         for accept in (False, True):
             products.commit(torch.tensor(accept).to(DEVICE), left, right)
 
@@ -122,7 +126,7 @@ def run_teleports() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(20, 30, generator=generator).to(DEVICE), torch.randint(5, (20,), generator=generator).to(DEVICE)
     for objective in ("grad_norm", "lookahead"):
-        for _ in range(2):
+        for _ in range(3):  # kernel by kernel, captured, replayed
             report = teleport_mlp(copy.deepcopy(model).to(DEVICE), (x, y), objective=objective, lr=0.05, steps=4)
             print(f"{report.backend}: {report}")
 

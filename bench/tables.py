@@ -43,6 +43,17 @@ thread, against its plain-torch twin by autograd and the same with an SVD pseudo
 """
 
 
+PREDICTION_TEXT = """## Predicted for a GPU
+
+**Not measured: no GPU has run this.** `python -m bench.predict`, file `bench/results/prediction.json`: the kernels that
+the programs would launch on an {device}, counted with their bytes and operations, over assumed rates, which the file
+holds. A teleport of ten steps, `grad_norm`, float32: its set-up is launched kernel by kernel with some waits for the
+device, the search and the new weights are one CUDA graph at the smaller shapes.
+"""
+PREDICTED_LAYER_TEXT = """`teleport_layer` forward and backward, float32: launched one by one, and if launching cost no
+more than in a graph.
+"""
+
 GPU_TEXT = """## On a GPU
 
 `bench/gpu.sh`, files in `bench/results/gpu/`. Times of a whole teleport are wall-clock with a wait for the device
@@ -50,8 +61,8 @@ before and after, all others the device's own.
 """
 GPU_TELEPORT_TEXT = """### A teleport of ten steps
 
-The first call of a shape captures its CUDA graph. A step is a tenth of what twenty steps cost more than ten, in
-forward+backward passes on the same batch.
+The first call of a shape runs kernel by kernel, the second captures its CUDA graph, the others replay it. A step is a
+tenth of what twenty steps cost more than ten, in forward+backward passes on the same batch.
 """
 GPU_LAYER_TEXT = """### The operator
 
@@ -137,6 +148,36 @@ def layer_table(results: Results) -> str:
     return table(("shape", *contestants), rows)
 
 
+def predicted_teleport_table(results: Results) -> str:
+    rows = []
+    for name, parts in results["predicted"].items():
+        if name.startswith("mlp-"):
+            setup, search = parts["set-up"], parts["search and weights"]
+            rows.append(
+                [
+                    f"`{name}`",
+                    _milliseconds(setup["eager_seconds"]),
+                    str(setup["waits"]),
+                    _milliseconds(search["graph_seconds"]),
+                    str(search["kernels"]),
+                    f"{100 * search['share_of_bound'].get('launches', 0.0):.0f} %",
+                    _milliseconds(parts[UNIT]["eager_seconds"]),
+                ]
+            )
+    header = ("shape", "set-up", "waits", "search and weights", "kernels", "of these bound by launches", UNIT)
+    return table(header, rows)
+
+
+def predicted_layer_table(results: Results) -> str:
+    rows = []
+    for name, parts in results["predicted"].items():
+        if name.startswith("layer-"):
+            (part,) = parts.values()
+            seconds = (part["eager_seconds"], part["graph_seconds"])
+            rows.append([f"`{name}`", *map(_milliseconds, seconds), str(part["kernels"])])
+    return table(("shape", "one by one", "as in a graph", "kernels"), rows)
+
+
 def gpu_teleport_table(results: Results) -> str:
     rows = []
     for name, shape in _measured(results):
@@ -146,6 +187,7 @@ def gpu_teleport_table(results: Results) -> str:
             [
                 f"`{name}`",
                 _milliseconds(shape["searches"][GRAD_NORM]["seconds of the first call"]),
+                _milliseconds(shape["searches"][GRAD_NORM]["seconds of the second call"]),
                 _milliseconds(seconds[GRAD_NORM]),
                 _milliseconds(seconds[LOOKAHEAD]),
                 f"{shape['requirements']['units of one step']['value']:.2f}",
@@ -154,7 +196,7 @@ def gpu_teleport_table(results: Results) -> str:
                 "" if faster is None else f"{faster:.0f}×",
             ]
         )
-    header = ("shape", "first call", "`grad_norm`", "`lookahead`", "a step", UNIT, "published", "faster")
+    header = ("shape", "first call", "second", "`grad_norm`", "`lookahead`", "a step", UNIT, "published", "faster")
     return table(header, rows)
 
 
@@ -186,6 +228,10 @@ def page() -> str:
     sections += [_machine(training)]
     operator = load("layer")
     sections += [LAYER_TEXT.rstrip(), layer_table(operator), _machine(operator)]
+    predicted = load("prediction")
+    sections += [PREDICTION_TEXT.format(device=predicted["assumed"]["device"]["name"]).rstrip()]
+    sections += [predicted_teleport_table(predicted)]
+    sections += [PREDICTED_LAYER_TEXT.rstrip(), predicted_layer_table(predicted)]
     return "\n\n".join(sections + gpu_sections(RESULTS / "gpu"))
 
 

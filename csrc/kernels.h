@@ -11,7 +11,7 @@
 
 namespace symtele {
 
-enum class Dtype { f32, f64 };
+enum class Dtype { f32, f64, i32 };  // i32 for squared_norms alone
 
 enum class ActivationKind { identity, leaky_relu, tanh, sigmoid, softplus, elu };
 
@@ -108,6 +108,20 @@ struct TensorPairs {
 };
 int64_t dot_sum_workspace();
 cudaError_t launch_dot_sum(Dtype dtype, const TensorPairs& pairs, double* partial, double* result, cudaStream_t stream);
+
+// result[i] = the sum of the squares of tensor i, accumulated in float64, in the same order in every run.
+// `partial` has squared_norms_workspace() bytes.
+struct MixedTensors {
+  int count;
+  Dtype dtype[max_tensors];
+  const void* data[max_tensors];
+  int64_t elements[max_tensors];
+};
+int64_t squared_norms_workspace();
+cudaError_t launch_squared_norms(const MixedTensors& tensors, double* partial, double* result, cudaStream_t stream);
+
+// values[k - 1] = h / 2^31 - 1 for a hash h of k, k = 1, ..., count: the elements of products.probe_vectors.
+cudaError_t launch_probes(Dtype dtype, int64_t count, void* values, cudaStream_t stream);
 
 // Copy `bytes[i]` bytes from source[i] to target[i] for every i if *accept is true.
 struct ByteCopies {

@@ -19,6 +19,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_solve_triangular.h>
@@ -155,6 +156,13 @@ Matrix matrix_of(const Tensor& tensor) {
 
 cudaStream_t stream_of(const Tensor& tensor) { return c10::cuda::getCurrentCUDAStream(tensor.device().index()); }
 
+// Whether matrix products of float32 may use TF32: what torch itself asks before it calls the library. allowTF32CuBLAS
+// throws where the precision was set through torch.backends.cuda.matmul.fp32_precision.
+bool allows_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 // The compute capability of a device, 80 for 8.0.
 int compute_capability(c10::Device device) {
   int major = 0, minor = 0;
@@ -257,8 +265,7 @@ class FusedProduct {
 
   void run() {
     if (product_.rows == 0 || product_.columns == 0) return;
-    const bool allow_tf32 = at::globalContext().allowTF32CuBLAS();
-    switch (choose_route(product_, allow_tf32, compute_capability(a_.device()))) {
+    switch (choose_route(product_, allows_tf32(), compute_capability(a_.device()))) {
       case Route::fused:
         return check_cuda(launch_fused(product_, stream_of(a_)), "launch_fused");
       case Route::tensor:
@@ -387,6 +394,55 @@ std::tuple<Tensor, Tensor> invert_gram(const Tensor& gram) {
   return {inverse, info};
 }
 
+// Memory for a matrix in the dtype of `like`, with rows that begin at multiples of 16 bytes.
+Tensor padded_memory(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t piece = 16 / like.element_size();
+  return at::empty_strided({rows, columns}, {(columns + piece - 1) / piece * piece, 1}, like.options());
+}
+
+// [H, 1] in float64, H without bias.
+Tensor extended_in_double(const Tensor& rows, bool bias) {
+  if (!bias) return rows.to(at::kDouble);
+  Tensor extended = at::empty({rows.size(0), rows.size(1) + 1}, rows.options().dtype(at::kDouble));
+  extended.narrow(1, 0, rows.size(1)).copy_(rows);
+  extended.select(1, rows.size(1)).fill_(1);
+  return extended;
+}
+
+Tensor pseudo_inverse(const Tensor& inverse, const Tensor& rows, bool bias) {
+  check_first("rows", rows);
+  check_is_matrix("rows", rows);
+  check_device("inverse", inverse, rows.device());
+  check_dtype("inverse", inverse, at::kDouble);
+  check_shape("inverse", inverse, {rows.size(0), rows.size(0)});
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const Tensor extended = extended_in_double(rows, bias);
+  Tensor result = padded_memory(rows, rows.size(0), extended.size(1));
+  result.copy_(linear(inverse, extended, std::nullopt, std::nullopt, std::nullopt, 1, 1));
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the distance of g from the identity
+// ---------------------------------------------------------------------------------------------------------------------
+
+Tensor identity_remainder(const Tensor& g, int64_t vectors, int64_t rounds) {
+  check_first("g", g);
+  check_is_matrix("g", g);
+  const int64_t size = g.size(0);
+  check_shape("g", g, {size, size});
+  const c10::cuda::CUDAGuard guard(g.device());
+  Tensor remainder = at::empty({vectors, size}, g.options());
+  check_cuda(launch_probes(dtype_of(g), remainder.numel(), remainder.mutable_data_ptr(), stream_of(g)),
+             "launch_probes");
+  for (int64_t round = 0; round < rounds; ++round) {
+    for (const Tensor& matrix : {g.t(), g}) {
+      remainder = linear(remainder, matrix, remainder, std::nullopt, std::nullopt, 1, -1);
+    }
+  }
+  return remainder;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // steps of the search
 // ---------------------------------------------------------------------------------------------------------------------
@@ -463,6 +519,44 @@ Tensor dot_sum(TensorList left, TensorList right) {
     total = total.defined() ? total.add_(part) : part;
   }
   return total;
+}
+
+Dtype number_of(const Tensor& tensor) { return tensor.scalar_type() == at::kInt ? Dtype::i32 : dtype_of(tensor); }
+
+void squared_norms_of_some(TensorList tensors, double* result) {
+  std::vector<Tensor> held;
+  MixedTensors list{};
+  list.count = static_cast<int>(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const bool dense = tensors[i].is_non_overlapping_and_dense();  // in whatever order
+    list.data[i] = held.emplace_back(dense ? tensors[i] : tensors[i].contiguous()).const_data_ptr();
+    list.dtype[i] = number_of(tensors[i]);
+    list.elements[i] = tensors[i].numel();
+  }
+  const Tensor partial = at::empty({squared_norms_workspace()}, tensors[0].options().dtype(at::kByte));
+  check_cuda(launch_squared_norms(list, static_cast<double*>(partial.mutable_data_ptr()), result,
+                                  stream_of(tensors[0])),
+             "launch_squared_norms");
+}
+
+Tensor squared_norms(TensorList tensors) {
+  TORCH_CHECK_VALUE(!tensors.empty(), "tensors must have at least one tensor, got none");
+  check_on_cuda("tensors", tensors[0]);
+  for (const Tensor& tensor : tensors) {
+    check_device("tensors", tensor, tensors[0].device());
+    const at::ScalarType dtype = tensor.scalar_type();
+    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kInt,
+                     "tensors must be of dtype float32, float64 or int32, got ", name_of(dtype));
+    check_size("tensors", tensor);
+  }
+  const c10::cuda::CUDAGuard guard(tensors[0].device());
+  const auto all = static_cast<int64_t>(tensors.size());
+  Tensor result = at::empty({all}, tensors[0].options().dtype(at::kDouble));
+  for (size_t start = 0; start < tensors.size(); start += max_tensors) {
+    const size_t count = std::min<size_t>(max_tensors, tensors.size() - start);
+    squared_norms_of_some(tensors.slice(start, count), result.mutable_data_ptr<double>() + start);
+  }
+  return result;
 }
 
 void commit_some(const Tensor& accept, TensorList current, TensorList trial) {
@@ -607,11 +701,14 @@ TORCH_LIBRARY_FRAGMENT(symtele_cuda, library) {
            "masked(Tensor a, Tensor b, Tensor? source, Tensor mask) -> (Tensor, Tensor)",
            "gram(Tensor rows, bool bias) -> (Tensor, Tensor)",
            "invert_gram(Tensor gram) -> (Tensor, Tensor)",
+           "pseudo_inverse(Tensor inverse, Tensor rows, bool bias) -> Tensor",
            "step_batch(Tensor batch, Tensor change, Tensor size, str activation, float parameter) "
            "-> (Tensor, Tensor, Tensor)",
            "step_targets(Tensor targets, Tensor change, Tensor size, str activation, float parameter) "
            "-> (Tensor, Tensor, Tensor)",
            "dot_sum(Tensor[] left, Tensor[] right) -> Tensor",
+           "squared_norms(Tensor[] tensors) -> Tensor",
+           "identity_remainder(Tensor g, int vectors, int rounds) -> Tensor",
            "commit(Tensor accept, Tensor(a!)[] current, Tensor[] trial) -> ()",
            "near_dependence(Tensor[] grams, Tensor[] inverses, Tensor[] infos, float largest) -> Tensor",
            "judge(Tensor(a!) control, Tensor size, Tensor norm, Tensor value, Tensor hindered, Tensor broken, "
@@ -630,9 +727,12 @@ TORCH_LIBRARY_IMPL(symtele_cuda, CUDA, library) {
   library.impl("masked", symtele::masked);
   library.impl("gram", symtele::gram);
   library.impl("invert_gram", symtele::invert_gram);
+  library.impl("pseudo_inverse", symtele::pseudo_inverse);
   library.impl("step_batch", symtele::step_batch);
   library.impl("step_targets", symtele::step_targets);
   library.impl("dot_sum", symtele::dot_sum);
+  library.impl("squared_norms", symtele::squared_norms);
+  library.impl("identity_remainder", symtele::identity_remainder);
   library.impl("commit", symtele::commit);
   library.impl("near_dependence", symtele::near_dependence);
   library.impl("judge", symtele::judge);

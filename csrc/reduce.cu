@@ -10,6 +10,21 @@ cudaError_t launch_dot_sum(Dtype dtype, const TensorPairs& pairs, double* partia
   return launch_of(pairs, partial, result, stream);
 }
 
+int64_t squared_norms_workspace() { return max_tensors * most_partial_sums * int64_t{sizeof(double)}; }
+
+cudaError_t launch_squared_norms(const MixedTensors& tensors, double* partial, double* result, cudaStream_t stream) {
+  if (tensors.count == 0) return cudaSuccess;
+  int64_t elements = 1;
+  for (int i = 0; i < tensors.count; ++i) elements = max(elements, tensors.elements[i]);
+  const auto blocks = static_cast<unsigned>(min(divide_up(elements, elements_of_block), most_partial_sums));
+  const auto count = static_cast<unsigned>(tensors.count);
+  const size_t shared_bytes = reduce_threads * sizeof(double);
+  const cudaError_t error =
+      launch(sum_each_squared, dim3(blocks, count), reduce_threads, shared_bytes, stream, tensors, partial);
+  if (error != cudaSuccess) return error;
+  return launch(sum_each_partial, count, reduce_threads, shared_bytes, stream, partial, blocks, result);
+}
+
 int64_t near_dependence_workspace() { return max_tensors * most_norm_blocks * int64_t{sizeof(SquaredNorms)}; }
 
 cudaError_t launch_near_dependence(const GramList& grams, double largest, double* partial, bool* beyond,

@@ -1,5 +1,6 @@
 // Sums over whole tensors, in float64 and in the same order in every run: every block sums its share, and a last block
-// the sums of the blocks. The sum of the dot products of pairs; and the condition bound of Gram matrices.
+// the sums of the blocks. The sum of the dot products of pairs, the squared norms of tensors, and the bound of the
+// condition of Gram matrices.
 #pragma once
 
 #include "kernels.h"
@@ -58,6 +59,43 @@ cudaError_t launch_dot_sum_of(const TensorPairs& pairs, double* partial, double*
   return launch(sum_partial, 1, reduce_threads, shared_bytes, stream, partial, static_cast<unsigned>(blocks), result);
 }
 
+template <class T>
+__device__ double sum_of_squares(const void* tensor, int64_t elements) {
+  const T* data = static_cast<const T*>(tensor);
+  double sum = 0;
+  for_packs<T>(elements, are_aligned(data), [&](int64_t i, auto width) {
+    const auto values = load_pack<decltype(width)::value>(data + i);
+    for (T value : values.at) sum += double(value) * double(value);
+  });
+  return sum;
+}
+
+__device__ inline double sum_of_squares(Dtype dtype, const void* tensor, int64_t elements) {
+  switch (dtype) {
+    case Dtype::f32:
+      return sum_of_squares<float>(tensor, elements);
+    case Dtype::f64:
+      return sum_of_squares<double>(tensor, elements);
+    case Dtype::i32:
+      return sum_of_squares<int32_t>(tensor, elements);
+  }
+  return 0;
+}
+
+// Tensor blockIdx.y, shared out over blockIdx.x.
+__global__ void __launch_bounds__(reduce_threads) sum_each_squared(MixedTensors tensors, double* partial) {
+  const unsigned t = blockIdx.y;
+  const double total = sum_block(sum_of_squares(tensors.dtype[t], tensors.data[t], tensors.elements[t]));
+  if (threadIdx.x == 0) partial[t * gridDim.x + blockIdx.x] = total;
+}
+
+// The sums of tensor blockIdx.x.
+__global__ void __launch_bounds__(reduce_threads)
+    sum_each_partial(const double* partial, unsigned count, double* result) {
+  const double total = sum_block(threadIdx.x < count ? partial[blockIdx.x * count + threadIdx.x] : 0);
+  if (threadIdx.x == 0) result[blockIdx.x] = total;
+}
+
 constexpr int64_t most_norm_blocks = 16;  // of a matrix
 
 // The squares of the Frobenius norms of a matrix and its inverse.
@@ -66,21 +104,12 @@ struct SquaredNorms {
   double inverse;
 };
 
-__device__ inline double sum_of_squares(const double* matrix, int64_t elements) {
-  double sum = 0;
-  for_packs<double>(elements, are_aligned(matrix), [&](int64_t i, auto width) {
-    const auto values = load_pack<decltype(width)::value>(matrix + i);
-    for (double value : values.at) sum += value * value;
-  });
-  return sum;
-}
-
 // Matrix blockIdx.y, shared out over blockIdx.x.
 __global__ void __launch_bounds__(reduce_threads) sum_squares(GramList grams, SquaredNorms* partial) {
   const int64_t elements = grams.elements[blockIdx.y];
-  const double gram = sum_block(sum_of_squares(grams.gram[blockIdx.y], elements));
+  const double gram = sum_block(sum_of_squares<double>(grams.gram[blockIdx.y], elements));
   __syncthreads();  // the sums' memory serves both
-  const double inverse = sum_block(sum_of_squares(grams.inverse[blockIdx.y], elements));
+  const double inverse = sum_block(sum_of_squares<double>(grams.inverse[blockIdx.y], elements));
   if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = {gram, inverse};
 }
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from . import products as torch_products
 from .activations import Activation
 from .kernels import Products
-from .pinv import MAX_CONDITION, MinimumNorm, is_thin
+from .pinv import MAX_CONDITION, factorize, is_thin
 
 # A step towards the edge of σ⁻¹'s domain goes at most this share of the way there.
 DOMAIN_SHARE = 0.5
@@ -374,18 +374,14 @@ def form_weights(
             assert reference is not None
             weights[layer] = reference
         elif plan.absorbs[layer]:
-            solution = MinimumNorm.of(inputs, biases[layer] is not None, network.products)
-            hindrances.append((solution.info != 0, "the activations of the batch lost their full row rank"))
+            found = factorize(inputs, biases[layer] is not None, network.products)
+            hindrances.append((found.info != 0, "the activations of the batch lost their full row rank"))
             weight, bias = weights[layer], biases[layer]
             if plan.zero_reference[layer]:
                 weight, bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
             for _ in range(2 if layer == len(network) - 1 else 1):
                 image = F.linear(inputs, weight, bias) if image is None else image
-                change, image = solution.change(target - image), None
-                if bias is None:
-                    weight = change.add_(weight)
-                else:
-                    weight, bias = weight + change[:, :-1], bias + change[:, -1]
+                (weight, bias), image = found.update(weight, bias, target - image), None
             weights[layer], biases[layer] = weight, bias
         outputs.append(F.linear(inputs, weights[layer], biases[layer]))
     return replace(network, weights=tuple(weights), biases=tuple(biases)), outputs, tuple(hindrances)

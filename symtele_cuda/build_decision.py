@@ -239,6 +239,12 @@ def select_architectures(environ: Mapping[str, str], toolkit: Toolkit) -> tuple[
             f"TORCH_CUDA_ARCH_LIST asks for {' '.join(unknown)}, but the CUDA {toolkit.version} toolkit at "
             f"{toolkit.home} knows only {' '.join(toolkit.architectures)}"
         )
+    older = [entry for entry in requested if float(number(entry)) < float(DEFAULT_ARCHITECTURES[0])]
+    if older:
+        raise BuildError(
+            f"TORCH_CUDA_ARCH_LIST asks for {' '.join(older)}, but the kernels need {DEFAULT_ARCHITECTURES[0]} or "
+            "newer: more shared memory than older devices have, and TF32"
+        )
     return requested or default_architectures(toolkit)
 
 

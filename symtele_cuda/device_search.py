@@ -133,8 +133,7 @@ def can_find(task: Task) -> bool:
 
 def find(task: Task) -> Found:
     """Search on the device, in a CUDA graph where that can be, and read the outcome back."""
-    own_loss = None if task.problem.loss.default else "loss_fn is the caller's own, which may do anything"
-    program, how = graphs.run(task, run_program, own_loss)
+    program, how = graphs.run(task, run_program)
     return read_back(task, program, describe_backend(task.problem.network, how))
 
 
@@ -222,7 +221,9 @@ def ascend_fixed(search: Search, start: State, evaluation: Evaluation, *, step_s
 
 def _begin(search: Search, start: State, *, fixed: bool) -> Trace:
     """A trace at `start`, with memory of its own for all that a commit overwrites."""
-    owned = {id(tensor): tensor.clone() for tensor in _state_tensors(search, start)}
+    owned = {
+        id(tensor): tensor.clone(memory_format=torch.contiguous_format) for tensor in _state_tensors(search, start)
+    }
     state = replace(
         start,
         inputs=tuple(owned.get(id(tensor), tensor) for tensor in start.inputs),

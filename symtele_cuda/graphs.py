@@ -10,13 +10,21 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import products as torch_products
+from .kernels import Products
+
 # A graph keeps the memory of a whole search, so only those used last are kept.
 LARGEST_CACHE = 16
+# The call of a kind of work from which on a graph is worth its capture.
+CAPTURED_CALL = 2
+# Rows of which `products.gram` and `products.invert_gram` have kernels of their own.
+LARGEST_OWN_FACTOR = 512
 
 GRAPH = "in a CUDA graph"
 
@@ -35,7 +43,11 @@ class Work(Protocol):
         ...
 
     def signature(self) -> Hashable:
-        """All that tells a program of this work from those of other kinds."""
+        """What a program of this work depends on besides the tensors."""
+        ...
+
+    def obstacle(self) -> str | None:
+        """Why no graph can hold the program, or None."""
         ...
 
 
@@ -53,43 +65,83 @@ class Captured(Generic[Outcome]):
 
 
 _cache: OrderedDict[Hashable, Captured | str] = OrderedDict()
+_calls: OrderedDict[Hashable, int] = OrderedDict()
+_lock = threading.Lock()  # a process captures one graph at a time
 
 
-def run(work: SomeWork, program: Callable[[SomeWork], Outcome], obstacle: str | None = None) -> tuple[Outcome, str]:
+def run(work: SomeWork, program: Callable[[SomeWork], Outcome]) -> tuple[Outcome, str]:
     """program(work) through the graph for its kind of work, and in words whether it was one.
 
-    The first work of a kind captures the graph. Where that fails, once and for all, or there should be none, as
-    `obstacle` may say, the program runs kernel by kernel.
+    The first work of a kind runs kernel by kernel, for many come but once; the next one captures the graph. Where that
+    fails, once and for all, or there should be none, the program goes on to run kernel by kernel.
     """
-    if (reason := obstacle or _obstacle(work)) is not None:
+    tensors = work.tensors()
+    if (reason := _obstacle(work, tensors)) is not None:
         return program(work), f"no CUDA graph: {reason}"
-    key = (program, work.signature(), torch.get_float32_matmul_precision(), _lane())
-    entry = _cache.get(key)
-    if entry is None:
-        entry = _capture(work, program)
-        _cache[key] = entry
-        while len(_cache) > LARGEST_CACHE:
-            _cache.popitem(last=False)
-    _cache.move_to_end(key)
+    kind = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+    with _lock:
+        key = (program, work.signature(), kind, torch.backends.cuda.matmul.fp32_precision, _lane())
+        entry = _find(key, work, program)
     if isinstance(entry, str):
         return program(work), f"no CUDA graph: {entry}"
-    torch._foreach_copy_(entry.inputs, work.tensors())
+    _copy(tensors, entry.inputs)
     entry.replay()
     return entry.outcome, GRAPH
 
 
 def clear() -> None:
     """Forget all graphs and free their memory."""
-    _cache.clear()
+    with _lock:
+        _cache.clear()
+        _calls.clear()
 
 
-def _obstacle(work: Work) -> str | None:
+def solver_obstacle(products: Products, samples: int) -> str | None:
+    """Why a factorization of `samples` rows is not captured: by torch it goes through libraries that may refuse."""
+    if products is torch_products:
+        return "plain torch factorizes by a solver library, which may not be captured"
+    if samples > LARGEST_OWN_FACTOR:
+        return f"n > {LARGEST_OWN_FACTOR} is factorized by a solver library, which may not be captured"
+    return None
+
+
+def _find(key: Hashable, work: SomeWork, program: Callable[[SomeWork], Outcome]) -> Captured | str:
+    """The graph for `key`, captured if this is the call for it; else why there is none."""
+    if key not in _cache:
+        calls = _calls[key] = _calls.pop(key, 0) + 1
+        _shorten(_calls, 8 * LARGEST_CACHE)
+        if calls < CAPTURED_CALL:
+            return "the first of its kind is not captured"
+        _cache[key] = _capture(work, program)
+        _shorten(_cache, LARGEST_CACHE)
+    _cache.move_to_end(key)
+    return _cache[key]
+
+
+def _shorten(entries: OrderedDict, length: int) -> None:
+    while len(entries) > length:
+        entries.popitem(last=False)
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """In a few launches: the tensors of one dtype go in one."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for source, target in zip(sources, targets, strict=True):
+        group = by_dtype.setdefault(source.dtype, ([], []))
+        group[0].append(target)
+        group[1].append(source)
+    for group in by_dtype.values():
+        torch._foreach_copy_(*group)
+
+
+def _obstacle(work: Work, tensors: Sequence[Tensor]) -> str | None:
     """Why a graph cannot hold the work, or would not pay."""
-    tensors = work.tensors()
     if tensors[0].device.type != "cuda":
         return "there is none on this device"
     elements = sum(tensor.numel() for tensor in tensors)
-    return f"it would gain nothing at this size ({elements} elements)" if elements > LARGEST_WORK else None
+    if elements > LARGEST_WORK:
+        return f"it would gain nothing at this size ({elements} elements)"
+    return work.obstacle()
 
 
 def _lane() -> Hashable:
@@ -97,22 +149,42 @@ def _lane() -> Hashable:
     return torch.cuda.current_stream().cuda_stream, threading.get_ident()
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which graphs of a device are captured. torch's own lies on whatever device came first."""
+    return torch.cuda.Stream(device)
+
+
 def _capture(work: SomeWork, program: Callable[[SomeWork], Outcome]) -> Captured[Outcome] | str:
     """The graph of the program on copies of the work's tensors, or why there is none."""
-    inputs = [tensor.clone() for tensor in work.tensors()]
-    still = work.with_tensors(inputs)
     try:
-        # Libraries make their handles and workspaces at their first call, which no graph may hold.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            program(still)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            outcome = program(still)
+        inputs = [tensor.clone() for tensor in work.tensors()]
+        return _capture_on(_stream(inputs[0].device), inputs, work, program)
     except torch.OutOfMemoryError:
-        raise
+        return "there was no memory for it"
     except RuntimeError as error:
-        return f"its capture failed ({str(error).splitlines()[0]})"
+        cause = error.__context__ or error  # what ended the capture, not that it could not be closed after it
+        return f"its capture failed ({_first_line(cause)})"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _capture_on(
+    stream: torch.cuda.Stream, inputs: list[Tensor], work: SomeWork, program: Callable[[SomeWork], Outcome]
+) -> Captured[Outcome]:
+    still, graph = work.with_tensors(inputs), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.current_stream()):  # comes back to it however the capture ends
+        # Libraries make their handles at their first call on a thread, which no graph may hold.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            program(still)
+        torch.cuda.current_stream().wait_stream(stream)
+        # A workspace in use from before would be part of the graph and could be freed under it; so the graph gets its
+        # own, in its own memory, and leaves none behind.
+        torch._C._cuda_clearCublasWorkspaces()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            outcome = program(still)
+        torch._C._cuda_clearCublasWorkspaces()
     return Captured(inputs, graph.replay, outcome)

@@ -40,7 +40,7 @@ def build_lines(record: Decision | None) -> list[str]:
 def machine_lines() -> list[str]:
     return [
         *device_lines(),
-        f"float32 matmul: {torch.get_float32_matmul_precision()}",
+        f"float32 matmul: {'TF32 allowed' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'float32'}",
         f"CPU threads:    {torch.get_num_threads()}",
     ]
 

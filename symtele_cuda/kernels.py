@@ -63,6 +63,8 @@ class Products(Protocol):
 
     def invert_gram(self, gram: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def pseudo_inverse(self, inverse: Tensor, rows: Tensor, bias: bool) -> Tensor: ...
+
     def step_batch(
         self, batch: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -72,6 +74,10 @@ class Products(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def dot_sum(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor: ...
+
+    def squared_norms(self, tensors: Sequence[Tensor]) -> Tensor: ...
+
+    def identity_remainder(self, g: Tensor, vectors: int, rounds: int) -> Tensor: ...
 
     def commit(self, accept: Tensor, current: Sequence[Tensor], trial: Sequence[Tensor]) -> None: ...
 
@@ -148,7 +154,7 @@ def complete(namespace: str) -> None:
     """Give the operators of `namespace` their twins as CPU kernels, and their fake kernels."""
     for name, fake in FAKES.items():
         operator = f"{namespace}::{name}"
-        torch.library.impl(operator, "cpu")(_with_own_results(getattr(products, name)))
+        torch.library.impl(operator, "cpu")(_contiguous(getattr(products, name)))
         torch.library.register_fake(operator, fake)
 
 
@@ -158,16 +164,13 @@ def operators_of(namespace: str) -> Products:
     return cast(Products, SimpleNamespace(**{name: getattr(library, name).default for name in FAKES}))
 
 
-def _with_own_results(twin: Callable[..., Any]) -> Callable[..., Any]:
-    """`twin` with results that are contiguous and no two of them one tensor, as σ(Z) and Z are for the identity."""
+def _contiguous(twin: Callable[..., Any]) -> Callable[..., Any]:
+    """`twin`, whose several results are contiguous, as are those of the compiled operators."""
 
     @wraps(twin)
     def kernel(*arguments: Any) -> Any:
         results = twin(*arguments)
-        if not isinstance(results, tuple):
-            return results
-        earlier = (any(one is other for other in results[:i]) for i, one in enumerate(results))
-        return tuple(one.clone() if seen else one.contiguous() for one, seen in zip(results, earlier, strict=True))
+        return tuple(one.contiguous() for one in results) if isinstance(results, tuple) else results
 
     return kernel
 
@@ -275,6 +278,13 @@ def _invert_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     return gram.new_empty(gram.shape), gram.new_empty((), dtype=torch.int32)
 
 
+def _pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
+    _check_matrix("rows", rows)
+    n, columns = rows.shape
+    _check_operand("inverse", inverse, rows.new_empty(0, dtype=torch.float64), (n, n))
+    return products.padded_memory(rows, n, columns + int(bias))
+
+
 def _step(base: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float) -> tuple[Tensor, ...]:
     _check_operand("change", change, base, base.shape)
     _check_operand("size", size, base.new_empty((), dtype=torch.float64), ())
@@ -286,6 +296,23 @@ def _dot_sum(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         _check_operand("left", one, left[0], one.shape)
         _check_operand("right", other, one, one.shape)
     return left[0].new_empty((), dtype=torch.float64)
+
+
+def _squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+    for tensor in tensors:
+        _check_operand("tensors", tensor, tensors[0].new_empty(0, dtype=tensor.dtype), tensor.shape)
+    dtypes = {tensor.dtype for tensor in tensors}
+    torch._check_type(
+        dtypes <= {torch.float32, torch.float64, torch.int32},
+        lambda: f"tensors must be of dtype float32, float64 or int32, got {dtypes}",
+    )
+    return tensors[0].new_empty(len(tensors), dtype=torch.float64)
+
+
+def _identity_remainder(g: Tensor, vectors: int, rounds: int) -> Tensor:
+    _check_matrix("g", g)
+    _check_operand("g", g, g, (g.shape[0], g.shape[0]))
+    return g.new_empty(vectors, g.shape[0])
 
 
 def _commit(accept: Tensor, current: Sequence[Tensor], trial: Sequence[Tensor]) -> None:
@@ -335,9 +362,12 @@ FAKES: dict[str, Callable[..., Any]] = {
     "masked": _masked,
     "gram": _gram,
     "invert_gram": _invert_gram,
+    "pseudo_inverse": _pseudo_inverse,
     "step_batch": _step,
     "step_targets": _step,
     "dot_sum": _dot_sum,
+    "squared_norms": _squared_norms,
+    "identity_remainder": _identity_remainder,
     "commit": _commit,
     "near_dependence": _near_dependence,
     "judge": _judge,

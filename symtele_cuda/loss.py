@@ -107,6 +107,11 @@ def examine(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor]) -> Lo
     Raises:
         ValueError: the loss is no scalar, is not finite, or does not depend on the logits.
     """
+    if loss.default:  # it sees nothing but the logits
+        value, gradient = loss.value_and_gradient(logits.detach())
+        if not bool(torch.isfinite(value)):
+            raise ValueError(f"loss_fn must be finite on the batch, got {float(value)}")
+        return LossAtStart(float(value), gradient, False)
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         value = loss(leaf)

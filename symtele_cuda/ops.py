@@ -19,16 +19,17 @@ H is data and gets no gradient. Each of the three is an operator of its own with
 fused products each (`products`), computed by the compiled kernels or by plain torch; the third is plain torch. bfloat16
 and float16 are computed in float32 and rounded once.
 
-The forward operator also returns Z, Y and P, in the dtype of the computation, for the other two to read, and what tells
-whether the result is sound (`_Health`), which stays on the device until the end: on a GPU every question about a value
-waits for all that was launched, so that the caller asks once. The operator is not differentiable in these four: the
-gradients above are total, they count how Z and Y move with W̃ and g.
+The forward operator also returns Z, S, Y and P, in the dtype of the computation, for the other two to read, and what
+tells whether the result is sound (`_Health`), which stays on the device until the end: on a GPU every question about a
+value waits for all that was launched, so that the caller asks once. The operator is not differentiable in these five:
+the gradients above are total, they count how Z, S and Y move with W̃ and g.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -40,7 +41,8 @@ from .activations import ACTIVATIONS, Activation, make_activation
 from .checks import check_name
 from .errors import TeleportError
 from .kernels import Products, check_backend, products_for
-from .pinv import MAX_CONDITION, append_ones, condition_from_gram, pinv_factor, probe_vectors
+from .pinv import MAX_CONDITION, absorb, append_ones, factorize, pinv_factor
+from .products import multiply_remainder, padded_memory, probe_vectors
 
 ACTIONS: dict[str, float] = {"least_change": 1.0, "paper": 0.0}
 """The actions, with the share ρ of the old weights that stays as the reference."""
@@ -48,9 +50,46 @@ ACTIONS: dict[str, float] = {"least_change": 1.0, "paper": 0.0}
 # A tensor of more elements is refused on a GPU: the kernels were made and tested for no larger ones.
 _MOST_ELEMENTS = 2**31
 
-# g counts as near to I where this many rounds of products shrink a vector to this share of its length.
-_ROUNDS = 8
-_VANISHED = 1e-6
+
+@dataclass(frozen=True)
+class _IdentityTest:
+    """When g counts as near enough to I to be invertible: where ‖R‖² ≤ vanished for the `identity_remainder` R.
+
+    T = g − I of a singular g stretches some vector x, ‖x‖ = 1, by 1 or more, and then ‖R‖ ≥ ‖V x‖. The elements of V x
+    are like as many random numbers of variance 1/3: all so small that such a g passes once in 10⁹ times.
+    """
+
+    vectors: int
+    rounds: int
+    vanished: float
+
+    def remainder(self, products: Products, g: Tensor) -> Tensor:
+        """R; on a CPU, which may look at it meanwhile, after as many rounds as it takes."""
+        if not g.is_cpu:
+            return products.identity_remainder(g, self.vectors, self.rounds)
+        remainder = probe_vectors(self.vectors, g)
+        for _ in range(self.rounds):
+            remainder = multiply_remainder(remainder, g)
+            if self.passes(products.squared_norms([remainder]).item()):
+                break
+        return remainder
+
+    def passes(self, squared_norm: float) -> bool:
+        return squared_norm <= self.vanished  # not NaN
+
+
+# The first test of either passes g = 0.6 I, and I + 0.2 N / √d with N normal. On a GPU a launch has its price and a
+# vector has none; its second test comes where the first has failed, before an LU.
+_CPU_TESTS = (_IdentityTest(2, 8, 1e-9),)
+_GPU_TESTS = (_IdentityTest(32, 3, 1.3), _IdentityTest(8, 8, 0.01))
+
+
+def _identity_tests(g: Tensor) -> tuple[_IdentityTest, ...]:
+    return _CPU_TESTS if g.is_cpu else _GPU_TESTS
+
+
+# Vectors that tell how large g⁻¹ is.
+_PROBES = 2
 
 # Between these magnitudes of the inputs no Gram matrix, and no norm of one or of its inverse, leaves float64.
 _SCALES = (1e-70, 1e70)
@@ -132,7 +171,7 @@ def teleport_layer(
 _LAYER = (
     "Tensor weight, Tensor inputs, Tensor g, Tensor? bias, str activation, float parameter, str action, str backend"
 )
-_SAVED = "Tensor z, Tensor y, Tensor factor"
+_SAVED = "Tensor z, Tensor s, Tensor y, Tensor factor"
 _GRADS = "Tensor grad_weight, Tensor grad_bias"
 _CHANGES = "Tensor change_weight, Tensor change_g, Tensor change_bias"
 
@@ -149,31 +188,38 @@ torch.library.define(
 )
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """W', b' (empty without bias), Z, Y, P and the numbers of `_Health`."""
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """W', b' (empty without bias), Z, S, Y, P and the numbers of `_Health`."""
     layer = _Layer(*arguments)
     check_name("action", layer.action, ACTIONS)
     _check_tensors(*layer.tensors())
     products, sigma = layer.products, (layer.activation, layer.parameter)
     with _full_precision(layer.weight):
         weight, inputs, g, bias = layer.widened()
-        found = _factorize(products, inputs, layer.has_bias, layer.empty_factor())
+        found = factorize(inputs, layer.has_bias, products)
+        factor = found.factor()
         z, s = products.linear_activation(inputs, weight.T, bias, *sigma)
         y, change = products.inverse_activation(s, g.T, z, layer.rho, *sigma)
-        kept = weight if layer.rho else None
-        new_weight = products.linear(change.T, layer.without_ones(found.factor), kept, beta=layer.rho)
-        new_bias = weight.new_empty(0)
-        if bias is not None:
-            new_bias = torch.addmv(bias, change.T, found.factor[:, -1], beta=layer.rho)
-        new_weight, new_bias = new_weight.to(layer.weight.dtype), new_bias.to(layer.weight.dtype)
+        new_weight, new_bias = (
+            layer.weight.new_empty(0) if new is None else new.to(layer.weight.dtype)
+            for new in absorb(products, factor, change, weight, bias, share=layer.rho)
+        )
         results = [z, y, _widen(new_weight), _widen(new_bias)]
-        magnitude = products.dot_sum(results, results)
-        health = _Health.measure(_identity_remainder(g), found.info, found.condition, magnitude)
-        return new_weight, new_bias, z, y, found.factor, health
+        health = products.squared_norms(
+            [_identity_tests(g)[0].remainder(products, g), found.gram, found.inverse(), found.info, *results]
+        )
+        return new_weight, new_bias, z, s, y, factor, health
 
 
 def _backward(
-    with_layer: bool, grad_weight: Tensor, grad_bias: Tensor, z: Tensor, y: Tensor, factor: Tensor, *arguments: Any
+    with_layer: bool,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    z: Tensor,
+    s: Tensor,
+    y: Tensor,
+    factor: Tensor,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂f/∂W, ∂f/∂g and ∂f/∂b. Those of W and b, half of the work, are empty unless `with_layer` asks for them."""
     layer = _Layer(*arguments)
@@ -183,7 +229,7 @@ def _backward(
         grad_weight, grad_bias = _widen(grad_weight), _widen(grad_bias)
         column, row = (None, None) if bias is None else (factor[:, -1], grad_bias)
         grad_y, grad_b = products.over_slope(layer.without_ones(factor), grad_weight.T, column, row, y, *sigma)
-        by_g = products.linear(grad_b.T, layer.sigma.forward(z)).to(layer.g.dtype)
+        by_g = products.linear(grad_b.T, s).to(layer.g.dtype)
         by_weight, by_bias = layer.nothing()
         if with_layer:
             through_z = products.times_slope(grad_b, g, z, grad_y, -layer.rho, *sigma)
@@ -201,6 +247,7 @@ def _double_backward(
     grad_weight: Tensor,
     grad_bias: Tensor,
     z: Tensor,
+    s: Tensor,
     y: Tensor,
     factor: Tensor,
     *arguments: Any,
@@ -210,7 +257,7 @@ def _double_backward(
     with _full_precision(layer.weight):
         sigma, inputs, g, change_g = layer.sigma, layer.extended_inputs(), _widen(layer.g), _widen(change_g)
         grad, change = _pack(grad_weight, grad_bias), _pack(change_weight, change_bias)
-        s, slope_z, slope_y = sigma.forward(z), sigma.derivative(z), sigma.derivative(y)
+        slope_z, slope_y = sigma.derivative(z), sigma.derivative(y)
 
         change_z = inputs @ change.T
         change_s = slope_z * change_z
@@ -230,12 +277,14 @@ def _double_backward(
         return by_grad_weight, by_grad_bias, by_weight, by_g, by_bias
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     layer = _Layer(*arguments)
     _check_tensors(*layer.tensors())
-    z = layer.weight.new_empty(len(layer.inputs), len(layer.weight), dtype=_COMPUTE_DTYPE[layer.weight.dtype])
+    inputs, (outputs, columns) = _widen(layer.inputs), layer.weight.shape
+    z = inputs.new_empty(len(inputs), outputs)
+    factor = padded_memory(inputs, len(inputs), columns + int(layer.has_bias))
     health = layer.weight.new_empty(len(fields(_Health)), dtype=torch.float64)
-    return *layer.new_empty(), z, torch.empty_like(z), layer.empty_factor(), health
+    return *layer.new_empty(), z, torch.empty_like(z), torch.empty_like(z), factor, health
 
 
 def _backward_fake(with_layer: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,9 +300,9 @@ def _double_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, z, y, factor, health = output
-    ctx.mark_non_differentiable(z, y, factor, health)
-    ctx.save_for_backward(z, y, factor, *inputs[:4])
+    saved, health = output[2:6], output[6]
+    ctx.mark_non_differentiable(*saved, health)
+    ctx.save_for_backward(*saved, *inputs[:4])
     ctx.description = inputs[4:]
 
 
@@ -268,9 +317,9 @@ def _differentiate_forward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor, *_:
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.with_layer, *tensors = inputs[:10]
+    ctx.with_layer, *tensors = inputs[:11]
     ctx.save_for_backward(*tensors)
-    ctx.description = inputs[10:]
+    ctx.description = inputs[11:]
 
 
 def _differentiate_backward(
@@ -283,7 +332,7 @@ def _differentiate_backward(
         change_weight, change_g, change_bias, *ctx.saved_tensors, *ctx.description
     )
     by_layer = by_weight, None, by_g, None if bias is None else by_bias
-    return None, by_grad_weight, by_grad_bias, None, None, None, *by_layer, *(None for _ in ctx.description)
+    return None, by_grad_weight, by_grad_bias, *(None for _ in range(4)), *by_layer, *(None for _ in ctx.description)
 
 
 def _refuse_third_derivative(ctx: Any, *_: Tensor) -> NoReturn:
@@ -376,13 +425,6 @@ class _Layer:
         outputs = len(self.weight)
         return self.weight.new_empty(self.weight.shape), self.weight.new_empty(outputs if self.has_bias else 0)
 
-    def empty_factor(self) -> Tensor:
-        """Memory for P (n×d̃), with rows that begin at multiples of 16 bytes, the pieces that tensor cores load."""
-        samples, columns = len(self.inputs), self.weight.shape[1] + int(self.has_bias)  # symbolic sizes add no bool
-        dtype = _COMPUTE_DTYPE[self.weight.dtype]
-        piece = 16 // dtype.itemsize
-        return self.weight.new_empty(samples, -(-columns // piece) * piece, dtype=dtype)[:, :columns]
-
     def without_ones(self, extended: Tensor) -> Tensor:
         """The columns of an n×d̃ matrix that belong to W."""
         return extended[:, : self.weight.shape[1]]
@@ -404,67 +446,15 @@ def _pack(matrix: Tensor, column: Tensor | None) -> Tensor:
     return _widen(torch.cat([matrix, column.unsqueeze(1)], dim=1))
 
 
-@dataclass(frozen=True)
-class _Factor:
-    """P (n×d̃), and as numbers on its device 0 where K = H̃ H̃ᵀ is positive definite and an estimate of κ₂(H̃)."""
-
-    factor: Tensor
-    info: Tensor
-    condition: Tensor
-
-
-def _factorize(products: Products, inputs: Tensor, bias: bool, memory: Tensor) -> _Factor:
-    """P in `memory`, by the methods of `pinv` but without a question to the device; no P where info is not 0."""
-    factorize = _factorize_float64 if inputs.dtype == torch.float64 else _factorize_float32
-    return factorize(products, inputs, bias, memory)
-
-
-def _factorize_float32(products: Products, inputs: Tensor, bias: bool, memory: Tensor) -> _Factor:
-    exact = inputs.double()
-    gram, _ = products.gram(exact, bias)
-    inverse, info = products.invert_gram(gram)
-    columns = inputs.shape[1]
-    memory[:, :columns] = products.linear(inverse, exact)
-    if bias:
-        memory[:, columns] = inverse.sum(1)
-    return _Factor(memory, info, condition_from_gram(gram, inverse))
-
-
-def _factorize_float64(products: Products, inputs: Tensor, bias: bool, memory: Tensor) -> _Factor:
-    gram, _ = products.gram(inputs, bias)
-    triangle, info = torch.linalg.cholesky_ex(gram)
-    rows = torch.linalg.solve_triangular(triangle, append_ones(inputs) if bias else inputs, upper=False)
-    correction, second_info = products.invert_gram(products.gram(rows, False)[0])
-    memory.copy_(torch.linalg.solve_triangular(triangle.T, correction @ rows, upper=True))
-    return _Factor(memory, info + second_info, condition_from_gram(gram, products.gram(memory, False)[0]))
-
-
-def _identity_remainder(g: Tensor) -> Tensor:
-    """How much of its length a fixed vector keeps when g − I and its transpose are applied in turn a few times.
-
-    Where that is nothing, or next to it (_VANISHED), g is invertible: a singular g has ‖g − I‖₂ ≥ 1, and what the
-    vector holds of the directions with such a stretch does not shrink. A singular g would pass only if their share of
-    the vector were below _VANISHED. NaN where g is not finite.
-    """
-    vector = probe_vectors(g)[0]
-    length = torch.linalg.vector_norm(vector)
-    for _ in range(_ROUNDS):
-        for matrix in (g, g.T):
-            vector = torch.addmv(vector, matrix, vector, beta=-1)  # (matrix − I) vector
-        kept = torch.linalg.vector_norm(vector) / length
-        if g.is_cpu and kept <= _VANISHED:  # a GPU has done the other rounds before it could answer
-            break
-    return kept
-
-
 def _second_derivative(activation: Activation, z: Tensor) -> Tensor:
     curvature = activation.second_derivative(z)
     return z.new_zeros(()) if curvature is None else curvature
 
 
-def _full_precision(tensor: Tensor) -> torch.autocast:
+def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """Autocast off: it would compute the products of a float32 layer in half precision."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,41 +524,47 @@ def _check_no_tangent(named: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class _Health:
-    """Numbers that a layer's kernel leaves on its device and that are small where the result is sound.
+    """Squared norms that a layer's kernel leaves on its device, of which some are small where the result is sound.
 
     Attributes:
-        remainder: that of g (`_identity_remainder`): above _VANISHED g may be singular.
-        info: not 0 where the Gram matrix of the inputs is not positive definite.
-        condition: κ₂(H̃), an estimate.
-        magnitude: ‖Z‖² + ‖Y‖² + ‖[W', b']‖²: not finite where an argument is not, where Y left the domain of σ⁻¹ or
+        remainder: of the `identity_remainder`: where it is not small g may be singular.
+        gram, inverse: of K and K⁻¹, float64.
+        info: not 0 where K is not positive definite.
+        z, y, weight, bias: of Z, Y, W' and b', not finite where an argument is not, where Y left the domain of σ⁻¹ or
             where numbers overflowed, be it only their squares.
     """
 
     remainder: float
+    gram: float
+    inverse: float
     info: float
-    condition: float
-    magnitude: float
+    z: float
+    y: float
+    weight: float
+    bias: float
 
-    @staticmethod
-    def measure(*numbers: Tensor) -> Tensor:
-        """The attributes in their order, in one tensor on their device."""
-        return torch.stack([number.double() for number in numbers])
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.z + self.y + self.weight + self.bias)
+
+    def matched(self, largest: float) -> bool:
+        """Whether κ₂(H̃) is at most `largest` for sure: κ₂(H̃)² = κ₂(K) ≤ ‖K‖ ‖K⁻¹‖, which is often far too much."""
+        return self.info == 0 and self.gram * self.inverse <= largest**4
 
 
 @torch.no_grad()
 def _check_health(health: _Health, layer: _Layer, z: Tensor, new_weight: Tensor, new_bias: Tensor) -> None:
     """Look closer where a number is not small, and raise the error that is behind it if there is one."""
-    matched = health.info == 0 and health.condition <= MAX_CONDITION[z.dtype]
-    finite = math.isfinite(health.magnitude)
+    matched = health.matched(MAX_CONDITION[z.dtype])
     with _full_precision(z):
-        if not (matched and finite):
+        if not (matched and health.finite):
             for name, tensor in _named(layer.weight, layer.inputs, layer.g, layer.bias).items():
                 _check_finite(name, tensor)
-        if not health.remainder <= _VANISHED:
-            _check_invertible(layer.g)
+        if not _identity_tests(layer.g)[0].passes(health.remainder):
+            _check_invertible(layer.products, layer.g)
         if not matched:
             _check_matched(_widen(layer.inputs), layer.has_bias, health)
-        if not finite:
+        if not health.finite:
             _check_domain(layer.sigma, layer.sigma.forward(z) @ _widen(layer.g).T)
             _check_range("weight", new_weight)
             if layer.has_bias:
@@ -611,8 +607,11 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
-def _check_invertible(g: Tensor) -> None:
+def _check_invertible(products: Products, g: Tensor) -> None:
     widened = _widen(g)
+    for test in _identity_tests(g)[1:]:
+        if test.passes(products.squared_norms([test.remainder(products, widened)]).item()):
+            return
     reciprocal, limit = _reciprocal_condition(widened), 10 * torch.finfo(widened.dtype).eps
     if not reciprocal > limit:
         raise ValueError(
@@ -630,7 +629,7 @@ def _reciprocal_condition(g: Tensor) -> float:
     triangles, pivots, info = torch.linalg.lu_factor_ex(exact)
     if info.item() != 0:
         return 0.0
-    probes = probe_vectors(exact)
+    probes = probe_vectors(_PROBES, exact)
     solved = torch.linalg.lu_solve(triangles, pivots, probes.T)
     stretch = (torch.linalg.vector_norm(solved, dim=0) / torch.linalg.vector_norm(probes, dim=1)).max()
     return (1 / (stretch * torch.linalg.matrix_norm(exact))).nan_to_num(nan=0.0).item()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import products as torch_products
 from .kernels import Products
-from .products import invert_gram, times_own_transpose
+from .products import padded_memory, probe_vectors
 
 MAX_CONDITION: dict[torch.dtype, float] = {torch.float32: 1e5, torch.float64: 1e7}
 """The largest κ₂(H̃), by dtype of the inputs, for which a batch counts as matched."""
@@ -69,45 +69,65 @@ def pinv_factor(inputs: Tensor, bias: bool) -> PinvFactor:
         ValueError: inputs that are empty, not two-dimensional or not finite.
     """
     _check_inputs(inputs)
-    extended = _extend(inputs, bias)
-    found = _factorize(extended)
-    if found is not None and found.info.item() == 0:
-        condition = float(condition_from_gram(found.gram, found.inverse))
-        if condition <= MAX_CONDITION[inputs.dtype]:
-            return PinvFactor(found.factor, len(extended), condition)
-    return _unmatched(extended)
+    inputs = inputs.detach()
+    if len(inputs) <= inputs.shape[1] + int(bias):
+        found = factorize(inputs, bias)
+        if found.info.item() == 0:
+            condition = float(condition_from_gram(found.gram, found.inverse()))
+            if condition <= MAX_CONDITION[inputs.dtype]:
+                return PinvFactor(found.factor(), len(inputs), condition)
+    return _unmatched(append_ones(inputs) if bias else inputs)
 
 
 @dataclass(frozen=True)
-class MinimumNorm:
-    """The minimum-norm ΔW̃ (d_out×d̃) with H̃ ΔW̃ᵀ = E for a batch that is known to be matched: ΔW̃ = Eᵀ P.
+class Factorization:
+    """K of a batch and what follows from it, without a question to the device.
 
-    factor is P for float64 batches. For float32 it is not formed before it is known to be wanted: extended is H̃ and
-    inverse K⁻¹, both in float64. info is an int32 scalar, not 0 where K is not numerically positive definite.
+    Attributes:
+        inputs: H (n×d), n ≤ d̃.
+        bias: whether H̃ has a column of ones.
+        products: what computes.
+        gram: K (float64).
+        info: an int32 scalar, not 0 where K is not numerically positive definite: then the rest holds no meaning.
     """
 
-    factor: Tensor | None
-    extended: Tensor
-    inverse: Tensor
+    inputs: Tensor
+    bias: bool
+    products: Products
+    gram: Tensor
     info: Tensor
 
-    @classmethod
-    def of(cls, inputs: Tensor, bias: bool, products: Products = torch_products) -> MinimumNorm:
-        """For a batch (n×d), n ≤ d̃, without the estimates of `pinv_factor`."""
-        extended = _extend(inputs, bias)
-        if inputs.dtype == torch.float64:
-            found = _factorize_float64(extended)
-            return cls(found.factor, extended, found.inverse, found.info)
-        inverse, info = products.invert_gram(products.gram(inputs, bias)[0])
-        return cls(None, extended.double(), inverse, info)
+    def inverse(self) -> Tensor:
+        """K⁻¹ (float64)."""
+        raise NotImplementedError
 
-    def change(self, residual: Tensor) -> Tensor:
-        """Eᵀ P for a residual E (n×d_out), in the dtype of E; with few columns as (K⁻¹ E)ᵀ H̃, without forming P."""
-        if self.factor is not None:
-            return residual.T @ self.factor
-        if is_thin(residual):
-            return ((self.inverse @ residual.double()).T @ self.extended).to(residual.dtype)
-        return residual.T @ (self.inverse @ self.extended).to(residual.dtype)
+    def factor(self) -> Tensor:
+        """P (n×d̃, dtype of the inputs), whose rows begin at multiples of 16 bytes."""
+        raise NotImplementedError
+
+    def update(self, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The smallest change of W̃ = [W, b] that adds E (n×d_out) to H̃ W̃ᵀ: W̃ + Eᵀ P. None at all where E is 0."""
+        return absorb(self.products, self.factor(), residual, weight, bias)
+
+
+def factorize(inputs: Tensor, bias: bool, products: Products = torch_products) -> Factorization:
+    """K of a batch (n×d, float32 or float64, n ≤ d̃) by the method for its dtype."""
+    gram, _ = products.gram(inputs, bias)
+    if inputs.dtype == torch.float32:
+        inverse, info = products.invert_gram(gram)
+        return _ByInverse(inputs, bias, products, gram, info, inverse)
+    factor, info = _cholesky_qr_2(append_ones(inputs) if bias else inputs, gram, products)
+    return _ByFactor(inputs, bias, products, gram, info, factor)
+
+
+def absorb(
+    products: Products, factor: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, share: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """ρ [W, b] + Eᵀ P for P (n×d̃), a residual E (n×d_out), W (d_out×d_in), b (d_out) or None and the share ρ."""
+    columns = weight.shape[1]
+    kept = weight if share else None
+    new_weight = products.linear(residual.T, factor[:, :columns], kept, beta=share)
+    return new_weight, None if bias is None else torch.addmv(bias, residual.T, factor[:, columns], beta=share)
 
 
 def is_thin(values: Tensor) -> bool:
@@ -132,52 +152,52 @@ def condition_from_gram(gram: Tensor, inverse: Tensor) -> Tensor:
     return (_spectral_norm(gram) * _spectral_norm(inverse)).sqrt()
 
 
-def probe_vectors(matrix: Tensor) -> Tensor:
-    """A few rows to try square matrices on: cos(i²), spread like random vectors, but the same in every run."""
-    size = matrix.shape[-1]
-    steps = torch.arange(1, size * _PROBES + 1, dtype=matrix.dtype, device=matrix.device)
-    return torch.cos(steps.square()).reshape(_PROBES, size)
+@dataclass(frozen=True)
+class _ByInverse(Factorization):
+    """For float32 batches: P is formed only where it is wanted."""
+
+    known_inverse: Tensor
+
+    def inverse(self) -> Tensor:
+        return self.known_inverse
+
+    def factor(self) -> Tensor:
+        return self.products.pseudo_inverse(self.known_inverse, self.inputs, self.bias)
+
+    def update(self, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """With few columns as W̃ + (K⁻¹ E)ᵀ H̃, without forming P."""
+        if not is_thin(residual):
+            return super().update(weight, bias, residual)
+        coefficients = self.products.linear(self.known_inverse, residual.double())
+        exact = self.products.linear(coefficients.T, self.inputs.double(), weight.double())
+        new_bias = None if bias is None else (bias + coefficients.sum(0)).to(bias.dtype)
+        return exact.to(weight.dtype), new_bias
 
 
 @dataclass(frozen=True)
-class _Factorization:
-    """P, K and K⁻¹ in float64, and an int32 scalar that is not 0 where K is not numerically positive definite."""
+class _ByFactor(Factorization):
+    """For float64 batches. P Pᵀ is K⁻¹ to the accuracy of P, which the condition estimate needs near the limit."""
 
-    factor: Tensor
-    gram: Tensor
-    inverse: Tensor
-    info: Tensor
+    known_factor: Tensor
 
+    def inverse(self) -> Tensor:
+        return self.products.gram(self.known_factor, False)[0]
 
-def _extend(inputs: Tensor, bias: bool) -> Tensor:
-    return append_ones(inputs.detach()) if bias else inputs.detach()
-
-
-def _factorize(extended: Tensor) -> _Factorization | None:
-    if len(extended) > extended.shape[1]:
-        return None
-    return _factorize_float32(extended) if extended.dtype == torch.float32 else _factorize_float64(extended)
+    def factor(self) -> Tensor:
+        return self.known_factor
 
 
-def _factorize_float32(extended: Tensor) -> _Factorization:
-    exact = extended.double()
-    matrix = times_own_transpose(exact)
-    inverse, info = invert_gram(matrix)
-    return _Factorization((inverse @ exact).float(), matrix, inverse, info)
-
-
-def _factorize_float64(extended: Tensor) -> _Factorization:
+def _cholesky_qr_2(extended: Tensor, gram: Tensor, products: Products) -> tuple[Tensor, Tensor]:
     """P = L⁻ᵀ (Q Qᵀ)⁻¹ Q with K = L Lᵀ and H̃ = L Q: Q Qᵀ is near I, and its inverse is the second Cholesky pass.
 
-    Q is solved for and not multiplied by L⁻¹: only the solve is backward stable column by column. P Pᵀ is K⁻¹ to the
-    accuracy of the second pass, which the condition estimate needs near the limit.
+    Q is solved for and not multiplied by L⁻¹: only the solve is backward stable column by column.
     """
-    matrix = times_own_transpose(extended)
-    triangle, first = torch.linalg.cholesky_ex(matrix)
+    triangle, first = torch.linalg.cholesky_ex(gram)
     rows = torch.linalg.solve_triangular(triangle, extended, upper=False)
-    correction, second = invert_gram(rows @ rows.T)
-    factor = torch.linalg.solve_triangular(triangle.T, correction @ rows, upper=True)
-    return _Factorization(factor, matrix, factor @ factor.T, torch.maximum(first.abs(), second.abs()))
+    correction, second = products.invert_gram(products.gram(rows, False)[0])
+    factor = padded_memory(extended, *extended.shape)
+    factor.copy_(torch.linalg.solve_triangular(triangle.T, products.linear(correction, rows), upper=True))
+    return factor, first + second
 
 
 def _spectral_norm(matrix: Tensor) -> Tensor:
@@ -187,7 +207,7 @@ def _spectral_norm(matrix: Tensor) -> Tensor:
     """
     scale = torch.linalg.matrix_norm(matrix, keepdim=True)
     scaled = matrix / scale
-    vectors = probe_vectors(matrix)
+    vectors = probe_vectors(_PROBES, matrix)
     for _ in range(_POWER_ITERATIONS):
         vectors = vectors @ scaled
     growth = torch.linalg.vector_norm(vectors @ scaled, dim=-1) / torch.linalg.vector_norm(vectors, dim=-1)

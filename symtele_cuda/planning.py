@@ -36,7 +36,10 @@ class _Batches:
         return replace(self, inputs=tuple(tensors))
 
     def signature(self) -> Hashable:
-        return tuple((b.shape, b.dtype, b.device) for b in self.inputs), self.biased, id(self.products)
+        return self.biased, id(self.products)
+
+    def obstacle(self) -> str | None:
+        return graphs.solver_obstacle(self.products, len(self.inputs[0]))
 
     def fitting(self) -> list[int]:
         """The layers whose input has no more rows than columns, the bias's among them."""

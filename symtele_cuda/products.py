@@ -49,7 +49,7 @@ def linear_activation(
 ) -> tuple[Tensor, Tensor]:
     """Z = a b + 1 vᵀ and σ(Z), with `row` v (m) or None."""
     z = linear(a, b, row=row)
-    return z, _activation(activation, parameter).forward(z)
+    return z, _distinct(_activation(activation, parameter).forward(z), z)
 
 
 def inverse_activation(
@@ -92,7 +92,7 @@ def gram(rows: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """K = H Hᵀ, plus 1 in every element with bias, summed in float64: itself (float64), and in the dtype of H (n×d)."""
     product = times_own_transpose(rows.double())
     exact = product.add_(1.0) if bias else product
-    return exact, exact.to(rows.dtype)
+    return exact, exact.to(rows.dtype, copy=True)
 
 
 def invert_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,16 +108,27 @@ def invert_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cholesky_solve(identity, triangle), info
 
 
+def pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
+    """P = K⁻¹ [H, 1], or K⁻¹ H without bias, from a float64 K⁻¹ (n×n), summed in float64: in the dtype of H (n×d).
+
+    It lies in `padded_memory`.
+    """
+    n, columns = rows.shape
+    result = padded_memory(rows, n, columns + int(bias))
+    result[:, :columns] = inverse @ rows.double()
+    if bias:
+        result[:, columns] = inverse.sum(1)
+    return result
+
+
 def near_dependence(
     grams: Sequence[Tensor], inverses: Sequence[Tensor], infos: Sequence[Tensor], largest: float
 ) -> Tensor:
     """Whether any of the matrices K, with K⁻¹ and info from `invert_gram`, is not positive definite, or may have a
     condition number κ₂ beyond `largest`², by the bound κ₂ ≤ ‖K‖_F ‖K⁻¹‖_F: a bool scalar. NaN counts as beyond."""
-    beyond = torch.zeros((), dtype=torch.bool, device=grams[0].device)
-    for matrix, inverse, info in zip(grams, inverses, infos, strict=True):
-        bound = torch.linalg.vector_norm(matrix) * torch.linalg.vector_norm(inverse)
-        beyond = beyond | (bound <= largest**2).logical_not() | info.bool()
-    return beyond
+    bounds = [torch.linalg.vector_norm(k) * torch.linalg.vector_norm(i) for k, i in zip(grams, inverses, strict=True)]
+    beyond = (torch.stack(bounds) <= largest**2).logical_not_()
+    return beyond.logical_or_(torch.stack([*infos]).bool()).any()
 
 
 def step_batch(
@@ -129,7 +140,7 @@ def step_batch(
     """
     chosen = _activation(activation, parameter)
     moved = torch.addcmul(batch, change, size)
-    targets = chosen.inverse(moved)
+    targets = _distinct(chosen.inverse(moved), moved)
     return moved, targets, chosen.derivative(targets)
 
 
@@ -139,13 +150,34 @@ def step_targets(
     """B' = σ(Y'), Y' = Y + ε ΔY and σ'(Y'), with ε the float64 scalar `size`."""
     chosen = _activation(activation, parameter)
     moved = torch.addcmul(targets, change, size)
-    return chosen.forward(moved), moved, chosen.derivative(moved)
+    return _distinct(chosen.forward(moved), moved), moved, chosen.derivative(moved)
 
 
 def dot_sum(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Σ_i ⟨left_i, right_i⟩ over the pairs of equal shape, summed in float64: a float64 scalar."""
     dots = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
     return (dots[0] if len(dots) == 1 else torch.stack(dots).sum()).double()
+
+
+def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """‖t‖² of every tensor t, of any shape, float32, float64 or int32: a float64 vector.
+
+    The kernels sum in float64; here the sum over a float32 tensor is one of float32.
+    """
+    flat = [t.reshape(-1) if t.is_floating_point() else t.reshape(-1).double() for t in tensors]
+    return torch.stack([torch.dot(t, t).double() for t in flat])
+
+
+def identity_remainder(g: Tensor, vectors: int, rounds: int) -> Tensor:
+    """R = V (Tᵀ T)^rounds (vectors×d) with T = g − I (d×d) and the rows of V as `probe_vectors` has them.
+
+    What V holds along a right singular vector of T, R holds σ^(2 rounds) times, with its σ: a singular g has a σ ≥ 1,
+    so that the part of V along that vector is left in R.
+    """
+    remainder = probe_vectors(vectors, g)
+    for _ in range(rounds):
+        remainder = multiply_remainder(remainder, g)
+    return remainder
 
 
 def commit(accept: Tensor, current: Sequence[Tensor], trial: Sequence[Tensor]) -> None:
@@ -216,6 +248,41 @@ def times_own_transpose(rows: Tensor) -> Tensor:
     upper, lower = rows[:half], rows[half:]
     across = lower @ upper.T
     return torch.cat([torch.cat([upper @ upper.T, across.T], 1), torch.cat([across, lower @ lower.T], 1)])
+
+
+def multiply_remainder(remainder: Tensor, g: Tensor) -> Tensor:
+    """R Tᵀ T with T = g − I."""
+    for matrix in (g.T, g):
+        remainder = torch.addmm(remainder, remainder, matrix, beta=-1)
+    return remainder
+
+
+def padded_memory(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Memory for a matrix in the dtype and on the device of `like`, whose rows begin at multiples of 16 bytes.
+
+    They are the pieces that tensor cores load.
+    """
+    piece = 16 // like.dtype.itemsize
+    return like.new_empty_strided((rows, columns), (-(-columns // piece) * piece, 1))
+
+
+def probe_vectors(count: int, matrix: Tensor) -> Tensor:
+    """A few rows (count×d) to try d×d matrices (…×d×d) on, spread like random ones, but the same in every run.
+
+    Element k, counted from 1 row by row, is h / 2³¹ − 1 for a hash h of k that goes through all 32 bits.
+    """
+    size = matrix.shape[-1]
+    hashed = torch.arange(1, count * size + 1, device=matrix.device).mul_(0x9E3779B1).bitwise_and_(_LOW_BITS)
+    hashed = (hashed ^ (hashed >> 15)).mul_(0x2C1B3C6D).bitwise_and_(_LOW_BITS)
+    return hashed.to(matrix.dtype).mul_(2.0**-31).sub_(1.0).reshape(count, size)
+
+
+_LOW_BITS = 2**32 - 1
+
+
+def _distinct(result: Tensor, other: Tensor) -> Tensor:
+    """`result` in memory of its own, where it is `other` itself, as σ(Z) is Z for the identity."""
+    return result.clone() if result is other else result
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import graphs
 from . import products as torch_products
 from .action import Hindrance, Match, Network, Plan, State, form_weights, initial_state, parameter_list, predict
 from .measurement import Measurement, measure, relative_change
@@ -62,7 +63,8 @@ class Task:
         if self.held is not None:
             tensors += [self.held.samples, self.held.loss.targets]
         if isinstance(objective := self.options.objective, Lookahead):
-            tensors.append(torch.as_tensor(objective.rate, dtype=problem.samples.dtype, device=problem.samples.device))
+            rate = objective.rate
+            tensors.append(rate if isinstance(rate, Tensor) else problem.samples.new_full((), rate))
         return tensors
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Task:
@@ -95,10 +97,9 @@ class Task:
         return replace(self, problem=problem, held=held, matches=matches, options=options)
 
     def signature(self) -> Hashable:
-        """What a program of this task's tensors depends on besides their values."""
+        """What a program of this task depends on besides its tensors."""
         problem, network = self.problem, self.problem.network
         return (
-            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors()),
             tuple(bias is None for bias in network.biases),
             network.activations,
             id(network.products),
@@ -108,6 +109,17 @@ class Task:
             type(self.options.objective),
             replace(self.options, objective=GradNorm()),
         )
+
+    def obstacle(self) -> str | None:
+        """Why a CUDA graph should not hold the search, or None."""
+        problem = self.problem
+        if not problem.loss.default:
+            return "loss_fn is the caller's own, which may do anything"
+        if problem.samples.dtype == torch.float64:
+            return "float64 weights go through a solver library, which may not be captured"
+        if any(self.plan.carried) and not self.plan.first_order_inverse:
+            return "the exact inverse of g goes through a solver library, which may not be captured"
+        return graphs.solver_obstacle(problem.network.products, len(problem.samples))
 
     def start(self) -> State:
         """The state at g = I."""

@@ -92,6 +92,15 @@ class Operands:
         drawn = self.uniform(low + margin, high - margin, *shape)
         return torch.where(drawn.abs() < 0.08, 0.08, drawn)
 
+    def gram_inverse(self) -> Tensor:
+        """In the place of K⁻¹: any matrix of its size."""
+        return self.normal(self.sizes.rows, self.sizes.rows).double()
+
+    def half_of_identity(self) -> Tensor:
+        """A g whose g − I stretches no vector and shrinks none to less than a quarter."""
+        n = self.sizes.columns
+        return self.uniform(-0.1, 0.1, n, n) / math.sqrt(n) + 0.5 * torch.eye(n, dtype=self.dtype, device=DEVICE)
+
     def size(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=DEVICE)
 
@@ -159,7 +168,11 @@ STEP_CALLS: dict[str, tuple[str, Build]] = {
 PLAIN_CALLS: dict[str, tuple[str, Build]] = {
     "gram": ("gram", lambda o, f: (o.a(), False)),
     "gram, bias": ("gram", lambda o, f: (o.a(), True)),
+    "pseudo_inverse": ("pseudo_inverse", lambda o, f: (o.gram_inverse(), o.a(), False)),
+    "pseudo_inverse, bias": ("pseudo_inverse", lambda o, f: (o.gram_inverse(), o.a(), True)),
     "dot_sum": ("dot_sum", lambda o, f: _pairs(o)),
+    "squared_norms": ("squared_norms", lambda o, f: ([o.a(), o.b().double(), o.row(), o.like_result()],)),
+    "identity_remainder": ("identity_remainder", lambda o, f: (o.half_of_identity(), 8, 2)),
 }
 CALLS = MATRIX_CALLS | ACTIVATION_CALLS | STEP_CALLS | PLAIN_CALLS
 
@@ -240,10 +253,10 @@ def assert_same_bits(what: str, one: Sequence[Tensor], other: Sequence[Tensor]) 
 
 
 def tolerances(name: str, dtype: torch.dtype) -> list[float]:
-    """Of every result: Gram matrices and sums of dot products are computed in float64, whatever comes in."""
+    """Of every result: Gram matrices and sums of products are computed in float64, whatever comes in."""
     if name == "gram":
         return [TOLERANCE[torch.float64], TOLERANCE[dtype]]
-    if name == "dot_sum":
+    if name in ("dot_sum", "squared_norms"):
         return [TOLERANCE[torch.float64]]
     return [TOLERANCE[dtype]] * len(getattr(torch.ops.symtele_cuda, name).default._schema.returns)
 
@@ -300,7 +313,7 @@ def kernels_of(work: Callable[[], object]) -> list[str]:
         work()
         torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return [event.name for event in events if not event.name.startswith("Mem")]
+    return [event.name for event in events if not event.name.startswith(("Mem", "Context ", "Stream ", "Event "))]
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -658,52 +659,114 @@ def test_training_s_options() -> None:
 # gpu.sh
 # ---------------------------------------------------------------------------------------------------------------------
 
-STAGES = ["machine", "build", "tests", "sanitizer", "teleport", "layer", "roofline", "training"]
+STAGES = ["machine", "build", "tests", "teleport", "sanitizer", "layer", "roofline", "training"]
+STUB = """#!/bin/bash
+case "$*" in
+  *bench.layer*) echo "layer speaks"; exit 3;;
+  *setup.py*) mkdir -p build/gpu/symtele_cuda; touch build/gpu/symtele_cuda/{_kernels.so,_build.json};;
+  *test_lost*) exit 9;;
+  *test_hangs*) trap 'kill $!; exit 2' INT; sleep 100 >/dev/null 2>&1 & wait;;
+  *junitxml=*)
+    all="$*"
+    xml=${all##*junitxml=}
+    echo "ran $all"
+    echo "<testsuites><testsuite tests='1' failures='0'><testcase name='one'/></testsuite></testsuites>" >"${xml%% *}";;
+  *"$HANG"*) sleep 100;;
+esac
+"""
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
 @pytest.fixture
-def stub(tmp_path: Path) -> Path:
-    """In place of Python, and of the tools of CUDA: does nothing, but fails as bench.layer and hangs as bench.hang."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    python = folder / "python"
-    python.write_text(
-        '#!/bin/sh\ncase "$*" in\n  *bench.layer*) echo "layer speaks"; exit 3;;\n  *"$HANG"*) sleep 100;;\nesac\n'
-    )
+def checkout(tmp_path: Path) -> Path:
+    """What gpu.sh sees of a checkout, a test of each kind, and in place of Python and of CUDA's tools one stub."""
+    folder = tmp_path / "checkout"
+    for name in ("bench", "tests", "symtele_cuda", "bin"):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(ROOT / "bench" / "gpu.sh", folder / "bench")
+    (folder / "symtele_cuda" / "_kernels.so").write_text("of a build before")
+    tests = {"products": ["small", "lost"], "teleport": ["it"], "layer": ["it"], "errors": ["out_of_memory"]}
+    for name, functions in tests.items():
+        text = "".join(f"def test_{function}(call: str) -> None:\n" for function in functions)
+        (folder / "tests" / f"test_gpu_{name}.py").write_text(text)
     for name in ("python", "nvidia-smi", "nvcc", "compute-sanitizer"):
-        (folder / name).write_text(python.read_text())
-        (folder / name).chmod(0o755)
+        (folder / "bin" / name).write_text(STUB)
+        (folder / "bin" / name).chmod(0o755)
     return folder
 
 
-def run_gpu_sh(stub: Path, out: Path, **environ: str) -> tuple[subprocess.CompletedProcess[str], dict[str, int]]:
+def run_gpu_sh(checkout: Path, **environ: str) -> tuple[str, dict[str, int]]:
+    """What it printed, and its stages with their statuses."""
+    stub, out = checkout / "bin", checkout / "out"
     environment = {**os.environ, "PATH": f"{stub}:{os.environ['PATH']}", "PYTHON": str(stub / "python")}
     environment |= {"OUT": str(out), "HANG": "nothing hangs", **environ}
-    command = ["bash", str(ROOT / "bench" / "gpu.sh")]
+    command = ["bash", str(checkout / "bench" / "gpu.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     stages = json.loads((out / "summary.json").read_text(encoding="utf-8"))["stages"]
-    assert [stage["name"] for stage in stages] == STAGES
-    return done, {stage["name"]: stage["status"] for stage in stages}
+    statuses = {stage["name"]: stage["status"] for stage in stages}
+    assert done.returncode == int(any(statuses.values())), done.stderr
+    return done.stdout, statuses
 
 
 @needs_bash
-def test_gpu_sh_goes_on_after_a_stage_that_fails(stub: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done, statuses = run_gpu_sh(stub, out)
-    assert done.returncode == 1
-    assert statuses == {name: 3 if name == "layer" else 0 for name in STAGES}
-    assert "layer speaks" in done.stdout and "layer speaks" in (out / "gpu.log").read_text(encoding="utf-8")
+def test_gpu_sh_goes_on_after_a_stage_that_fails(checkout: Path) -> None:
+    printed, statuses = run_gpu_sh(checkout)
+    assert statuses == {name: {"layer": 3, "tests": 1}.get(name, 0) for name in STAGES}
+    out = checkout / "out"
+    log = (out / "gpu.log").read_text(encoding="utf-8")
+    assert "layer speaks" in printed and "layer speaks" in log
+    assert (checkout / "symtele_cuda" / "_kernels.so").read_text() == ""
     assert len(list(out.iterdir())) <= 8
 
 
 @needs_bash
-def test_gpu_sh_ends_in_time(stub: Path, tmp_path: Path) -> None:
+def test_gpu_sh_runs_every_test_function_by_itself_and_says_which_has_no_result(checkout: Path) -> None:
+    _, statuses = run_gpu_sh(checkout, STAGES="tests")
+    assert statuses == {"tests": 1}
+    log = (checkout / "out" / "gpu.log").read_text(encoding="utf-8")
+    ran = [line.split("pytest -m gpu ")[1].split()[0] for line in log.splitlines() if line.startswith("ran ")]
+    files = {"products": "small", "teleport": "it", "layer": "it", "errors": "out_of_memory"}
+    assert sorted(ran) == sorted(f"tests/test_gpu_{name}.py::test_{function}" for name, function in files.items())
+    told = list(summary.test_lines(checkout / "out"))
+    assert told[0] == "tests: 5 tests, 0 failures, 1 errors, 0 skipped"
+    assert len(told) == 2 and told[1].split() == [
+        "ended",
+        "early",
+        "or",
+        "not",
+        "started,",
+        "1",
+        "functions:",
+        "test_lost",
+    ]
+
+
+@needs_bash
+def test_gpu_sh_ends_in_time(checkout: Path) -> None:
     started = time.monotonic()
-    _, statuses = run_gpu_sh(stub, tmp_path / "out", BUDGET="7", HANG="bench.teleport")
+    _, statuses = run_gpu_sh(checkout, BUDGET="9", HANG="bench.teleport")
     assert statuses["machine"] == statuses["build"] == 0
     assert statuses["teleport"] == statuses["training"] == 124
     assert time.monotonic() - started < 20
+
+
+@needs_bash
+def test_gpu_sh_interrupts_tests_and_keeps_what_there_is(checkout: Path) -> None:
+    (checkout / "tests" / "test_gpu_layer.py").write_text("def test_hangs() -> None:\n")
+    _, statuses = run_gpu_sh(checkout, STAGES="tests", BUDGET="22")
+    assert statuses == {"tests": 1}
+    told = list(summary.test_lines(checkout / "out"))
+    assert told[0] == "tests: 5 tests, 0 failures, 3 errors, 0 skipped"
+    assert told[1].endswith("3 functions: test_out_of_memory, test_hangs, test_lost")
+
+
+def test_gpu_sh_runs_every_file_of_gpu_tests() -> None:
+    script = (ROOT / "bench" / "gpu.sh").read_text(encoding="utf-8")
+    named = re.search(r"tests/test_gpu_\{([\w,]+)\}\.py", script)
+    assert named is not None
+    marker = re.compile(r"^pytestmark = pytest\.mark\.gpu$", re.MULTILINE)
+    marked = [path.stem for path in (ROOT / "tests").glob("test_*.py") if marker.search(path.read_text("utf-8"))]
+    assert sorted(f"test_gpu_{name}" for name in named[1].split(",")) == sorted(marked)
 
 
 def test_the_sanitizer_sees_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -766,32 +829,52 @@ def test_the_summary_says_what_there_is(tmp_path: Path) -> None:
             ]
         },
     )
+    (tmp_path / "gpu.log").write_text("=== machine\na GPU, torch 2.11\n132 multiprocessors\nmore\n")
     (tmp_path / "tests.xml").write_text(
-        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"><testcase classname="a" name="b">'
-        '<failure/></testcase><testcase classname="a" name="c"/></testsuite></testsuites>'
+        '<testsuites><testsuite tests="4" failures="2" errors="0" skipped="1"><testcase classname="a" name="b[x-1]">'
+        '<failure message="off by&#10;one"/></testcase><testcase classname="a" name="b[x-2]"><failure/></testcase>'
+        '<testcase classname="a" name="c"/></testsuite></testsuites>'
     )
     (tmp_path / "sanitizer.log").write_text(
         "=== memcheck\nblah\n========= ERROR SUMMARY: 2 errors\n=== racecheck\n"
         "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n=== synccheck\n"
     )
     requirements = {"seconds": Check(2.0, at_most=1.0), "units": Check(3.0), "speedup": Check(4.0, at_least=3.0)}
-    shapes = {"small": {"requirements": requirements, "checks": {"drift": Check(math.nan, at_most=1e-5)}}}
+    shapes: dict[str, Any] = {
+        "small": {"requirements": requirements, "checks": {"drift": Check(math.nan, at_most=1e-5)}}
+    }
+    shapes["small"]["timings"] = {UNIT: timing(1e-3), teleport.GRAD_NORM: timing(0.5)}
+    shapes["broken"] = {"error": "it broke"}
     harness.write_json(tmp_path / "teleport.json", {"machine": "a machine", "shapes": shapes})
+    harness.write_json(tmp_path / "roofline.json", {"settings": {"ceilings": CEILINGS}, "shapes": {}})
     lines = [line.split() for line in summary.summary(tmp_path).splitlines()]
     for expected in (
+        "a GPU, torch 2.11",
+        "132 multiprocessors",
         "build ok 9 s",
         "tests OUT OF TIME 7 s",
         "layer FAILED (3) 2 s",
-        "tests: 3 tests, 1 failures, 0 errors, 1 skipped",
-        "FAIL a::b",
+        "tests: 4 tests, 2 failures, 0 errors, 1 skipped",
+        "FAIL a::b, 2 times: [x-1] off by one",
         "sanitizer, memcheck: ERROR SUMMARY: 2 errors",
         "sanitizer, racecheck: RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
         "sanitizer, synccheck: no summary",
-        "teleport: a machine",
-        "FAIL small: seconds 2 (<= 1)",
-        "small: units 3",
-        "pass small: speedup 4 (>= 3)",
+        "teleport: times in ms",
+        "small: f+b 1, grad_norm 500; FAIL seconds 2 (<= 1), units 3, pass speedup 4",
         "WRONG small: drift none (<= 1e-05)",
+        "ERROR broken: it broke",
         "layer: no result",
     ):
         assert expected.split() in lines, expected
+    assert any(line[:3] == ["roofline:", "copy", "1000"] for line in lines)
+
+
+def test_the_summary_fits_the_end_of_a_log(tmp_path: Path) -> None:
+    cases = "".join(
+        f'<testcase classname="a" name="test_{i}[x]"><failure message="{"y" * 999}"/></testcase>' for i in range(99)
+    )
+    (tmp_path / "tests.xml").write_text(
+        f'<testsuites><testsuite tests="99" failures="99">{cases}</testsuite></testsuites>'
+    )
+    text = summary.summary(tmp_path)
+    assert len(text) <= 12_000 and "79 functions more" in text and "training: no result" in text

@@ -200,6 +200,11 @@ def test_the_default_list_goes_as_far_as_the_toolkit() -> None:
     assert decide({}, CUDA_TORCH, older, CUTLASS).architectures == ("8.0", "9.0+PTX")
 
 
+def test_an_architecture_older_than_the_kernels_is_refused() -> None:
+    with pytest.raises(BuildError, match=r"asks for 7\.5, but the kernels need 8\.0 or newer"):
+        build_decision.select_architectures({"TORCH_CUDA_ARCH_LIST": "7.5;8.0"}, TOOLKIT)
+
+
 def test_a_toolkit_without_any_default_architecture_is_an_error() -> None:
     oldest = dataclasses.replace(TOOLKIT, architectures=("7.0", "7.5"))
     with pytest.raises(BuildError, match=r"knows none of 8\.0"):
@@ -515,7 +520,7 @@ def test_info_names_what_results_depend_on() -> None:
     text = info.describe()
     for line in (
         f"torch           {torch.__version__}",
-        f"float32 matmul: {torch.get_float32_matmul_precision()}",
+        "float32 matmul: float32",
         f"CPU threads:    {torch.get_num_threads()}",
         "CUDA device",
     ):

@@ -142,8 +142,9 @@ def test_the_last_candidate_is_the_last_accepted_state_s():
 def test_nothing_is_read_back_and_everything_stays_on_the_device(case, activation):
     """With fake tensors on a CUDA device any read-back raises, and so does a tensor left on another device."""
     task = make_task([20, 24, 22, 5], activation, **CASES[case])
+    tensors = task.tensors()
     with FakeTensorMode(), torch.no_grad():
-        fake = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in task.tensors()]
+        fake = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors]
         program = device_search.run_program(task.with_tensors(fake))
     assert program.rows.device.type == "cuda" and program.rows.shape[0] == task.options.steps
     assert all(weight.device.type == "cuda" for weight in program.last.network.weights)
@@ -170,7 +171,8 @@ def test_the_compiled_operators_take_every_operand_of_the_search(case):
         expected, got = (device_search.find(which) for which in (task, compiled))
     assert_same(expected.result, got.result, rel=1e-12)
     assert got.backend.startswith("cuda kernels on cpu")
+    tensors = task.tensors()
     with FakeTensorMode(), torch.no_grad():
-        fake = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in task.tensors()]
+        fake = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors]
         program = device_search.run_program(compiled.with_tensors(fake))
     assert program.rows.device.type == "cuda"

@@ -19,9 +19,9 @@ from torch import Tensor
 from symtele_cuda import products
 from symtele_cuda.activations import make_activation
 
-GRAM, INVERT_GRAM, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE = range(7)
+GRAM, INVERT_GRAM, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE, SQUARED_NORMS, PROBES = range(9)
 DTYPES = (torch.float32, torch.float64)
-DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1}
+DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.int32: 2}
 
 # In the order of ActivationKind.
 ACTIVATIONS = {"identity": 0.0, "leaky_relu": 0.1, "tanh": 0.0, "sigmoid": 0.0, "softplus": 2.0, "elu": 1.5}
@@ -330,6 +330,65 @@ def test_dot_sum_of_nothing(program):
         assert float(result) == 0
 
 
+# --- squared_norms ---------------------------------------------------------------------------------------------------
+
+
+def check_squared_norms(program: Path, sizes: Sequence[int], offset: int = 0) -> None:
+    """Of tensors of all dtypes in turn."""
+    dtypes = [list(DTYPE_NUMBERS)[i % 3] for i in range(len(sizes))]
+    tensors = [
+        (100 * normal(size, seed=i)).to(dtype) for i, (size, dtype) in enumerate(zip(sizes, dtypes, strict=True))
+    ]
+    items: list = [len(sizes)]
+    for tensor in tensors:
+        place = offset * tensor.element_size()
+        items += [DTYPE_NUMBERS[tensor.dtype], place, len(tensor), offset_buffer(tensor, offset)]
+    (result,) = run_case(program, SQUARED_NORMS, items, [(torch.float64, (len(sizes),))])
+    assert result is not None
+    expected = torch.stack([tensor.double().square().sum() for tensor in tensors])
+    torch.testing.assert_close(result, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("sizes", [[1], [0, 5], [3, 7, 1, 1], [4096] * 3, [4095, 40, 4097, 3, 0, 5, 10240], [300] * 64])
+def test_squared_norms(program, sizes, offset):
+    check_squared_norms(program, sizes, offset)
+
+
+def test_squared_norms_beyond_the_largest_grid(program):
+    check_squared_norms(program, [1_100_001, 5, 3])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
+def test_squared_norms_that_are_no_numbers_stay_with_their_tensor(program, value):
+    bad, good = torch.full((3,), value, dtype=torch.float64), torch.ones(5)
+    items = [2, 1, 0, 3, bad, 0, 0, 5, good]
+    (result,) = run_case(program, SQUARED_NORMS, items, [(torch.float64, (2,))])
+    assert not result[0].isfinite() and result[1] == 5
+
+
+def test_squared_norms_of_nothing(program):
+    assert run_case(program, SQUARED_NORMS, [0], [(torch.float64, (0,))]) == [None]
+
+
+# --- probes ----------------------------------------------------------------------------------------------------------
+
+
+def check_probes(program: Path, dtype: torch.dtype, count: int, size: int) -> None:
+    (values,) = run_case(program, PROBES, [DTYPE_NUMBERS[dtype], count * size], [(dtype, (count, size))])
+    assert torch.equal(values, products.probe_vectors(count, torch.empty(size, size, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 7), (8, 512), (32, 9000)])
+def test_probes(program, count, size, dtype):
+    check_probes(program, dtype, count, size)
+
+
+def test_no_probes(program):
+    assert run_case(program, PROBES, [0, 0], [(torch.float32, (0,))]) == [None]
+
+
 # --- commit ----------------------------------------------------------------------------------------------------------
 
 
@@ -545,6 +604,30 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
         "if (threadIdx.x < grams.count) {",
         "if (threadIdx.x + 1 < grams.count) {",
         partial(check_near_dependence, largest=1e9, sizes=[5, 4], info=3),
+    ),
+    "a dtype for another": (
+        "reduce.cuh",
+        "sum_of_squares<int32_t>(tensor",
+        "sum_of_squares<float>(tensor",
+        partial(check_squared_norms, sizes=[3, 3, 5]),
+    ),
+    "the sums of another tensor": (
+        "reduce.cuh",
+        "partial[blockIdx.x * count + threadIdx.x]",
+        "partial[blockIdx.x + count * threadIdx.x]",
+        partial(check_squared_norms, sizes=[3, 7, 5000]),
+    ),
+    "a hash of the element before": (
+        "probes.cuh",
+        "static_cast<uint32_t>(i + 1)",
+        "static_cast<uint32_t>(i)",
+        partial(check_probes, dtype=torch.float32, count=2, size=7),
+    ),
+    "probes behind the last": (
+        "probes.cuh",
+        "i < count; i += threads",
+        "i <= count; i += threads",
+        partial(check_probes, dtype=torch.float64, count=3, size=5),
     ),
     "a copy without asking": (
         "commit.cuh",

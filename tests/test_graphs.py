@@ -38,8 +38,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     graphs.clear()
     recorder = Recorder()
     monkeypatch.setattr(graphs, "_capture", recorder)
+    monkeypatch.setattr(graphs, "CAPTURED_CALL", 1)
     monkeypatch.setattr(graphs, "_lane", lambda: "the only one")
-    monkeypatch.setattr(graphs, "_obstacle", lambda work: None if isinstance(work, Task) else "only searches")
+    monkeypatch.setattr(graphs, "_obstacle", lambda work, tensors: None if isinstance(work, Task) else "only searches")
     yield recorder
     graphs.clear()
 
@@ -88,13 +89,46 @@ def test_another_kind_of_task_has_a_graph_of_its_own(recorder, change):
 
 def test_the_matmul_precision_is_part_of_the_kind(recorder):
     replayed(make_task(DIMS))
-    before = torch.get_float32_matmul_precision()
+    before = torch.backends.cuda.matmul.fp32_precision
     try:
-        torch.set_float32_matmul_precision("medium" if before == "highest" else "highest")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
         replayed(make_task(DIMS))
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = before
     assert recorder.captured == 2
+
+
+def test_the_first_of_a_kind_is_not_captured(recorder, monkeypatch):
+    monkeypatch.setattr(graphs, "CAPTURED_CALL", 2)
+    task = make_task(DIMS)
+    with torch.no_grad():
+        assert graphs.run(task, run_program)[1] == "no CUDA graph: the first of its kind is not captured"
+    assert recorder.captured == 0
+    replayed(task)
+    assert recorder.captured == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(), "float64 weights go through a solver library"),
+        (dict(dtype=torch.float32), "plain torch factorizes by a solver library"),
+    ],
+    ids=str,
+)
+def test_what_goes_through_solver_libraries_is_not_captured(changes, reason):
+    assert reason in make_task(DIMS, **changes).obstacle()
+
+
+def test_narrow_layers_with_the_exact_inverse_are_not_captured():
+    narrow = dict(n=15, dtype=torch.float32)
+    assert "the exact inverse of g" in make_task([20, 9, 11, 5], **narrow).obstacle()
+    assert "the exact inverse" not in make_task([20, 9, 11, 5], inverse="first_order", **narrow).obstacle()
+
+
+def test_own_kernels_factorize_up_to_a_size():
+    assert graphs.solver_obstacle(object(), 512) is None
+    assert "n > 512" in graphs.solver_obstacle(object(), 513)
 
 
 def test_only_the_graphs_used_last_are_kept(recorder):
@@ -120,8 +154,9 @@ def test_a_capture_that_fails_is_not_tried_again_and_its_reason_is_told(monkeypa
         return "its capture failed (operation not permitted)"
 
     monkeypatch.setattr(graphs, "_capture", fail)
+    monkeypatch.setattr(graphs, "CAPTURED_CALL", 1)
     monkeypatch.setattr(graphs, "_lane", lambda: 0)
-    monkeypatch.setattr(graphs, "_obstacle", lambda work: None if isinstance(work, Task) else "only searches")
+    monkeypatch.setattr(graphs, "_obstacle", lambda work, tensors: None if isinstance(work, Task) else "only searches")
     task = make_task(DIMS)
     for _ in range(2):
         program, how = graphs.run(task, run_program)
@@ -137,10 +172,7 @@ def test_where_there_is_no_gpu_the_report_says_so():
     assert found.backend == "torch on cpu, no CUDA graph: there is none on this device"
 
 
-@torch.no_grad()
-def test_a_loss_of_the_caller_s_own_is_never_captured(recorder):
+def test_a_loss_of_the_caller_s_own_is_never_captured():
     task = make_task(DIMS)
     own = replace(task.problem, loss=replace(task.problem.loss, default=False))
-    found = device_search.find(replace(task, problem=own))
-    assert found.backend.startswith("torch on cpu, no CUDA graph: loss_fn is the caller's own")
-    assert recorder.captured == 0
+    assert replace(task, problem=own).obstacle().startswith("loss_fn is the caller's own")

@@ -52,6 +52,7 @@ JIT_TYPES = {
     Sequence[float]: "List[float]",
     float: "float",
     bool: "bool",
+    int: "int",
     str: "str",
 }
 
@@ -150,6 +151,10 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "change": ("step_batch", (A, B, SIZE, "tanh", 0.0), ValueError, r"change must have shape \(3, 4\), got \(4, 5\)"),
     "size": ("step_targets", (A, A, SIZE.float(), "tanh", 0.0), TypeError, r"size must be of dtype torch.float64"),
     "right": ("dot_sum", ([A, B], [A, C]), ValueError, r"right must have shape \(4, 5\), got \(3, 5\)"),
+    "inverse": ("pseudo_inverse", (A.double(), A, True), ValueError, r"inverse must have shape \(3, 3\), got \(3, 4\)"),
+    "rounded inverse": ("pseudo_inverse", (A[:, :3], A, True), TypeError, r"inverse must be of dtype torch.float64"),
+    "g": ("identity_remainder", (A, 8, 2), ValueError, r"g must have shape \(3, 3\), got \(3, 4\)"),
+    "long": ("squared_norms", ([A, A.long()],), TypeError, r"tensors must be of dtype .* or int32, got .*int64"),
     "accept": ("commit", (SIZE, [A], [A]), TypeError, r"accept must be of dtype torch.bool, got torch.float64"),
     "trial": ("commit", (SIZE > 0, [A], [B]), ValueError, r"trial must have shape \(3, 4\), got \(4, 5\)"),
     "infos": (

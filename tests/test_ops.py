@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from symtele_cuda import extension, ops, reference
+from symtele_cuda import extension, ops, products, reference
 from symtele_cuda.activations import ELU, Activation, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
 from symtele_cuda.errors import TeleportError
 from symtele_cuda.ops import teleport_layer
+from symtele_cuda.pinv import MAX_CONDITION, append_ones, pinv_factor
+from symtele_cuda.products import probe_vectors, squared_norms
 
 ONE_OF_EACH = [LeakyReLU(0.1), Tanh(), Sigmoid(), Softplus(3.0), ELU(0.4), Identity()]
 EVERY = [*ONE_OF_EACH, LeakyReLU(2.0), Softplus(), ELU()]
@@ -403,9 +405,9 @@ def test_fake_kernels_know_the_shapes_and_refuse_wrong_ones() -> None:
     operator = torch.ops.symtele_cuda.teleport_layer
     outputs = operator(*layer.tensors(), "tanh", 0.0, "paper", "auto")
     assert {output.device.type for output in outputs} == {"meta"}
-    assert [tuple(output.shape) for output in outputs] == [(3, 5), (3,), (4, 3), (4, 3), (4, 6), (4,)]
+    assert [tuple(output.shape) for output in outputs] == [(3, 5), (3,), (4, 3), (4, 3), (4, 3), (4, 6), (8,)]
     without_bias = operator(*layer.tensors()[:3], None, "tanh", 0.0, "paper", "auto")
-    assert [tuple(output.shape) for output in without_bias] == [(3, 5), (0,), (4, 3), (4, 3), (4, 5), (4,)]
+    assert [tuple(output.shape) for output in without_bias] == [(3, 5), (0,), *3 * [(4, 3)], (4, 5), (8,)]
     with pytest.raises(ValueError, match=r"g must have shape \(d_out=3, d_out=3\), got \(5, 3\)"):
         operator(layer.weight, layer.inputs, layer.weight.T, layer.bias, "tanh", 0.0, "paper", "auto")
 
@@ -677,11 +679,188 @@ def test_a_singular_g_near_the_identity_is_refused(d_out: int, scale: float, dty
             teleport_layer(layer.weight, layer.inputs, g.to(dtype))
 
 
+# --- the test that g is near I ----------------------------------------------------------------------------------------
+
+TESTS = dict(zip(("CPU", "GPU", "second GPU"), (*ops._CPU_TESTS, *ops._GPU_TESTS), strict=True))
+every_test = pytest.mark.parametrize("test", TESTS.values(), ids=TESTS)
+
+
+def passes(g: Tensor, test: ops._IdentityTest) -> bool:
+    """As `remainder` has it on a CPU, and as it has it on a GPU."""
+    remainders = test.remainder(products, g), products.identity_remainder(g, test.vectors, test.rounds)
+    on_cpu, on_gpu = (test.passes(squared_norms([remainder]).item()) for remainder in remainders)
+    assert on_cpu or not on_gpu
+    return on_cpu
+
+
+def near_identity(size: int, distance: float, seed: int = 1) -> Tensor:
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.eye(size, dtype=torch.float64) + distance / math.sqrt(size) * noise
+
+
+def unit(size: int, seed: int) -> Tensor:
+    drawn = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn / torch.linalg.vector_norm(drawn)
+
+
+@every_test
+@pytest.mark.parametrize("size", [1, 2, 7, 50, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_factorisation_is_left_out_only_near_the_identity(dtype: torch.dtype) -> None:
-    identity = torch.eye(50, dtype=dtype)
-    generator = torch.Generator().manual_seed(1)
-    noise = (torch.randn(50, 50, generator=generator, dtype=torch.float64) / math.sqrt(50)).to(dtype)
-    assert all(ops._identity_remainder(identity + size * noise) <= ops._VANISHED for size in (0.0, 1e-3, 0.1))
-    far = [-identity, 3 * identity, noise, identity + noise, identity * math.nan, identity * math.inf, 0 * identity]
-    assert not any(ops._identity_remainder(g) <= ops._VANISHED for g in far)
+def test_what_is_near_the_identity_passes(dtype: torch.dtype, size: int, test: ops._IdentityTest) -> None:
+    assert all(passes(near_identity(size, distance).to(dtype), test) for distance in (0.0, 1e-3, 0.1))
+
+
+@every_test
+@pytest.mark.parametrize("size", [7, 50, 512])
+def test_averages_pass(test: ops._IdentityTest, size: int) -> None:
+    """g as bounded activations need it: every row a mixture, nonnegative and not above 1 in all."""
+    mixing = torch.rand(size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert passes(0.6 * torch.eye(size) + 0.3 * mixing / mixing.sum(1, keepdim=True), test)
+
+
+@every_test
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_far_from_the_identity_does_not_pass(dtype: torch.dtype, test: ops._IdentityTest) -> None:
+    identity, noise = torch.eye(50, dtype=dtype), near_identity(50, 1.0).to(dtype)
+    far = [-identity, 3 * identity, noise, identity * math.nan, identity * math.inf, 1e30 * identity]
+    assert not any(passes(g, test) for g in far)
+
+
+def singular_near_identity(size: int, seed: int, distance: float) -> Tensor:
+    """The nearest to I + distance N / √d without a part along a random direction."""
+    direction = unit(size, seed)
+    g = near_identity(size, distance, seed + 1)
+    return g - torch.outer(g @ direction, direction)
+
+
+def projection_on_few(size: int, seed: int) -> Tensor:
+    basis = torch.linalg.qr(
+        torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ).Q
+    rank = max(size // 2, 1) if size > 1 else 0
+    return basis[:, :rank] @ basis[:, :rank].T
+
+
+def of_any_spectrum(size: int, seed: int) -> Tensor:
+    """U diag(σ) Vᵀ with V near U and one σ zero: far from symmetric, singular values from 0 to 1.2."""
+    source = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(size, size, generator=source, dtype=torch.float64)).Q
+    right = torch.linalg.qr(left + 0.05 / math.sqrt(size) * torch.randn(size, size, generator=source).double()).Q
+    values = 1 + 0.2 * (2 * torch.rand(size, generator=source, dtype=torch.float64) - 1)
+    values[seed % size] = 0
+    return (left * values) @ (right * torch.sign((left * right).sum(0))).T
+
+
+@every_test
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 40, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_no_random_singular_g_passes(dtype: torch.dtype, size: int, test: ops._IdentityTest) -> None:
+    for seed in range(200 if size < 100 else 10):
+        for g in (
+            singular_near_identity(size, seed, 0.0),
+            singular_near_identity(size, seed, 0.1),
+            projection_on_few(size, seed),
+            of_any_spectrum(size, seed),
+        ):
+            assert not passes(g.to(dtype), test), seed
+
+
+@every_test
+@pytest.mark.parametrize("size", [2, 3, 16, 65, 128])
+def test_no_singular_g_of_some_structure_passes(size: int, test: ops._IdentityTest) -> None:
+    identity = torch.eye(size, dtype=torch.float64)
+    for i in range(size):
+        without_row, without_column, twice, opposite = (identity.clone() for _ in range(4))
+        without_row[i] = 0
+        without_column[:, i] = 0
+        twice[i] = twice[i - 1]
+        opposite[i] = -opposite[i - 1]
+        rolled = identity - torch.roll(identity, i, dims=0)
+        wave = torch.cos(2 * math.pi * i / size * torch.arange(size, dtype=torch.float64))
+        without_wave = identity - torch.outer(wave, wave) / wave.square().sum()
+        for g in (without_row, without_column, twice, twice.T, opposite, rolled, without_wave):
+            assert not passes(g, test), i
+    centred = identity - torch.ones_like(identity) / size
+    sums, shift = identity.tril() - identity, torch.diag(torch.ones(size - 1, dtype=torch.float64), 1)
+    for g in (centred, sums, shift, identity - 2 * centred + centred, 0 * identity, torch.ones_like(identity)):
+        assert not passes(g, test)
+
+
+@every_test
+@pytest.mark.parametrize("size", [2, 40, 200])
+def test_no_rank_one_change_that_makes_the_identity_singular_passes(size: int, test: ops._IdentityTest) -> None:
+    for seed in range(50):
+        u, v = unit(size, seed), unit(size, seed + 1000)
+        assert not passes(torch.eye(size).double() - torch.outer(u, v) / (u @ v), test)
+
+
+@pytest.mark.parametrize("size", [3, 16, 128, 700, 2500])
+@every_test
+def test_the_fixed_vectors_miss_no_pair_of_coordinates(size: int, test: ops._IdentityTest) -> None:
+    """‖V x‖² for x = e_i and (e_i ± e_k) / √2, which singular g of few changed elements stretch."""
+    vectors = probe_vectors(test.vectors, torch.empty(size, size, dtype=torch.float64))
+    gram = vectors.T @ vectors
+    lengths = gram.diagonal()
+    pairs = (lengths[:, None] + lengths) / 2 - gram.abs() + torch.diag(torch.full_like(lengths, math.inf))
+    assert min(lengths.min(), pairs.min()) > test.vanished
+
+
+def test_a_g_near_the_identity_is_not_factorized(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(4, 6, 40, bias=True)
+    monkeypatch.setattr(ops, "_check_invertible", lambda *arguments: pytest.fail("factorized"))
+    teleport_layer(*layer.tensors())
+
+
+@pytest.mark.parametrize(("distance", "looked_at"), [(0.1, 0), (0.36, 1), (2.0, 2)])
+def test_a_gpu_tries_twice_before_it_factorizes(
+    distance: float, looked_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make_layer(4, 6, 200, bias=True)
+    calls: list[str] = []
+
+    def recorded(name: str) -> None:
+        original = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *arguments: calls.append(name) or original(*arguments))
+
+    monkeypatch.setattr(ops, "_identity_tests", lambda g: ops._GPU_TESTS)
+    recorded("_check_invertible")
+    recorded("_reciprocal_condition")
+    teleport_layer(*replace(layer, g=near_identity(200, distance)).tensors())
+    assert calls == ["_check_invertible", "_reciprocal_condition"][:looked_at]
+
+
+# --- the bound of the condition ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@with_and_without_bias
+@pytest.mark.parametrize("share", [0.2, 0.95])
+def test_a_batch_near_the_limit_is_looked_at_and_taken(
+    dtype: torch.dtype, bias: bool, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = conditioned_layer(share * MAX_CONDITION[dtype], bias, dtype)
+    looked_at: list[Tensor] = []
+    monkeypatch.setattr(ops, "pinv_factor", lambda *batch: looked_at.append(batch[0]) or pinv_factor(*batch))
+    apply(layer, Tanh(), "least_change")
+    assert len(looked_at) == (share > 0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@with_and_without_bias
+def test_a_batch_beyond_the_limit_is_refused(dtype: torch.dtype, bias: bool) -> None:
+    layer = conditioned_layer(3 * MAX_CONDITION[dtype], bias, dtype)
+    with pytest.raises(TeleportError, match="must have a condition number of at most"):
+        apply(layer, Tanh(), "least_change")
+
+
+def conditioned_layer(condition: float, bias: bool, dtype: torch.dtype) -> Layer:
+    """Two inputs so near to each other that κ₂([H, 1]), or κ₂(H), is this; the others are orthogonal."""
+    layer = make_layer(40, 60, 5, bias)
+    basis = 8 * torch.linalg.qr(layer.inputs.T).Q.T  # of lengths beside which the ones are small
+
+    def apart(distance: float) -> Tensor:
+        return torch.cat([basis[:-1], basis[:1] + distance * basis[-1:]])
+
+    values = torch.linalg.svdvals(append_ones(apart(1e-3)) if bias else apart(1e-3))
+    inputs = apart(1e-3 * (values[0] / values[-1]).item() / condition)
+    return replace(layer, inputs=inputs).map(lambda tensor: tensor.to(dtype))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from symtele_cuda import kernels, ops, products, teleport_layer
 from symtele_cuda.activations import Activation, Tanh
+from symtele_cuda.pinv import append_ones
 
 KERNELS = sorted(path for path in CSRC.glob("*.cu") if path.stem != "matmul_tensor")
 NAMESPACE = "symtele_cuda_on_cpu"
@@ -87,6 +88,9 @@ def compare(operators: kernels.Products, name: str, make: Callable[[], tuple[Any
     """An operator with its twin, on the same arguments."""
     actual, expected = (results_of(getattr(where, name), name, make()) for where in (operators, products))
     for one, other in zip(actual, expected, strict=True):
+        if name == "pseudo_inverse":  # its rows begin at multiples of 16 bytes
+            assert one.stride() == other.stride()
+            one, other = one.contiguous(), other.contiguous()
         assert_agree(one, other, tolerance)
 
 
@@ -164,11 +168,37 @@ def test_gram_matrices_beyond_our_own_kernels(operators: kernels.Products, dtype
     assert operators.invert_gram(exact)[1].item() == 401
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_identity_remainder(operators: kernels.Products, size: int, dtype: torch.dtype) -> None:
+    g = torch.eye(size, dtype=dtype) + normal(size, size, dtype=dtype) / 2 / size**0.5
+    for matrix in (g, g.T):
+        compare(operators, "identity_remainder", lambda m=matrix: (m, 8, 2), 50 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_pseudo_inverse_hides_the_condition_of_the_gram_matrix(
+    operators: kernels.Products, dtype: torch.dtype, bias: bool
+) -> None:
+    rows = normal(20, 31, dtype=dtype)
+    rows[3] = rows[4] + 1e-3 * rows[3]
+    inverse, _ = operators.invert_gram(operators.gram(rows, bias)[0])
+    extended = append_ones(rows).double() if bias else rows.double()
+    factor = operators.pseudo_inverse(inverse, rows, bias)
+    assert factor.stride() == (32, 1)
+    residual = factor.double() @ extended.T - torch.eye(20, dtype=torch.float64)
+    condition = torch.linalg.cond(extended)
+    lost = torch.finfo(dtype).eps * condition + torch.finfo(torch.float64).eps * condition**2
+    assert torch.linalg.matrix_norm(residual, 2) <= 10 * lost
+
+
 def test_more_tensors_than_one_launch_takes(operators: kernels.Products) -> None:
     left = [normal(3, 5, seed=i) for i in range(150)]
     right = [normal(3, 5, seed=i + 1000) for i in range(150)]
     compare(operators, "dot_sum", lambda: (left, right), 2e-6)
     compare(operators, "commit", lambda: (torch.tensor(True), [one.clone() for one in left], right), 0.0)
+    compare(operators, "squared_norms", lambda: (left,), 2e-6)
     operators.commit(torch.tensor(True), [], [])
     exact, info = torch.eye(3, dtype=torch.float64), torch.tensor(0, dtype=torch.int32)
     for last, expected in ((1.0, False), (1e-3, True)):
@@ -251,6 +281,10 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "sizes": ("step_batch", (A, A, A.double(), "tanh", 0.0), ValueError, r"size must have one element, got shape"),
     "right": ("dot_sum", ([A, B], [A, C]), ValueError, r"right must have shape \[4, 5\], got \[3, 5\]"),
     "lists": ("dot_sum", ([A, B], [A]), ValueError, r"right must have as many tensors as left, 2, got 1"),
+    "rows": ("pseudo_inverse", (A.double(), A, True), ValueError, r"inverse must have shape \[3, 3\], got \[3, 4\]"),
+    "inverse": ("pseudo_inverse", (A[:, :3], A, True), TypeError, r"inverse must be of dtype float64, got float32"),
+    "g": ("identity_remainder", (A, 8, 2), ValueError, r"g must have shape \[3, 3\], got \[3, 4\]"),
+    "long": ("squared_norms", ([A, A.long()],), TypeError, r"tensors must be of dtype .* or int32, got int64"),
     "accept": ("commit", (SIZE, [A], [A]), TypeError, r"accept must be of dtype bool, got float64"),
     "trial": ("commit", (SIZE > 0, [A], [B]), ValueError, r"trial must have shape \[3, 4\], got \[4, 5\]"),
     "infos": (

@@ -12,6 +12,7 @@ from symtele_cuda.pinv import (
     MAX_CONDITION,
     append_ones,
     condition_from_gram,
+    factorize,
     pinv_factor,
 )
 from symtele_cuda.products import gram, invert_gram
@@ -208,6 +209,46 @@ def test_gram_and_its_inverse(dtype: torch.dtype, bias: bool) -> None:
 )
 def test_a_matrix_that_is_not_positive_definite_has_no_inverse(matrix: Tensor) -> None:
     assert invert_gram(matrix.double())[1].item() != 0
+
+
+@every_dtype
+@pytest.mark.parametrize("bias", [False, True])
+def test_factorization(dtype: torch.dtype, bias: bool) -> None:
+    inputs = normal(12, 20, dtype=dtype)
+    extended = append_ones(inputs.double()) if bias else inputs.double()
+    found = factorize(inputs, bias)
+    assert (found.info.item(), found.info.dtype, found.info.ndim) == (0, torch.int32, 0)
+    torch.testing.assert_close(found.gram, extended @ extended.T, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(found.inverse() @ found.gram, torch.eye(12).double(), rtol=0, atol=1e-11)
+    factor = found.factor()
+    assert factor.dtype == dtype and factor.stride(0) * dtype.itemsize % 16 == 0
+    assert residual(factor, extended) <= 100 * torch.finfo(dtype).eps
+
+
+@every_dtype
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [3, 9], ids=["thin", "wide"])
+def test_update_is_the_smallest_change_that_adds_the_residual(dtype: torch.dtype, bias: bool, outputs: int) -> None:
+    inputs, wanted = normal(12, 20, dtype=dtype), normal(12, outputs, dtype=dtype, seed=1)
+    weight, offset = normal(outputs, 20, dtype=dtype, seed=2), normal(outputs, dtype=dtype, seed=3) if bias else None
+    new_weight, new_offset = factorize(inputs, bias).update(weight, offset, wanted)
+    assert new_weight.dtype == dtype and (new_offset is None) == (not bias)
+    change, extended = new_weight.double() - weight.double(), inputs.double()
+    if new_offset is not None and offset is not None:
+        assert new_offset.dtype == dtype
+        change, extended = torch.cat([change, (new_offset - offset).double()[:, None]], 1), append_ones(extended)
+    expected = (torch.linalg.pinv(extended) @ wanted.double()).T
+    torch.testing.assert_close(change, expected, rtol=0, atol=50 * torch.finfo(dtype).eps)
+
+
+@every_dtype
+@pytest.mark.parametrize("outputs", [3, 9], ids=["thin", "wide"])
+def test_update_by_nothing_gives_the_weights_back(dtype: torch.dtype, outputs: int) -> None:
+    weight, offset = normal(outputs, 20, dtype=dtype), normal(outputs, dtype=dtype)
+    found = factorize(normal(12, 20, dtype=dtype, seed=1), True).update(
+        weight, offset, torch.zeros(12, outputs, dtype=dtype)
+    )
+    assert all(map(torch.equal, found, (weight, offset)))
 
 
 @pytest.mark.parametrize("n", [1, 3, 50, 300])

@@ -151,6 +151,18 @@ def test_invert_gram(size: int) -> None:
     assert_agree(multiply(inverse, exact), torch.eye(size, dtype=torch.float64), 1e-10)
 
 
+@every_dtype
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("columns", [1, 6, 8])
+def test_pseudo_inverse(columns: int, bias: bool, dtype: torch.dtype) -> None:
+    inverse, rows = normal(5, 5), normal(5, columns, seed=1).to(dtype)
+    factor = products.pseudo_inverse(inverse, rows, bias)
+    extended = torch.cat([rows, rows.new_ones(5, 1)], 1) if bias else rows
+    assert (factor.dtype, factor.shape) == (dtype, extended.shape)
+    assert factor.stride(1) == 1 and factor.stride(0) * dtype.itemsize % 16 == 0
+    assert_agree(factor, multiply(inverse, extended.double()), TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, float("nan"), float("inf")])
 def test_what_is_not_positive_definite_is_told_by_info(value: float) -> None:
     _, info = products.invert_gram(torch.full((3, 3), value, dtype=torch.float64))
@@ -185,6 +197,53 @@ def test_dot_sum(dtype: torch.dtype) -> None:
     assert (total.dtype, total.shape) == (torch.float64, ())
     expected = sum((a.double() * b.double()).sum() for a, b in zip(left, right, strict=True))
     assert_agree(total, torch.as_tensor(expected), TOLERANCE[dtype])
+
+
+def test_squared_norms() -> None:
+    tensors = [normal(3, 4), normal(4, 3).float().T, torch.tensor(-3, dtype=torch.int32), torch.empty(0)]
+    found = products.squared_norms(tensors)
+    assert found.dtype == torch.float64
+    assert_agree(found, torch.stack([tensor.double().square().sum() for tensor in tensors]), 1e-6)
+    assert products.squared_norms([tensors[0] * float("nan"), tensors[0]]).isnan().tolist() == [True, False]
+
+
+@every_dtype
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_identity_remainder(rounds: int, dtype: torch.dtype) -> None:
+    g = torch.eye(7, dtype=torch.float64) + normal(7, 7) / 5
+    difference = g - torch.eye(7)
+    remainder = products.identity_remainder(g.to(dtype), 3, rounds)
+    vectors = products.probe_vectors(3, g)
+    expected = vectors @ torch.linalg.matrix_power(difference.T @ difference, rounds)
+    assert (remainder.dtype, remainder.shape) == (dtype, (3, 7))
+    assert_agree(remainder, expected, 10 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("size", [1, 10, 512, 3000])
+@pytest.mark.parametrize("count", [2, 8, 32])
+def test_probe_vectors_are_spread_like_random_ones(count: int, size: int) -> None:
+    vectors = products.probe_vectors(count, torch.empty(size, size, dtype=torch.float64))
+    assert vectors.shape == (count, size) and vectors.abs().max() <= 1
+    narrow = products.probe_vectors(count, torch.empty(size, size))
+    assert narrow.dtype == torch.float32 and torch.equal(narrow, (vectors + 1).float() - 1)
+    if size >= 512:
+        values = torch.linalg.svdvals(vectors) / (size / 3) ** 0.5
+        assert 1 - 1.5 * (count / size) ** 0.5 <= values.min() <= values.max() <= 1 + 1.5 * (count / size) ** 0.5
+        assert vectors.mean().abs() <= 4 / (3 * vectors.numel()) ** 0.5
+
+
+@every_dtype
+def test_no_two_results_are_one_tensor(dtype: torch.dtype) -> None:
+    a, size = normal(3, 3).to(dtype), torch.tensor(0.5, dtype=torch.float64)
+    for results in (
+        products.linear_activation(a, a, None, "identity", 0.0),
+        products.inverse_activation(a, a, a, 1.0, "identity", 0.0),
+        products.step_batch(a, a, size, "identity", 0.0),
+        products.step_targets(a, a, size, "identity", 0.0),
+        products.gram(a, True),
+        products.masked(a, a, None, a),
+    ):
+        assert len({result.data_ptr() for result in results}) == len(results)
 
 
 @pytest.mark.parametrize("accept", [False, True])

@@ -1,6 +1,6 @@
 // factor ORDER INPUT OUTPUT: runs the cases that INPUT describes (tests/test_factor_kernels_on_cpu.py writes it) with
-// the kernels of csrc/gram.cuh, invert_gram.cuh, step.cuh, reduce.cuh, commit.cuh and judge.cuh on the CPU, the threads
-// in ORDER (cuda_on_cpu::set_order), and writes for each the launcher's error code and the results.
+// the kernels of csrc/gram.cuh, invert_gram.cuh, step.cuh, reduce.cuh, probes.cuh, commit.cuh and judge.cuh on the CPU,
+// the threads in ORDER (cuda_on_cpu::set_order), and writes for each the launcher's error code and the results.
 #include <vector>
 
 #include "buffers.h"
@@ -8,6 +8,7 @@
 #include "gram.cu"
 #include "invert_gram.cu"
 #include "judge.cu"
+#include "probes.cu"
 #include "reduce.cu"
 #include "step.cu"
 
@@ -112,6 +113,29 @@ void run_near_dependence(Reader& in, Writer& out) {
   out.buffer(beyond);
 }
 
+void run_squared_norms(Reader& in, Writer& out) {
+  MixedTensors tensors{};
+  tensors.count = static_cast<int>(in.number());
+  std::vector<Buffer> buffers;
+  for (int i = 0; i < tensors.count; ++i) {
+    tensors.dtype[i] = read_dtype(in);
+    const int64_t offset = in.number();  // in bytes
+    tensors.elements[i] = in.number();
+    tensors.data[i] = buffers.emplace_back(in.buffer()).get<unsigned char>() + offset;
+  }
+  const Buffer partial(squared_norms_workspace()), result(tensors.count * sizeof(double));
+  out.number(launch_squared_norms(tensors, partial.get<double>(), result.get<double>(), nullptr));
+  out.buffer(result);
+}
+
+void run_probes(Reader& in, Writer& out) {
+  const Dtype dtype = read_dtype(in);
+  const int64_t count = in.number();
+  const Buffer values(count * bytes_of(dtype));
+  out.number(launch_probes(dtype, count, values.get(), nullptr));
+  out.buffer(values);
+}
+
 void run_judge(Reader& in, Writer& out) {
   const Buffer control = in.buffer(), rules = in.buffer();
   const Buffer size = in.buffer(), norm = in.buffer(), value = in.buffer(), cap = in.buffer();
@@ -134,8 +158,9 @@ void run_judge(Reader& in, Writer& out) {
   out.buffer(control);
 }
 
-void (*const operations[])(Reader&, Writer&) = {run_gram,   run_invert_gram,     run_step, run_dot_sum,
-                                                run_commit, run_near_dependence, run_judge};
+void (*const operations[])(Reader&, Writer&) = {run_gram,   run_invert_gram,     run_step,  run_dot_sum,
+                                                run_commit, run_near_dependence, run_judge, run_squared_norms,
+                                                run_probes};
 
 }  // namespace
 
