@@ -14,7 +14,7 @@
 #   TORCH_CUDA_ARCH_LIST  what to build for, by default the first device's compute capability
 #   MNIST_DIR             a folder of MNIST's IDX files for the training runs, by default scikit-learn's digits
 #
-# In several calls, should one be too short or a machine's time be lent in parts:
+# In several calls, should one be too short:
 #
 #   STAGES="machine build tests" bench/gpu.sh; STAGES="teleport layer roofline" bench/gpu.sh
 #   STAGES="sanitizer training" bench/gpu.sh
