@@ -155,9 +155,9 @@ def predict(launches: Sequence[Launch], waits: int, device: Device) -> Predictio
 
 # --- what an operator launches ---------------------------------------------------------------------------------------
 
-# As in csrc: the sizes up to which there are kernels for the Gram matrix and its inverse, the tiles and pivot blocks of
-# these, the multiply-adds up to which a product is fused, and the tiles of products, the first that fill the device.
-OWN_GRAM, GRAM_TILE, PIVOT_BLOCK = 512, 16, 32
+# As in csrc: the tiles of the Gram matrix's kernel and the pivot blocks of its inverse's, the multiply-adds up to which
+# a product is fused, and the tiles of products, the first that fill the device.
+GRAM_TILE, PIVOT_BLOCK = 16, 32
 MOST_FUSED = {torch.float32: 2**27, torch.float64: 2**26}
 PRODUCTS = ("linear", "linear_activation", "inverse_activation", "over_slope", "times_slope", "masked")
 FUSED_TILES, TENSOR_TILES = (64, 32, 16), (128, 64)
@@ -208,7 +208,7 @@ def launch_product(name: str, arguments: Sequence[Any], results: Any, allow_tf32
 def launch_gram(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
     n, inner = arguments[0].shape
     read, written = bytes_of(arguments), bytes_of(results)
-    if n <= OWN_GRAM:  # half of the tiles, the others are mirrored
+    if n <= graphs.LARGEST_OWN_FACTOR:  # half of the tiles, the others are mirrored
         edge = math.ceil(n / GRAM_TILE)
         return [Launch(name, "fused float64", read, written, n * (n + 1) * inner, edge * (edge + 1) // 2)]
     wide, exact = 8 * n * inner, 8 * n * n
@@ -221,7 +221,7 @@ def launch_gram(name: str, arguments: Sequence[Any], results: Any) -> list[Launc
 def launch_inverse(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
     n = len(arguments[0])
     read, written = bytes_of(arguments), bytes_of(results)
-    if n <= OWN_GRAM:  # each step reads and writes the whole matrix
+    if n <= graphs.LARGEST_OWN_FACTOR:  # each step reads and writes the whole matrix
         steps, tiles = math.ceil(n / PIVOT_BLOCK), count_tiles(n, n, (PIVOT_BLOCK,))
         chain = n * PIVOT_SECONDS
         return [Launch(name, "fused float64", read * steps, written * steps, 2 * n**3, tiles, steps, chain)]

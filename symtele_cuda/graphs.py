@@ -23,7 +23,7 @@ from .kernels import Products
 LARGEST_CACHE = 16
 # The call of a kind of work from which on a graph is worth its capture.
 CAPTURED_CALL = 2
-# Rows of which `products.gram` and `products.invert_gram` have kernels of their own.
+# Rows of which `products.gram` and `products.invert_gram` have kernels of their own: largest_own_gram of csrc/ops.cpp.
 LARGEST_OWN_FACTOR = 512
 
 GRAPH = "in a CUDA graph"
@@ -81,7 +81,7 @@ def run(work: SomeWork, program: Callable[[SomeWork], Outcome]) -> tuple[Outcome
     kind = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
     with _lock:
         key = (program, work.signature(), kind, torch.backends.cuda.matmul.fp32_precision, _lane())
-        entry = _find(key, work, program)
+        entry = _find(key, work, program, tensors)
     if isinstance(entry, str):
         return program(work), f"no CUDA graph: {entry}"
     _copy(tensors, entry.inputs)
@@ -105,14 +105,16 @@ def solver_obstacle(products: Products, samples: int) -> str | None:
     return None
 
 
-def _find(key: Hashable, work: SomeWork, program: Callable[[SomeWork], Outcome]) -> Captured | str:
+def _find(
+    key: Hashable, work: SomeWork, program: Callable[[SomeWork], Outcome], tensors: Sequence[Tensor]
+) -> Captured | str:
     """The graph for `key`, captured if this is the call for it; else why there is none."""
     if key not in _cache:
         calls = _calls[key] = _calls.pop(key, 0) + 1
         _shorten(_calls, 8 * LARGEST_CACHE)
         if calls < CAPTURED_CALL:
             return "the first of its kind is not captured"
-        _cache[key] = _capture(work, program)
+        _cache[key] = _capture(work, program, tensors)
         _shorten(_cache, LARGEST_CACHE)
     _cache.move_to_end(key)
     return _cache[key]
@@ -155,10 +157,12 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _capture(work: SomeWork, program: Callable[[SomeWork], Outcome]) -> Captured[Outcome] | str:
+def _capture(
+    work: SomeWork, program: Callable[[SomeWork], Outcome], tensors: Sequence[Tensor]
+) -> Captured[Outcome] | str:
     """The graph of the program on copies of the work's tensors, or why there is none."""
     try:
-        inputs = [tensor.clone() for tensor in work.tensors()]
+        inputs = [tensor.clone() for tensor in tensors]
         return _capture_on(_stream(inputs[0].device), inputs, work, program)
     except torch.OutOfMemoryError:
         return "there was no memory for it"

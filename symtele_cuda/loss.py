@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -109,17 +110,22 @@ def examine(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor]) -> Lo
     """
     if loss.default:  # it sees nothing but the logits
         value, gradient = loss.value_and_gradient(logits.detach())
-        if not bool(torch.isfinite(value)):
-            raise ValueError(f"loss_fn must be finite on the batch, got {float(value)}")
-        return LossAtStart(float(value), gradient, False)
+        return LossAtStart(_finite(value), gradient, False)
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         value = loss(leaf)
-        if not bool(torch.isfinite(value)):
-            raise ValueError(f"loss_fn must be finite on the batch, got {float(value.detach())}")
+        number = _finite(value.detach())
         if not value.requires_grad:
             raise ValueError("loss_fn must depend on the model's output, got a value that carries no gradient")
         gradient, *direct = torch.autograd.grad(value, [leaf, *parameters], allow_unused=True)
     if gradient is None:
         raise ValueError("loss_fn must depend on the model's output, got a value that does not")
-    return LossAtStart(float(value.detach()), gradient, any(term is not None for term in direct))
+    return LossAtStart(number, gradient, any(term is not None for term in direct))
+
+
+def _finite(value: Tensor) -> float:
+    """The loss as a number; raises unless it is finite."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"loss_fn must be finite on the batch, got {number}")
+    return number

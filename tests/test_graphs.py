@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -22,9 +22,11 @@ class Recorder:
     def __init__(self) -> None:
         self.captured = 0
 
-    def __call__(self, task: Task, program: Callable[[Task], Program]) -> graphs.Captured[list[Program]]:
+    def __call__(
+        self, task: Task, program: Callable[[Task], Program], tensors: Sequence[torch.Tensor]
+    ) -> graphs.Captured[list[Program]]:
         self.captured += 1
-        inputs = [tensor.clone() for tensor in task.tensors()]
+        inputs = [tensor.clone() for tensor in tensors]
         still, outcome = task.with_tensors(inputs), list[Program]()
 
         def replay() -> None:
@@ -149,7 +151,7 @@ def test_a_capture_that_fails_is_not_tried_again_and_its_reason_is_told(monkeypa
     graphs.clear()
     tries = []
 
-    def fail(task: Task, program: object) -> str:
+    def fail(task: Task, program: object, tensors: object) -> str:
         tries.append(task)
         return "its capture failed (operation not permitted)"
 
