@@ -23,12 +23,13 @@ from .action import Gradient, Network, Plan, State, add, input_gradient, residua
 
 @dataclass(frozen=True)
 class Backpropagation:
-    """δ_l (n×d_l), back_l (n×d_{l−1}) and S_l (n×n; None where the layer is thin or does not absorb), per weight
-    layer l."""
+    """δ_l (n×d_l), back_l (n×d_{l−1}), and where the layer absorbs and is not thin S_l (n×n) and δ_l R_l (n×d_{l−1};
+    None where R is zero), per weight layer l."""
 
     deltas: tuple[Tensor, ...]
     backs: tuple[Tensor | None, ...]
     mixings: tuple[Tensor | None, ...]
+    through_references: tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ class Evaluation:
 class Seeds:
     """What an objective depends on directly, per weight layer: ∂f/∂δ_l, ∂f/∂A_l, the symmetric ∂f/∂K_l, ∂f/∂B_l,
     ∂f/∂Y_l, and ∂f/∂R_l = Σ aᵀc as pairs (a, c). A layer that is absent contributes nothing; a thin layer that absorbs
-    has its share through K_l in ∂f/∂B_l."""
+    has its share through K_l in ∂f/∂B_l. coefficient_images: ∂f/∂A_l R_l, where it is cheaper to have than to work
+    out."""
 
     deltas: dict[int, Tensor] = field(default_factory=dict)
     coefficients: dict[int, Tensor] = field(default_factory=dict)
+    coefficient_images: dict[int, Tensor] = field(default_factory=dict)
     grams: dict[int, Tensor] = field(default_factory=dict)
     inputs: dict[int, Tensor] = field(default_factory=dict)
     targets: dict[int, Tensor] = field(default_factory=dict)
@@ -59,9 +62,10 @@ def backpropagate(network: Network, state: State, output_delta: Tensor) -> Backp
     deltas: list[Tensor] = [output_delta]
     backs: list[Tensor | None] = []
     mixings: list[Tensor | None] = []
+    through_references: list[Tensor | None] = []
     for layer in range(len(network) - 1, 0, -1):
         reference, coefficients, formed = state.references[layer], state.coefficients[layer], state.formed[layer]
-        delta, slope, mixing = deltas[-1], state.slopes[layer - 1], None
+        delta, slope, mixing, through_reference = deltas[-1], state.slopes[layer - 1], None, None
         if formed is not None or coefficients is None:
             weight = reference if formed is None else formed
             assert weight is not None
@@ -72,11 +76,13 @@ def backpropagate(network: Network, state: State, output_delta: Tensor) -> Backp
             back, before = products.masked(mixing, state.inputs[layer], through_reference, slope)
         backs.append(back)
         mixings.append(mixing)
+        through_references.append(through_reference)
         deltas.append(before)
     return Backpropagation(
         deltas=tuple(reversed(deltas)),
         backs=(None, *reversed(backs)),
         mixings=(None, *reversed(mixings)),
+        through_references=(None, *reversed(through_references)),
     )
 
 
@@ -155,9 +161,7 @@ def _pull_back_wide(
     by_target, by_inputs, by_gram = seeds.targets.get(layer), seeds.inputs.get(layer), seeds.grams.get(layer)
     if coefficients is not None and mixing is not None:
         by_mixing = products.linear(by_back, batch.T)
-        by_residual, overlap = _through_residual(
-            network, state, layer, backward.deltas[layer], mixing, by_mixing, seeds
-        )
+        by_residual, overlap, image = _through_residual(network, state, backward, seeds, layer, by_mixing)
         by_target = add(by_target, by_residual)
         if not last:
             seed = seeds.deltas[layer]
@@ -168,8 +172,7 @@ def _pull_back_wide(
             symmetric = overlap + overlap.T
             by_gram = symmetric.mul_(-0.5) if by_gram is None else torch.sub(by_gram, symmetric, alpha=0.5)
             by_inputs = products.linear(mixing.T, by_back, source=by_inputs)
-            if reference is not None:
-                by_inputs = products.linear(by_residual, reference, source=by_inputs, alpha=-1.0)
+            by_inputs = by_inputs if image is None else by_inputs.sub_(image)
     elif not last:
         assert reference is not None
         by_delta = products.masked(by_back, reference.T, seeds.deltas[layer], state.slopes[layer])
@@ -179,17 +182,27 @@ def _pull_back_wide(
 
 
 def _through_residual(
-    network: Network, state: State, layer: int, delta: Tensor, mixing: Tensor, by_mixing: Tensor, seeds: Seeds
-) -> tuple[Tensor, Tensor]:
-    """∂f/∂E = K⁻¹ ∂f/∂A and the overlap ∂f/∂E Aᵀ = −∂f/∂K, where ∂f/∂A = ∂f/∂Sᵀ δ + the seed and S = δAᵀ."""
-    seed, coefficients = seeds.coefficients.get(layer), state.coefficients[layer]
+    network: Network, state: State, backward: Backpropagation, seeds: Seeds, layer: int, by_mixing: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """∂f/∂E = K⁻¹ ∂f/∂A, the overlap ∂f/∂E Aᵀ = −∂f/∂K, and ∂f/∂E R (None where R is zero).
+
+    ∂f/∂A = ∂f/∂Sᵀ δ + the seed, and S = δAᵀ. Without a seed all three follow from the n×n matrix C = K⁻¹ ∂f/∂Sᵀ, as
+    C δ, C S and C (δR). A product with R is the dearest of all where the batch is small, and δR is at hand.
+    """
     linear = network.products.linear
-    assert coefficients is not None
-    if seed is None:  # ∂f/∂E = C δ and ∂f/∂E Aᵀ = C S with the n×n matrix C = K⁻¹ ∂f/∂Sᵀ
+    seed, coefficients, reference = seeds.coefficients.get(layer), state.coefficients[layer], state.references[layer]
+    delta, mixing, through = backward.deltas[layer], backward.mixings[layer], backward.through_references[layer]
+    assert coefficients is not None and mixing is not None
+    if seed is None:
         carrier = residual_gradient(network, state, layer, by_mixing.T)
-        return linear(carrier, delta), linear(carrier, mixing)
+        return linear(carrier, delta), linear(carrier, mixing), None if through is None else linear(carrier, through)
     by_residual = residual_gradient(network, state, layer, linear(by_mixing.T, delta, source=seed))
-    return by_residual, linear(by_residual, coefficients.T)
+    seed_image = seeds.coefficient_images.get(layer)
+    overlap = linear(by_residual, coefficients.T)
+    if seed_image is not None and through is not None:
+        image = residual_gradient(network, state, layer, linear(by_mixing.T, through, source=seed_image))
+        return by_residual, overlap, image
+    return by_residual, overlap, None if reference is None else linear(by_residual, reference)
 
 
 def _pull_back_thin(

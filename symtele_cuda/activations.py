@@ -95,7 +95,8 @@ class LeakyReLU(Activation):
         return F.leaky_relu(z, self.parameter)
 
     def derivative(self, z: Tensor) -> Tensor:
-        return F.threshold((z > 0).to(z.dtype), 0.5, self.parameter)  # several times faster than `where`
+        # σ's own backward pass, for a gradient of ones: several times faster on a CPU than `where`.
+        return torch.ops.aten.leaky_relu_backward(torch.ones_like(z), z.detach(), self.parameter, False)
 
     def second_derivative(self, z: Tensor) -> None:
         return None

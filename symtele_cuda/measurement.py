@@ -38,10 +38,16 @@ class Measurement:
 
 
 def measure(
-    problem: Problem, objective: Objective, held: Holdout | None, network: Network, outputs: Sequence[Tensor]
+    problem: Problem,
+    objective: Objective,
+    held: Holdout | None,
+    network: Network,
+    outputs: Sequence[Tensor],
+    sample_gram: Tensor,
 ) -> Tensor:
     """Measure `network`, whose pre-activations on the batch are `outputs`, in the place of the problem's own weights.
 
+    sample_gram is K_0 of the problem's samples, in any precision: no weights change it.
     The values of a `Measurement`, in its order, as one float64 tensor on the device: `read` makes numbers of it.
     """
     data_loss, output_delta = problem.loss.value_and_gradient(outputs[-1])
@@ -50,10 +56,12 @@ def measure(
     else:
         inputs = layer_inputs(network, problem.samples, outputs)
         deltas = _backpropagate(network, outputs, output_delta)
+        first_kernel = sample_gram.to(problem.samples.dtype)
         loss = data_loss
-        value = squared = _squared_gradient_norm(network, inputs, deltas)
+        value = squared = _squared_gradient_norm(network, inputs, deltas, first_kernel)
         if isinstance(objective, Lookahead):
-            value = problem.loss.value(_logits_after_step(network, inputs, outputs, deltas, objective.rate))
+            steps = [delta * -objective.rate for delta in deltas]
+            value = problem.loss.value(_logits_after_step(network, inputs, outputs, steps, first_kernel))
     values = [loss, data_loss, value, squared.sqrt()]
     if held is not None:
         values.append(held.loss.value(network.forward(held.samples)[-1]))
@@ -74,12 +82,16 @@ def _backpropagate(network: Network, outputs: Sequence[Tensor], output_delta: Te
     return deltas[::-1]
 
 
-def _squared_gradient_norm(network: Network, inputs: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+def _squared_gradient_norm(
+    network: Network, inputs: Sequence[Tensor], deltas: Sequence[Tensor], first_kernel: Tensor
+) -> Tensor:
     """‖∇L‖² = Σ_l ‖δ_lᵀ [B_l, 1]‖², on a CPU for large layers as ⟨δ_l, K_l δ_l⟩ unless that sum cancels."""
     gradients: list[Tensor] = []
     total = torch.zeros((), dtype=torch.float64, device=deltas[0].device)
-    for batch, bias, delta in zip(inputs, network.biases, deltas, strict=True):
-        square = _square_through_gram(batch, bias is not None, delta) if batch.device.type == "cpu" else None
+    for layer, (batch, bias, delta) in enumerate(zip(inputs, network.biases, deltas, strict=True)):
+        known = first_kernel if layer == 0 else None
+        on_cpu = batch.device.type == "cpu"
+        square = _square_through_gram(batch, known, bias is not None, delta) if on_cpu else None
         if square is not None:
             total = total + square
             continue
@@ -89,12 +101,12 @@ def _squared_gradient_norm(network: Network, inputs: Sequence[Tensor], deltas: S
     return total + network.products.dot_sum(gradients, gradients) if gradients else total
 
 
-def _square_through_gram(batch: Tensor, bias: bool, delta: Tensor) -> Tensor | None:
-    """⟨δ, K δ⟩, or None where the gradient itself is the smaller matrix or the sum cancels."""
+def _square_through_gram(batch: Tensor, known: Tensor | None, bias: bool, delta: Tensor) -> Tensor | None:
+    """⟨δ, K δ⟩, or None where the gradient itself is the smaller matrix or the sum cancels; `known` is K if it is."""
     (n, columns), rows = batch.shape, delta.shape[1]
     if columns * rows <= n * (columns + rows):
         return None
-    gram_matrix = kernel(batch, batch, bias)
+    gram_matrix = kernel(batch, batch, bias) if known is None else known
     square = delta.flatten() @ (gram_matrix @ delta).flatten()
     trusted = CANCELLED * squared_norm(gram_matrix).sqrt() * squared_norm(delta)
     return square if bool(square > trusted) else None
@@ -104,19 +116,19 @@ def _logits_after_step(
     network: Network,
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    rate: float | Tensor,
+    steps: Sequence[Tensor],
+    first_kernel: Tensor,
 ) -> Tensor:
-    """The logits after W_l ← W_l − η δ_lᵀ B_l, b_l ← b_l − η Σ δ_l, without forming the gradients.
+    """The logits after W_l ← W_l + s_lᵀ B_l, b_l ← b_l + Σ s_l with `steps` s_l = −η δ_l, without forming them.
 
-    z_l = q_l W_lᵀ + b_l − η (q_l B_lᵀ + 1) δ_l, q_{l+1} = σ_l(z_l), q_0 = X.
+    z_l = q_l W_lᵀ + b_l + (q_l B_lᵀ + 1) s_l, q_{l+1} = σ_l(z_l), q_0 = X; (X Xᵀ + 1) is the `first_kernel`.
     """
-    hidden = inputs[0]
-    for layer, (batch, delta, bias) in enumerate(zip(inputs, deltas, network.biases, strict=True)):
-        output = outputs[0] if layer == 0 else F.linear(hidden, network.weights[layer], bias)
-        output = network.products.linear(kernel(hidden, batch, bias is not None), delta * -rate, source=output)
-        if layer < len(network) - 1:
-            hidden = network.activations[layer].forward(output)
+    linear = network.products.linear
+    output = linear(first_kernel, steps[0], source=outputs[0])
+    for layer in range(1, len(network)):
+        hidden, bias = network.activations[layer - 1].forward(output), network.biases[layer]
+        overlap = kernel(hidden, inputs[layer], bias is not None)
+        output = linear(overlap, steps[layer], source=F.linear(hidden, network.weights[layer], bias))
     return output
 
 

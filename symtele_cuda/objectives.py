@@ -28,6 +28,9 @@ from .kernels import Products
 from .loss import BatchLoss
 from .pinv import is_thin
 
+# What ∂f/∂E R costs through ∂f/∂A R, in products with n×n matrices; rounded up, for each is one more call.
+IMAGE_PRODUCTS = 4
+
 LossOfParameters = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -93,49 +96,15 @@ class Lookahead:
 
         The first line holds because layer 0 produces Y_0 whatever its weights; X enters through its Gram matrix alone.
         """
-        backward = backpropagate(network, state, output_delta)
-        trial = self._step(network, state, backward)
+        backward = backpropagate(network, state, output_delta * -self.rate)  # −η δ_l, all that f needs
+        trial = _step(network, state, backward)
         value, output_gradient = loss.value_and_gradient(trial.outputs[-1])
 
         def gradient() -> Gradient:
-            seeds = self._seeds(network, plan, state, trial, output_gradient)
+            seeds = _seeds(network, plan, state, trial, output_gradient)
             return pull_back(network, plan, state, backward, seeds)
 
         return Evaluation(value, gradient)
-
-    def _step(self, network: Network, state: State, backward: Backpropagation) -> _TrialStep:
-        """The forward pass after the step."""
-        scale = -self.rate
-        step = [delta * scale for delta in backward.deltas]
-        outputs = [network.products.linear(state.grams[0], step[0], source=state.targets[0])]
-        overlaps = dict[int, KernelProduct]()
-        for layer in range(1, len(network)):
-            hidden = network.activations[layer - 1].forward(outputs[-1])
-            change = add(step[layer], state.coefficients[layer])
-            assert change is not None
-            overlaps[layer] = KernelProduct.make(network, layer, hidden, state.inputs[layer], change)
-            outputs.append(overlaps[layer].added_to(reference_image(network, state, layer, hidden)))
-        return _TrialStep(scale, outputs, overlaps)
-
-    def _seeds(self, network: Network, plan: Plan, state: State, trial: _TrialStep, output_gradient: Tensor) -> Seeds:
-        """The reverse pass of `_step`."""
-        linear = network.products.linear
-        seeds, adjoint = Seeds(), output_gradient
-        for layer in range(len(network) - 1, 0, -1):
-            overlap, reference = trial.overlaps[layer], state.references[layer]
-            by_hidden, by_change, by_inputs = overlap.pull_back(adjoint)
-            if reference is not None:
-                by_hidden = linear(adjoint, reference, source=by_hidden)
-            seeds.coefficients[layer] = by_change
-            seeds.deltas[layer] = by_change * trial.scale
-            if plan.moved[layer - 1]:
-                seeds.inputs[layer] = by_inputs
-            if plan.carried[layer]:
-                seeds.references[layer] = (adjoint, overlap.hidden)
-            adjoint = by_hidden * network.activations[layer - 1].derivative(trial.outputs[layer - 1])
-        seeds.targets[0] = adjoint
-        seeds.deltas[0] = linear(state.grams[0], adjoint) * trial.scale
-        return seeds
 
 
 def has_fast_path(objective: Objective) -> TypeGuard[GradNorm | Lookahead]:
@@ -145,18 +114,56 @@ def has_fast_path(objective: Objective) -> TypeGuard[GradNorm | Lookahead]:
 
 @dataclass(frozen=True)
 class _TrialStep:
-    """−η, z_l of every layer, and (q_l B_lᵀ + 1)(A_l − η δ_l) of every layer but the first."""
+    """z_l of every layer, and (q_l B_lᵀ + 1)(A_l − η δ_l) of every layer but the first."""
 
-    scale: float | Tensor
     outputs: list[Tensor]
     overlaps: dict[int, KernelProduct]
+
+
+def _step(network: Network, state: State, backward: Backpropagation) -> _TrialStep:
+    """The forward pass of a lookahead, given −η δ_l."""
+    step = backward.deltas
+    outputs = [network.products.linear(state.grams[0], step[0], source=state.targets[0])]
+    overlaps = dict[int, KernelProduct]()
+    for layer in range(1, len(network)):
+        hidden = network.activations[layer - 1].forward(outputs[-1])
+        change = add(step[layer], state.coefficients[layer])
+        assert change is not None
+        overlaps[layer] = KernelProduct.make(network, layer, hidden, state.inputs[layer], change)
+        outputs.append(overlaps[layer].added_to(reference_image(network, state, layer, hidden)))
+    return _TrialStep(outputs, overlaps)
+
+
+def _seeds(network: Network, plan: Plan, state: State, trial: _TrialStep, output_gradient: Tensor) -> Seeds:
+    """The reverse pass of `_step`."""
+    linear = network.products.linear
+    seeds, adjoint = Seeds(), output_gradient
+    for layer in range(len(network) - 1, 0, -1):
+        overlap, reference = trial.overlaps[layer], state.references[layer]
+        by_hidden, by_change, by_inputs = overlap.pull_back(adjoint)
+        if reference is not None and IMAGE_PRODUCTS * len(adjoint) <= len(reference):
+            through_reference = linear(adjoint, reference)
+            seeds.coefficient_images[layer] = linear(overlap.inner.T, through_reference)
+            by_hidden = by_hidden.add_(through_reference)
+        elif reference is not None:
+            by_hidden = linear(adjoint, reference, source=by_hidden)
+        seeds.coefficients[layer] = by_change
+        seeds.deltas[layer] = by_change
+        if plan.moved[layer - 1]:
+            seeds.inputs[layer] = by_inputs
+        if plan.carried[layer]:
+            seeds.references[layer] = (adjoint, overlap.hidden)
+        adjoint = by_hidden * network.activations[layer - 1].derivative(trial.outputs[layer - 1])
+    seeds.targets[0] = adjoint
+    seeds.deltas[0] = linear(state.grams[0], adjoint)
+    return seeds
 
 
 @dataclass(frozen=True)
 class KernelProduct:
     """(q Bᵀ + 1) C for q, B (n×d) and C (n×c), and its reverse mode, in the cheaper order of the products.
 
-    inner is q Bᵀ + 1 (n×n), or Bᵀ C (d×c) where C is thin.
+    inner is q Bᵀ + 1 (n×n), or Cᵀ B (c×d) where C is thin.
     """
 
     products: Products
@@ -170,7 +177,7 @@ class KernelProduct:
     @classmethod
     def make(cls, network: Network, layer: int, hidden: Tensor, inputs: Tensor, change: Tensor) -> KernelProduct:
         thin, bias, products = is_thin(change), network.biases[layer] is not None, network.products
-        inner = products.linear(inputs.T, change) if thin else kernel(hidden, inputs, bias)
+        inner = products.linear(change.T, inputs) if thin else kernel(hidden, inputs, bias)
         return cls(products, hidden, inputs, change, bias, thin, inner)
 
     def added_to(self, base: Tensor) -> Tensor:
@@ -178,7 +185,7 @@ class KernelProduct:
         if not self.thin:
             return self.products.linear(self.inner, self.change, source=base)
         row = self.change.sum(0) if self.bias else None
-        return self.products.linear(self.hidden, self.inner, source=base, row=row)
+        return self.products.linear(self.hidden, self.inner.T, source=base, row=row)
 
     def pull_back(self, adjoint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """∂f/∂q = (adjoint Cᵀ) B,  ∂f/∂C = (B qᵀ + 1) adjoint,  ∂f/∂B = (C adjointᵀ) q."""
@@ -186,6 +193,6 @@ class KernelProduct:
         if not self.thin:
             by_kernel = linear(adjoint, self.change.T)
             return linear(by_kernel, self.inputs), linear(self.inner.T, adjoint), linear(by_kernel.T, self.hidden)
-        outer = linear(self.hidden.T, adjoint)
-        by_change = linear(self.inputs, outer, row=adjoint.sum(0) if self.bias else None)
-        return linear(adjoint, self.inner.T), by_change, linear(self.change, outer.T)
+        outer = linear(adjoint.T, self.hidden)
+        by_change = linear(self.inputs, outer.T, row=adjoint.sum(0) if self.bias else None)
+        return linear(adjoint, self.inner), by_change, linear(self.change, outer)

@@ -156,7 +156,7 @@ def step_targets(
 def dot_sum(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Σ_i ⟨left_i, right_i⟩ over the pairs of equal shape, summed in float64: a float64 scalar."""
     dots = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
-    return (dots[0] if len(dots) == 1 else torch.stack(dots).sum()).double()
+    return sum(dots[1:], dots[0]).double()
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -134,7 +134,7 @@ class Task:
 
     def measure(self, network: Network, outputs: Sequence[Tensor]) -> Tensor:
         """The values of a `Measurement` of `network`, whose pre-activations on the batch are `outputs`."""
-        return measure(self.problem, self.options.objective, self.held, network, outputs)
+        return measure(self.problem, self.options.objective, self.held, network, outputs, self.matches[0].gram)
 
     def cap(self, gradient_norm: float | Tensor) -> float | Tensor:
         """The value that ‖∇L‖² may reach from a start with ‖∇L‖ = `gradient_norm`; no cap for other objectives."""
