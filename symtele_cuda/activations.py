@@ -36,6 +36,10 @@ class Activation:
         """σ'(z); at a kink the value that torch's own backward uses."""
         raise NotImplementedError
 
+    def pull_back(self, gradient: Tensor, z: Tensor) -> Tensor:
+        """gradient ⊙ σ'(z): a gradient with respect to σ(z) as one with respect to z."""
+        return gradient * self.derivative(z)
+
     def second_derivative(self, z: Tensor) -> Tensor | None:
         """σ''(z), or None where it is zero everywhere (piecewise linear activations)."""
         raise NotImplementedError
@@ -73,6 +77,9 @@ class Identity(Activation):
     def derivative(self, z: Tensor) -> Tensor:
         return torch.ones_like(z)
 
+    def pull_back(self, gradient: Tensor, z: Tensor) -> Tensor:
+        return gradient
+
     def second_derivative(self, z: Tensor) -> None:
         return None
 
@@ -95,8 +102,11 @@ class LeakyReLU(Activation):
         return F.leaky_relu(z, self.parameter)
 
     def derivative(self, z: Tensor) -> Tensor:
-        # σ's own backward pass, for a gradient of ones: several times faster on a CPU than `where`.
-        return torch.ops.aten.leaky_relu_backward(torch.ones_like(z), z.detach(), self.parameter, False)
+        return self.pull_back(torch.ones_like(z), z)
+
+    def pull_back(self, gradient: Tensor, z: Tensor) -> Tensor:
+        # σ's own backward pass, whose derivative in z is zero: several times faster on a CPU than `where`.
+        return torch.ops.aten.leaky_relu_backward(gradient, z.detach(), self.parameter, False)
 
     def second_derivative(self, z: Tensor) -> None:
         return None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import Activation, Identity
+from .activations import Activation
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -44,7 +44,7 @@ class BatchLoss:
         """L without its graph, and ∂L/∂logits (n×classes); of a default loss in closed form, without autograd."""
         if self.default:
             value, gradient = _default_value_and_gradient(self.output.forward(logits), self.targets)
-            return value, gradient if isinstance(self.output, Identity) else gradient * self.output.derivative(logits)
+            return value, self.output.pull_back(gradient, logits)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             loss = self(leaf)

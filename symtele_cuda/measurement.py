@@ -77,8 +77,8 @@ def _backpropagate(network: Network, outputs: Sequence[Tensor], output_delta: Te
     """δ_l = ∂L/∂Y_l of every layer, δ_{l−1} = (δ_l W_l) ⊙ σ'(Y_{l−1})."""
     deltas = [output_delta]
     for layer in range(len(network) - 1, 0, -1):
-        slope = network.activations[layer - 1].derivative(outputs[layer - 1])
-        deltas.append((deltas[-1] @ network.weights[layer]).mul_(slope))
+        back = deltas[-1] @ network.weights[layer]
+        deltas.append(network.activations[layer - 1].pull_back(back, outputs[layer - 1]))
     return deltas[::-1]
 
 

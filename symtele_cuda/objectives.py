@@ -153,7 +153,7 @@ def _seeds(network: Network, plan: Plan, state: State, trial: _TrialStep, output
             seeds.inputs[layer] = by_inputs
         if plan.carried[layer]:
             seeds.references[layer] = (adjoint, overlap.hidden)
-        adjoint = by_hidden * network.activations[layer - 1].derivative(trial.outputs[layer - 1])
+        adjoint = network.activations[layer - 1].pull_back(by_hidden, trial.outputs[layer - 1])
     seeds.targets[0] = adjoint
     seeds.deltas[0] = linear(state.grams[0], adjoint)
     return seeds

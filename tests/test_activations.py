@@ -78,6 +78,14 @@ def test_derivative_is_that_of_autograd(activation: Activation) -> None:
 
 
 @every_activation
+def test_pull_back_multiplies_by_the_derivative(activation: Activation) -> None:
+    z = grid()
+    gradient = torch.cos(7 * z)
+    expected = gradient * activation.derivative(z)
+    torch.testing.assert_close(activation.pull_back(gradient, z), expected, rtol=1e-15, atol=0)
+
+
+@every_activation
 def test_second_derivative_is_that_of_autograd(activation: Activation) -> None:
     z = grid().requires_grad_()
     total = activation.derivative(z).sum()
