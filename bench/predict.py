@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,7 +88,7 @@ class Launch:
     """Kernels launched one after the other by one operator, `kernels` of them, and their bytes and operations in all.
 
     `tiles` are the blocks that work side by side on the operations, None where they fill every device. `chain` are the
-    seconds of what cannot go side by side at all.
+    seconds of what cannot go side by side at all. `captured`: from the second call on they are launched by a graph.
     """
 
     operator: str
@@ -99,6 +99,7 @@ class Launch:
     tiles: int | None = None
     kernels: int = 1
     chain: float = 0.0
+    captured: bool = False
 
     def limits(self, device: Device, latency: float) -> dict[str, float]:
         """The least seconds that it takes for each reason."""
@@ -120,8 +121,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a program: seconds launched one by one and as a captured graph, its totals, and where a graph's time goes."""
+    """Of a program: seconds, with the parts that graphs hold launched by them; as if all were launched one by one, and
+    as if all were captured; its totals, and where a graph's time goes."""
 
+    seconds: float
     eager_seconds: float
     graph_seconds: float
     kernels: int
@@ -142,6 +145,7 @@ def predict(launches: Sequence[Launch], waits: int, device: Device) -> Predictio
         return {name: round(share, 3) for name, share in parts.most_common()}
 
     return Prediction(
+        seconds=sum(launch.seconds(device, GRAPH_LAUNCH if launch.captured else EAGER_LAUNCH) for launch in launches),
         eager_seconds=sum(launch.seconds(device, EAGER_LAUNCH) for launch in launches),
         graph_seconds=graph,
         kernels=sum(launch.kernels for launch in launches),
@@ -300,6 +304,20 @@ class Recorder(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.waits = 0
 
+    def run(self, work: Any, program: Callable[[Any], Any]) -> tuple[Any, str]:
+        """What `graphs.run` does from the second call on, its decisions on the size and kind of the work included."""
+        tensors = work.tensors()
+        if sum(tensor.numel() for tensor in tensors) > graphs.LARGEST_WORK or work.obstacle() is not None:
+            return program(work), ""
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        dtypes = len({tensor.dtype for tensor in tensors})
+        self.launches.append(Launch("copy into the graph", "elementwise", moved, moved, kernels=dtypes))
+        self.launches.append(Launch("replay of the graph", "elementwise", 0, 0))
+        first = len(self.launches)
+        outcome = program(work)
+        self.launches[first:] = [replace(launch, captured=True) for launch in self.launches[first:]]
+        return outcome, graphs.GRAPH
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             self.waits += 1
@@ -330,8 +348,8 @@ def recording(allow_tf32: bool = False) -> Iterator[Recorder]:
     """Inside, tensors have no data, and what is computed with them is written down instead."""
     recorder = Recorder(allow_tf32)
     compiled = patch.object(ops, "products_for", lambda device, backend: recorder.products)
-    ungraphed = patch.object(graphs, "run", lambda work, program, obstacle=None: (program(work), ""))
-    with compiled, ungraphed, torch.no_grad(), FakeTensorMode(), recorder:
+    graphed = patch.object(graphs, "run", recorder.run)
+    with compiled, graphed, torch.no_grad(), FakeTensorMode(), recorder:
         yield recorder
 
 
@@ -389,7 +407,7 @@ class TeleportShape:
         task = Task(problem, None, matches, plan, options)
         on_device = task.with_tensors([torch.empty_like(tensor, device=WHERE) for tensor in task.tensors()])
         yield "search and weights"
-        run_program(on_device)
+        graphs.run(on_device, run_program)
         yield UNIT
         with torch.enable_grad():
             functional.cross_entropy(model(batch[0]), batch[1]).backward()
@@ -453,14 +471,16 @@ def measure(name: str, device: Device, allow_tf32: bool) -> dict[str, Prediction
 
 
 HEADER = (
-    f"{'PREDICTED, not measured':<60}{'eager ms':>11}{'graph ms':>11}{'kernels':>9}{'waits':>7}{'GB':>9}{'GFLOP':>11}"
+    f"{'PREDICTED, not measured':<60}{'ms':>11}{'eager ms':>11}{'graph ms':>11}"
+    f"{'kernels':>9}{'waits':>7}{'GB':>9}{'GFLOP':>11}"
 )
 
 
 def render(name: str, prediction: Prediction) -> str:
     bounds = ", ".join(f"{reason} {100 * share:.0f} %" for reason, share in prediction.share_of_bound.items())
     return (
-        f"{name:<62}{1e3 * prediction.eager_seconds:11.3f}{1e3 * prediction.graph_seconds:11.3f}"
+        f"{name:<62}"
+        f"{1e3 * prediction.seconds:11.3f}{1e3 * prediction.eager_seconds:11.3f}{1e3 * prediction.graph_seconds:11.3f}"
         f"{prediction.kernels:9d}{prediction.waits:7d}{prediction.gigabytes:9.2f}{prediction.gigaflops:11.1f}  {bounds}"
     )
 
