@@ -433,6 +433,7 @@ OPTIONS: dict[str, Any] = {
     "action": "least_change",
     "metric": "euclidean",
     "inverse": "exact",
+    "group": "gl",
     "layers": None,
     "drift_tol": 1e-4,
     "holdout_tol": 0.05,

@@ -15,6 +15,11 @@ behind must not notice them; both are the same formula, with a reference R_l, r_
 rows of [B_l, 1] are linearly independent: such an input is called *matched*. Where the input of a layer was moved
 and is not matched, the layer is *carried* instead: R_l = W_l g⁻¹ with the explicit g, and E_l = 0.
 
+Behind a positively homogeneous activation, σ(cz) = cσ(z) for c > 0, the positive diagonal matrices D = diag(exp s) act
+exactly and on every input, matched or not: such a layer is *scaled*,
+
+    B_{l+1} ← B_{l+1} D,   Y_l ← Y_l D,   [R_l, r_l] ← D [R_l, r_l],   R_{l+1} ← R_{l+1} D⁻¹
+
 Nothing here reads a value back from the device: what may hinder a step comes as a flag beside the result.
 """
 
@@ -22,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -81,12 +86,14 @@ def parameter_list(network: Network, requires_grad: bool = False) -> list[Tensor
 class Plan:
     """What happens to each weight layer l.
 
-    moved[l]: the activations behind layer l are moved. absorbs[l]: the layer's weights become R + EᵀP.
-    carried[l]: its input is moved and its weights become W g⁻¹. zero_reference[l]: R = 0, r = 0 in place of W, b.
+    moved[l]: the activations behind layer l are moved. scaled[l]: by the positive diagonal group, and not by GL.
+    absorbs[l]: the layer's weights become R + EᵀP. carried[l]: its input is moved by GL and its weights become W g⁻¹.
+    zero_reference[l]: R = 0, r = 0 in place of W, b.
     along_targets[l]: the activations behind layer l are moved by moving Y_l, where they have no edge to run into.
     """
 
     moved: tuple[bool, ...]
+    scaled: tuple[bool, ...]
     absorbs: tuple[bool, ...]
     carried: tuple[bool, ...]
     zero_reference: tuple[bool, ...]
@@ -103,12 +110,15 @@ class Plan:
         action: str,
         inverse: str,
         group_steps: bool,
+        scaled: Sequence[bool] | None = None,
     ) -> Plan:
-        """The plan that moves the activations behind the layers in `moved`, given which inputs are matched.
+        """The plan that moves the activations behind the layers in `moved` by GL, given which inputs are matched.
 
         group_steps: move along g ← (I + εT)g even where any other curve on the orbit would do.
+        scaled: the layers, none of `moved`, behind which the positive diagonal group acts; default: none.
         """
         last = len(moved) - 1
+        scaled = [False] * len(moved) if scaled is None else scaled
         input_moved = [False, *moved[:-1]]
         carried = [
             input_moved[layer] and (not matched[layer] or (action == "paper" and layer == last))
@@ -121,7 +131,8 @@ class Plan:
             for layer in range(last)
         ]
         return cls(
-            moved=tuple(moved),
+            moved=tuple(by_gl or by_scales for by_gl, by_scales in zip(moved, scaled, strict=True)),
+            scaled=tuple(scaled),
             absorbs=tuple(absorbs),
             carried=tuple(carried),
             zero_reference=tuple(zero_reference),
@@ -129,19 +140,34 @@ class Plan:
             first_order_inverse=inverse == "first_order",
         )
 
+    def scales_reference(self, layer: int) -> bool:
+        """Whether R_l follows the scales of the activations behind or in front of layer l."""
+        beside_scaled = self.scaled[layer] or (layer > 0 and self.scaled[layer - 1])
+        return beside_scaled and not self.zero_reference[layer]
+
+    def changes_reference(self, layer: int) -> bool:
+        """Whether a step changes R_l."""
+        return self.carried[layer] or self.scales_reference(layer)
+
+    def changes_offset(self, layer: int) -> bool:
+        """Whether a step changes r_l, where the layer has one."""
+        return self.scaled[layer] and not self.zero_reference[layer]
+
 
 @dataclass(frozen=True)
 class State:
     """A point of the orbit, per weight layer l; what a layer does not need is None.
 
-    inputs B_l, targets Y_l, references R_l, grams K_l, gram_inverses K_l⁻¹, coefficients A_l, slopes σ_l'(Y_l), and
-    formed: W_l' itself for thin layers (with fewer outputs than half the samples), where products with it are cheaper
-    than those with n×n matrices. first_image: X R_0ᵀ + r_0, which no step changes.
+    inputs B_l, targets Y_l, references R_l and offsets r_l (None is zero), grams K_l, gram_inverses K_l⁻¹, coefficients
+    A_l, slopes σ_l'(Y_l), and formed: W_l' itself for thin layers (with fewer outputs than half the samples), where
+    products with it are cheaper than those with n×n matrices. first_image: X R_0ᵀ + r_0 of the start, which no step
+    changes where layer 0 absorbs.
     """
 
     inputs: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
     references: tuple[Tensor | None, ...]
+    offsets: tuple[Tensor | None, ...]
     grams: tuple[Tensor, ...]
     gram_inverses: tuple[Tensor | None, ...]
     coefficients: tuple[Tensor | None, ...]
@@ -153,16 +179,32 @@ class State:
     def logits(self) -> Tensor:
         return self.targets[-1]
 
+    @property
+    def waypoint(self) -> Waypoint:
+        return Waypoint(self.targets, self.references, self.offsets)
+
+
+@dataclass(frozen=True)
+class Waypoint:
+    """A state as far as its weights depend on it: the targets Y_l, the references R_l and the offsets r_l."""
+
+    targets: tuple[Tensor, ...]
+    references: tuple[Tensor | None, ...]
+    offsets: tuple[Tensor | None, ...]
+
 
 @dataclass(frozen=True)
 class Match:
-    """How the rows of one layer's input [B, 1] lie: B (n×d), K and K⁻¹ in float64 (None if not matched), rank, κ₂."""
+    """How the rows of one layer's input [B, 1] lie: B (n×d), K and K⁻¹ in float64 (None if not matched), rank, κ₂.
+
+    rank and condition are None where nobody asked whether it is matched.
+    """
 
     inputs: Tensor
     gram: Tensor
-    gram_inverse: Tensor | None
-    rank: int
-    condition: float
+    gram_inverse: Tensor | None = None
+    rank: int | None = None
+    condition: float | None = None
 
 
 @dataclass(frozen=True)
@@ -170,12 +212,14 @@ class Gradient:
     """The gradient of an objective f, per weight layer l; None is zero.
 
     inputs: ∂f/∂B_l with Y_{l−1} held; targets: ∂f/∂Y_{l−1} with B_l held, though the two move together;
-    references: ∂f/∂R_l = Σ aᵀc as pairs (a, c) where R_l is carried.
+    references: ∂f/∂R_l = Σ aᵀc as pairs (a, c) where a step changes R_l; offsets: ∂f/∂r_l where a step changes r_l. In
+    activation space those of layer 0 are zero: it produces Y_0 whatever its weights.
     """
 
     inputs: tuple[Tensor | None, ...]
     targets: tuple[Tensor | None, ...]
     references: tuple[tuple[tuple[Tensor, Tensor], ...], ...]
+    offsets: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -192,13 +236,15 @@ class LayerStep:
 
 @dataclass(frozen=True)
 class Direction:
-    """The step of every layer whose input moves, and the Frobenius norm of the change of all activations at ε = 1.
+    """How the inputs of the layers move, and the Frobenius norm of the change of all activations at ε = 1.
 
-    Along targets that norm is the one to first order in ε. It is a float64 scalar.
+    steps: those of GL. scales: the rates a (d_l) of the layers whose input is scaled, B_l ← B_l diag(exp εa).
+    Along targets and for scales the norm is the one to first order in ε. It is a float64 scalar.
     """
 
     steps: dict[int, LayerStep]
     norm: Tensor
+    scales: dict[int, Tensor] = field(default_factory=dict)
 
 
 def initial_state(network: Network, plan: Plan, outputs: Sequence[Tensor], matches: Sequence[Match]) -> State:
@@ -219,6 +265,7 @@ def initial_state(network: Network, plan: Plan, outputs: Sequence[Tensor], match
         inputs=tuple(inputs),
         targets=tuple(outputs),
         references=tuple(references),
+        offsets=tuple(None if plan.zero_reference[layer] else network.biases[layer] for layer in layers),
         grams=tuple(match.gram.to(dtype) for match in matches),
         gram_inverses=tuple(inverses),
         coefficients=tuple(coefficients),
@@ -233,12 +280,13 @@ def steepest_direction(network: Network, plan: Plan, state: State, gradient: Gra
 
     It moves B by B Tᵀ = (B Bᵀ) ∂f/∂B − Σ (B cᵀ)(a R) (Zhao et al. 2022, Algorithm 1). A layer of the plan's
     `along_targets` moves Y = σ⁻¹(B) by (B Bᵀ) ∂f/∂Y instead. No d×d matrix is formed: T enters through products with
-    n×n matrices, and through its factors where a layer is carried.
+    n×n matrices, and through its factors where a layer is carried. Of a scaled layer it is the diagonal of T.
     """
     steps: dict[int, LayerStep] = {}
-    moves: list[Tensor] = []
+    scales = _steepest_scales(network, plan, state, gradient)
+    moves = [state.inputs[layer] * rates for layer, rates in scales.items()]
     for layer in range(1, len(network)):
-        if not plan.moved[layer - 1]:
+        if not plan.moved[layer - 1] or plan.scaled[layer - 1]:
             continue
         slope, by_inputs, by_targets = state.slopes[layer - 1], gradient.inputs[layer], gradient.targets[layer]
         if plan.along_targets[layer - 1]:
@@ -251,7 +299,49 @@ def steepest_direction(network: Network, plan: Plan, state: State, gradient: Gra
             assert by_inputs is not None
             steps[layer] = _group_step(network, plan, state, layer, by_inputs, gradient.references[layer])
             moves.append(steps[layer].change)
-    return Direction(steps, network.products.dot_sum(moves, moves).sqrt())
+    return Direction(steps, network.products.dot_sum(moves, moves).sqrt(), scales)
+
+
+def _steepest_scales(network: Network, plan: Plan, state: State, gradient: Gradient) -> dict[int, Tensor]:
+    """a = ∂f/∂s of every layer l whose input is scaled by exp s, with all that follows it:
+
+    a = Σ_n (∂f/∂B_l ⊙ B_l + ∂f/∂Y_{l−1} ⊙ Y_{l−1}) + rows(∂f/∂R_{l−1} ⊙ R_{l−1}) + ∂f/∂r_{l−1} ⊙ r_{l−1}
+        − columns(∂f/∂R_l ⊙ R_l)
+    """
+    shares = {
+        layer: _reference_share(network, state, gradient, layer)
+        for layer in range(len(network))
+        if plan.scales_reference(layer) and gradient.references[layer]
+    }
+    scaled_inputs = [layer for layer in range(1, len(network)) if plan.scaled[layer - 1]]
+    return {layer: _scale_rates(state, gradient, shares, layer) for layer in scaled_inputs}
+
+
+def _scale_rates(state: State, gradient: Gradient, shares: dict[int, Tensor], layer: int) -> Tensor:
+    """One layer's a, with ∂f/∂R ⊙ R of the layers beside it in `shares`."""
+    moved = (
+        (gradient.inputs[layer], state.inputs[layer]),
+        (gradient.targets[layer], state.targets[layer - 1]),
+    )
+    terms = [(by_batch * batch).sum(0) for by_batch, batch in moved if by_batch is not None]
+    if layer - 1 in shares:
+        terms.append(shares[layer - 1].sum(1))
+    offset = state.offsets[layer - 1]
+    if offset is not None and layer - 1 in gradient.offsets:
+        terms.append(gradient.offsets[layer - 1] * offset)
+    if layer in shares:
+        terms.append(shares[layer].sum(0).neg())
+    return torch.stack(terms).sum(0)
+
+
+def _reference_share(network: Network, state: State, gradient: Gradient, layer: int) -> Tensor:
+    """∂f/∂R_l ⊙ R_l (d_{l+1}×d_l)."""
+    reference, by_reference = state.references[layer], None
+    assert reference is not None
+    for left, right in gradient.references[layer]:
+        by_reference = network.products.linear(left.T, right, source=by_reference)
+    assert by_reference is not None
+    return by_reference * reference
 
 
 def _group_step(
@@ -312,7 +402,8 @@ def advance(
     """
     products = network.products
     inputs, targets, slopes = list(state.inputs), list(state.targets), list(state.slopes)
-    references, grams, inverses = list(state.references), list(state.grams), list(state.gram_inverses)
+    references, offsets = list(state.references), list(state.offsets)
+    grams, inverses = list(state.grams), list(state.gram_inverses)
     hindrances: list[Hindrance] = []
     for layer, step in direction.steps.items():
         activation = network.activations[layer - 1]
@@ -331,16 +422,20 @@ def advance(
             )
             if singular is not None:
                 hindrances.append((singular, "the group element of the step is singular"))
+    for layer, rates in direction.scales.items():
+        _scale(layer, torch.exp(size * rates), inputs, targets, references, offsets)
     if plan.first_order_inverse:
-        _let_drift(network, plan, inputs, targets, references, slopes)
+        _let_drift(network, plan, inputs, targets, references, offsets, slopes)
     hindrances += _factorize_moved(network, plan, state, inputs, grams, inverses)
     coefficients = [
-        _coefficients(network, plan, layer, inputs, targets, references, inverses) for layer in range(len(network))
+        _coefficients(network, plan, layer, inputs, targets, references, offsets, inverses)
+        for layer in range(len(network))
     ]
     trial = State(
         inputs=tuple(inputs),
         targets=tuple(targets),
         references=tuple(references),
+        offsets=tuple(offsets),
         grams=tuple(grams),
         gram_inverses=tuple(inverses),
         coefficients=tuple(coefficients),
@@ -351,10 +446,31 @@ def advance(
     return trial, tuple(hindrances)
 
 
+def _scale(
+    layer: int,
+    factors: Tensor,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    references: list[Tensor | None],
+    offsets: list[Tensor | None],
+) -> None:
+    """Put B_l D, and what follows it beside layer l, in the places of the old ones, for the diagonal D of `factors`.
+
+    The slopes stay: σ' does not change along a ray.
+    """
+    inputs[layer] = inputs[layer] * factors
+    targets[layer - 1] = targets[layer - 1] * factors
+    before, offset, behind = references[layer - 1], offsets[layer - 1], references[layer]
+    references[layer - 1] = None if before is None else before * factors.unsqueeze(1)
+    offsets[layer - 1] = None if offset is None else offset * factors
+    references[layer] = None if behind is None else behind / factors
+
+
 def form_weights(
-    network: Network, plan: Plan, start: State, targets: Sequence[Tensor], references: Sequence[Tensor | None]
+    network: Network, plan: Plan, start: State, goal: Waypoint
 ) -> tuple[Network, list[Tensor], tuple[Hindrance, ...]]:
-    """The weights [R, r] + Eᵀ P(B) that turn the batch of `start` into `targets` layer by layer, and what they produce.
+    """The weights [R, r] + Eᵀ P(B) that turn the batch of `start` into the targets of `goal` layer by layer, and what
+    they produce.
 
     B is the activation that the new weights really produce, so that a layer mends the rounding of those before it,
     and an output layer that absorbs is corrected once more: then the logits keep the precision of the arithmetic, not
@@ -366,23 +482,20 @@ def form_weights(
     image: Tensor | None = start.first_image  # B Rᵀ + r where it is known
     outputs: list[Tensor] = []
     hindrances: list[Hindrance] = []
-    for layer, target in enumerate(targets):
+    for layer, (target, reference, offset) in enumerate(zip(goal.targets, goal.references, goal.offsets, strict=True)):
         if layer > 0:
             inputs, image = network.activations[layer - 1].forward(outputs[-1]), None
-        if plan.carried[layer]:
-            reference = references[layer]
-            assert reference is not None
-            weights[layer] = reference
-        elif plan.absorbs[layer]:
-            found = factorize(inputs, biases[layer] is not None, network.products)
+        weight, bias = weights[layer], biases[layer]
+        weight = torch.zeros_like(weight) if reference is None else reference
+        if bias is not None:
+            bias = torch.zeros_like(bias) if offset is None else offset
+        if plan.absorbs[layer]:
+            found = factorize(inputs, bias is not None, network.products)
             hindrances.append((found.info != 0, "the activations of the batch lost their full row rank"))
-            weight, bias = weights[layer], biases[layer]
-            if plan.zero_reference[layer]:
-                weight, bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
             for _ in range(2 if layer == len(network) - 1 else 1):
                 image = F.linear(inputs, weight, bias) if image is None else image
                 (weight, bias), image = found.update(weight, bias, target - image), None
-            weights[layer], biases[layer] = weight, bias
+        weights[layer], biases[layer] = weight, bias
         outputs.append(F.linear(inputs, weights[layer], biases[layer]))
     return replace(network, weights=tuple(weights), biases=tuple(biases)), outputs, tuple(hindrances)
 
@@ -401,20 +514,21 @@ def weights_of(network: Network, plan: Plan, state: State) -> Network:
     """The weights [R + AᵀB, r + Aᵀ1] of a state, to the precision of the search; `form_weights` has the full one."""
     weights, biases = list(network.weights), list(network.biases)
     for layer, batch in enumerate(state.inputs):
-        reference, coefficients = state.references[layer], coefficients_of(plan, state, layer)
+        reference, offset = state.references[layer], state.offsets[layer]
+        coefficients = coefficients_of(plan, state, layer)
         if coefficients is not None:
-            weights[layer], bias = _form(network, batch, reference, coefficients), biases[layer]
-            if bias is not None:
-                biases[layer] = coefficients.sum(0) if reference is None else bias + coefficients.sum(0)
+            weights[layer] = _form(network, batch, reference, coefficients)
+            if biases[layer] is not None:
+                biases[layer] = coefficients.sum(0) if offset is None else offset + coefficients.sum(0)
         elif reference is not None:
-            weights[layer] = reference
+            weights[layer], biases[layer] = reference, offset
     return replace(network, weights=tuple(weights), biases=tuple(biases))
 
 
 def pull_back_weights(
     network: Network, plan: Plan, state: State, formed: Network, gradients: Sequence[tuple[Tensor, Tensor | None]]
 ) -> Gradient:
-    """∂f/∂B_l, ∂f/∂Y_l and ∂f/∂R_l from V = ∂f/∂W' (d_l×d_{l−1}) and v = ∂f/∂b'.
+    """∂f/∂B_l, ∂f/∂Y_l, ∂f/∂R_l and ∂f/∂r_l from V = ∂f/∂W' (d_l×d_{l−1}) and v = ∂f/∂b'.
 
     They follow through W' = R + AᵀB, b' = r + Aᵀ1, A = K⁻¹E. `formed` are the state's weights, `gradients` the pairs
     (V, v) per layer.
@@ -422,6 +536,7 @@ def pull_back_weights(
     by_inputs: list[Tensor | None] = []
     by_targets: list[Tensor | None] = [None]
     by_references: list[tuple[tuple[Tensor, Tensor], ...]] = []
+    by_offsets: dict[int, Tensor] = {}
     for layer, (by_weight, by_bias) in enumerate(gradients):
         batch, coefficients = state.inputs[layer], coefficients_of(plan, state, layer)
         by_residual = None
@@ -435,8 +550,16 @@ def pull_back_weights(
             by_inputs.append(torch.zeros_like(batch))
         by_targets.append(by_residual)
         identity = torch.eye(by_weight.shape[0], dtype=by_weight.dtype, device=by_weight.device)
-        by_references.append(((identity, by_weight),) if plan.carried[layer] else ())
-    return Gradient(tuple(by_inputs), tuple(by_targets), tuple(by_references))
+        changes = plan.changes_reference(layer)
+        by_references.append(((identity, by_weight), *reference_terms(by_residual, batch)) if changes else ())
+        if by_bias is not None and plan.changes_offset(layer):
+            by_offsets[layer] = by_bias if by_residual is None else by_bias - by_residual.sum(0)
+    return Gradient(tuple(by_inputs), tuple(by_targets), tuple(by_references), by_offsets)
+
+
+def reference_terms(by_residual: Tensor | None, inputs: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """∂f/∂R = −∂f/∂Eᵀ B through E = Y − B Rᵀ − r, as pairs; none where the layer does not absorb."""
+    return () if by_residual is None else ((by_residual.neg(), inputs),)
 
 
 def residual_gradient(network: Network, state: State, layer: int, by_coefficients: Tensor) -> Tensor:
@@ -462,7 +585,7 @@ def predict(network: Network, plan: Plan, state: State, inputs: Tensor) -> Tenso
     """
     hidden = inputs
     for layer in range(len(network)):
-        output = reference_image(network, state, layer, hidden)
+        output = reference_image(state, layer, hidden)
         if (coefficients := coefficients_of(plan, state, layer)) is not None:
             overlap = kernel(hidden, state.inputs[layer], network.biases[layer] is not None)
             output = network.products.linear(overlap, coefficients, source=output)
@@ -471,12 +594,12 @@ def predict(network: Network, plan: Plan, state: State, inputs: Tensor) -> Tenso
     return output
 
 
-def reference_image(network: Network, state: State, layer: int, hidden: Tensor) -> Tensor:
+def reference_image(state: State, layer: int, hidden: Tensor) -> Tensor:
     """q R_lᵀ + r_l for activations q (N×d_l); zeros where the reference is zero."""
     reference = state.references[layer]
     if reference is None:
         return hidden.new_zeros(hidden.shape[0], state.targets[layer].shape[1])
-    return F.linear(hidden, reference, network.biases[layer])
+    return F.linear(hidden, reference, state.offsets[layer])
 
 
 def kernel(left: Tensor, right: Tensor, bias: bool) -> Tensor:
@@ -528,6 +651,7 @@ def _coefficients(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     references: Sequence[Tensor | None],
+    offsets: Sequence[Tensor | None],
     inverses: Sequence[Tensor | None],
 ) -> Tensor | None:
     """A_l = K_l⁻¹ E_l, E_l = Y_l − B_l R_lᵀ − r_l; None where the layer does not absorb or is the first (nothing asks
@@ -537,7 +661,7 @@ def _coefficients(
         return None
     linear, residual = network.products.linear, targets[layer]
     if reference is not None:
-        residual = linear(inputs[layer], reference.T, source=residual, row=network.biases[layer], alpha=-1.0)
+        residual = linear(inputs[layer], reference.T, source=residual, row=offsets[layer], alpha=-1.0)
     return linear(inverse, residual)
 
 
@@ -582,6 +706,7 @@ def _let_drift(
     inputs: list[Tensor],
     targets: list[Tensor],
     references: list[Tensor | None],
+    offsets: list[Tensor | None],
     slopes: list[Tensor],
 ) -> None:
     """With the first-order inverse a carried layer's output is not quite kept: it runs on to the next that absorbs."""
@@ -592,7 +717,7 @@ def _let_drift(
         drifted = not plan.absorbs[layer]
         if drifted:
             assert reference is not None
-            targets[layer] = F.linear(inputs[layer], reference, network.biases[layer])
+            targets[layer] = F.linear(inputs[layer], reference, offsets[layer])
             if layer < len(network) - 1:
                 inputs[layer + 1] = network.activations[layer].forward(targets[layer])
                 slopes[layer] = network.activations[layer].derivative(targets[layer])

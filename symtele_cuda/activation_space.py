@@ -6,8 +6,8 @@ n×d and n×n matrices (notation of `action`):
     S_l = δ_l A_lᵀ      back_l = δ_l R_l + S_l B_l      δ_{l−1} = back_l ⊙ σ'(Y_{l−1})      (l = M−1 … 1)
     ‖∇L‖² = Σ_l ⟨δ_l δ_lᵀ, K_l⟩
 
-`pull_back` is the reverse mode of these lines written out: it takes what an objective f says of δ_l, A_l, K_l, B_l, Y_l
-and R_l, and returns ∂f/∂B_l, ∂f/∂Y_l and ∂f/∂R_l.
+`pull_back` is the reverse mode of these lines written out: it takes what an objective f says of δ_l, A_l, K_l, B_l,
+Y_l, R_l and r_l, and returns ∂f/∂B_l, ∂f/∂Y_l, ∂f/∂R_l and ∂f/∂r_l.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .action import Gradient, Network, Plan, State, add, input_gradient, residual_gradient
+from .action import (
+    Gradient,
+    Network,
+    Plan,
+    State,
+    add,
+    input_gradient,
+    reference_terms,
+    residual_gradient,
+)
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,9 @@ class Evaluation:
 @dataclass
 class Seeds:
     """What an objective depends on directly, per weight layer: ∂f/∂δ_l, ∂f/∂A_l, the symmetric ∂f/∂K_l, ∂f/∂B_l,
-    ∂f/∂Y_l, and ∂f/∂R_l = Σ aᵀc as pairs (a, c). A layer that is absent contributes nothing; a thin layer that absorbs
-    has its share through K_l in ∂f/∂B_l. coefficient_images: ∂f/∂A_l R_l, where it is cheaper to have than to work
-    out."""
+    ∂f/∂Y_l, ∂f/∂R_l = aᵀc as a pair (a, c), and ∂f/∂r_l. A layer that is absent contributes nothing; a thin layer that
+    absorbs has its share through K_l in ∂f/∂B_l. coefficient_images: ∂f/∂A_l R_l, where it is cheaper to have than to
+    work out."""
 
     deltas: dict[int, Tensor] = field(default_factory=dict)
     coefficients: dict[int, Tensor] = field(default_factory=dict)
@@ -54,6 +63,7 @@ class Seeds:
     inputs: dict[int, Tensor] = field(default_factory=dict)
     targets: dict[int, Tensor] = field(default_factory=dict)
     references: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    offsets: dict[int, Tensor] = field(default_factory=dict)
 
 
 def backpropagate(network: Network, state: State, output_delta: Tensor) -> Backpropagation:
@@ -111,11 +121,12 @@ def squared_gradient_norm(network: Network, state: State, deltas: tuple[Tensor, 
 
 
 def pull_back(network: Network, plan: Plan, state: State, backward: Backpropagation, seeds: Seeds) -> Gradient:
-    """∂f/∂B_l, ∂f/∂Y_l, ∂f/∂R_l from the seeds, by reverse mode through `backpropagate`, A = K⁻¹(Y − BRᵀ − r) and K
-    = BBᵀ + 1."""
+    """∂f/∂B_l, ∂f/∂Y_l, ∂f/∂R_l and ∂f/∂r_l from the seeds, by reverse mode through `backpropagate`,
+    A = K⁻¹(Y − BRᵀ − r) and K = BBᵀ + 1."""
     by_inputs: list[Tensor | None] = [None]
     by_targets: list[Tensor | None] = [None]
     by_references: list[tuple[tuple[Tensor, Tensor], ...]] = [()]
+    by_offsets: dict[int, Tensor] = {}
     by_target = seeds.targets.get(0)  # of the layer before, like by_delta and by_back
     by_delta, by_back = seeds.deltas[0], seeds.deltas[0] * state.slopes[0]
     for layer in range(1, len(network)):
@@ -126,22 +137,43 @@ def pull_back(network: Network, plan: Plan, state: State, backward: Backpropagat
         terms = reverse(network, state, backward, seeds, layer, by_back, moved)
         by_inputs.append(terms.by_inputs)
         by_targets.append(by_target)
-        seeded = (seeds.references[layer],) if layer in seeds.references else ()
-        by_references.append(((backward.deltas[layer], by_back), *seeded) if plan.carried[layer] else ())
+        through_back = (backward.deltas[layer], by_back)
+        by_references.append(_reference_pairs(plan, state, seeds, layer, through_back, terms.by_residual))
+        if plan.changes_offset(layer) and network.biases[layer] is not None:
+            through_residual = None if terms.by_residual is None else terms.by_residual.sum(0).neg()
+            by_offset = add(seeds.offsets.get(layer), through_residual)
+            if by_offset is not None:
+                by_offsets[layer] = by_offset
         if terms.by_delta is not None:
             by_delta, by_back = terms.by_delta
         by_target = terms.by_target
-    return Gradient(tuple(by_inputs), tuple(by_targets), tuple(by_references))
+    return Gradient(tuple(by_inputs), tuple(by_targets), tuple(by_references), by_offsets)
+
+
+def _reference_pairs(
+    plan: Plan,
+    state: State,
+    seeds: Seeds,
+    layer: int,
+    through_back: tuple[Tensor, Tensor],
+    by_residual: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """∂f/∂R_l as pairs: through back, through what the objective says itself, and through E."""
+    if not plan.changes_reference(layer):
+        return ()
+    seeded = (seeds.references[layer],) if layer in seeds.references else ()
+    return (through_back, *seeded, *reference_terms(by_residual, state.inputs[layer]))
 
 
 @dataclass(frozen=True)
 class _LayerTerms:
     """∂f/∂δ_l and the ∂f/∂back_{l+1} = ∂f/∂δ_l ⊙ σ'(Y_l) that follows (None for the last layer, where δ is a constant),
-    ∂f/∂Y_l, and ∂f/∂B_l but for its share through Y_{l−1}."""
+    ∂f/∂Y_l, ∂f/∂B_l but for its share through Y_{l−1}, and ∂f/∂E_l where the layer absorbs."""
 
     by_delta: tuple[Tensor, Tensor] | None
     by_target: Tensor | None
     by_inputs: Tensor | None
+    by_residual: Tensor | None
 
 
 def _pull_back_wide(
@@ -157,7 +189,7 @@ def _pull_back_wide(
     products = network.products
     batch, reference, coefficients = state.inputs[layer], state.references[layer], state.coefficients[layer]
     mixing, last = backward.mixings[layer], layer == len(network) - 1
-    by_delta = None
+    by_delta, by_residual = None, None
     by_target, by_inputs, by_gram = seeds.targets.get(layer), seeds.inputs.get(layer), seeds.grams.get(layer)
     if coefficients is not None and mixing is not None:
         by_mixing = products.linear(by_back, batch.T)
@@ -178,7 +210,7 @@ def _pull_back_wide(
         by_delta = products.masked(by_back, reference.T, seeds.deltas[layer], state.slopes[layer])
     if moved and by_gram is not None:
         by_inputs = products.linear(by_gram, batch, source=by_inputs, alpha=2.0)
-    return _LayerTerms(by_delta, by_target, by_inputs)
+    return _LayerTerms(by_delta, by_target, by_inputs, by_residual)
 
 
 def _through_residual(
@@ -226,7 +258,7 @@ def _pull_back_thin(
         by_inputs = add(by_inputs, input_gradient(network, batch, formed, coefficients, by_weight, by_residual))
     if layer < len(network) - 1:
         by_delta = products.masked(by_back, formed.T, seeds.deltas[layer], state.slopes[layer])
-    return _LayerTerms(by_delta, add(seeds.targets.get(layer), by_residual), by_inputs)
+    return _LayerTerms(by_delta, add(seeds.targets.get(layer), by_residual), by_inputs, by_residual)
 
 
 def _curvature_term(

@@ -1,4 +1,4 @@
-"""Invertible elementwise activations: σ, σ', σ'', σ⁻¹ and the open interval on which σ⁻¹ lives.
+"""Elementwise activations: σ, σ', σ'', σ⁻¹ and the open interval on which σ⁻¹ lives, and ReLU, which has no σ⁻¹.
 
 Teleportation needs more of an activation than training does: the action writes Y = σ⁻¹(σ(Z) gᵀ), and the gradient
 of the search uses σ' and σ''. The derivatives of the inverse follow from them at y = σ⁻¹(b):
@@ -21,12 +21,17 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Activation:
-    """An invertible activation σ, applied elementwise; `parameter` is its one real parameter where it has one."""
+    """An activation σ, applied elementwise; `parameter` is its one real parameter where it has one.
+
+    invertible: whether σ⁻¹ exists. positively_homogeneous: whether σ(cz) = c σ(z) for every c > 0.
+    """
 
     parameter: float = 0.0
 
     name = "abstract"
     domain = (-math.inf, math.inf)
+    invertible = True
+    positively_homogeneous = False
 
     def forward(self, z: Tensor) -> Tensor:
         """σ(z)."""
@@ -70,6 +75,7 @@ class Identity(Activation):
     """σ(z) = z."""
 
     name = "identity"
+    positively_homogeneous = True
 
     def forward(self, z: Tensor) -> Tensor:
         return z
@@ -94,6 +100,7 @@ class LeakyReLU(Activation):
     parameter: float = 0.1
 
     name = "leaky_relu"
+    positively_homogeneous = True
 
     def __post_init__(self) -> None:
         _require_invertible("negative_slope", self.parameter)
@@ -113,6 +120,24 @@ class LeakyReLU(Activation):
 
     def inverse(self, b: Tensor) -> Tensor:
         return F.leaky_relu(b, 1.0 / self.parameter)
+
+
+@dataclass(frozen=True)
+class ReLU(Activation):
+    """σ(z) = max(z, 0), which has no inverse."""
+
+    name = "relu"
+    invertible = False
+    positively_homogeneous = True
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.relu(z)
+
+    def derivative(self, z: Tensor) -> Tensor:
+        return (z > 0).to(z.dtype)
+
+    def second_derivative(self, z: Tensor) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -220,10 +245,11 @@ class ELU(Activation):
 ACTIVATIONS: dict[str, type[Activation]] = {
     cls.name: cls for cls in (LeakyReLU, Tanh, Sigmoid, Softplus, ELU, Identity)
 }
+"""The invertible activations by their names."""
 
 
 def make_activation(name: str, parameter: float | None = None) -> Activation:
-    """The activation called `name`; `parameter` is the slope of leaky_relu, β of softplus or α of elu."""
+    """The invertible activation called `name`; `parameter` is the slope of leaky_relu, β of softplus or α of elu."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {name!r}")
     cls = ACTIVATIONS[name]
@@ -232,7 +258,9 @@ def make_activation(name: str, parameter: float | None = None) -> Activation:
 
 
 def activation_of_module(module: nn.Module) -> Activation | None:
-    """The activation that a torch module applies, or None if it is no invertible activation of this library."""
+    """The activation that a torch module applies, or None if it is no activation of this library."""
+    if isinstance(module, nn.ReLU):
+        return ReLU()
     if isinstance(module, nn.LeakyReLU):
         return LeakyReLU(module.negative_slope)
     if isinstance(module, nn.ELU):

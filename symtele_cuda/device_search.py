@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import graphs
-from .action import Direction, Hindrance, State
+from .action import Direction, Hindrance, State, Waypoint
 from .activation_space import Evaluation
 from .measurement import read
 from .objectives import has_fast_path
@@ -45,10 +45,8 @@ from .search import (
     Search,
     SearchResult,
     StepRecord,
-    Waypoint,
     no_step_left,
     not_taken,
-    waypoint,
 )
 from .task import Candidate, Found, Task, describe_backend
 
@@ -148,7 +146,7 @@ def run_program(task: Task) -> Program:
         trace = ascend(search, start, evaluation, cap=task.cap(gradient_norm), bounds=bounds)
     else:
         trace = ascend_fixed(search, start, evaluation, step_size=step_size)
-    last = task.candidate(start, trace.state.targets, trace.state.references)
+    last = task.candidate(start, trace.state.waypoint)
     return Program(start, before, trace, torch.stack(trace.rows), last)
 
 
@@ -229,8 +227,9 @@ def _begin(search: Search, start: State, *, fixed: bool) -> Trace:
         inputs=tuple(owned.get(id(tensor), tensor) for tensor in start.inputs),
         targets=tuple(owned.get(id(tensor), tensor) for tensor in start.targets),
         references=tuple(None if tensor is None else owned.get(id(tensor), tensor) for tensor in start.references),
+        offsets=tuple(None if tensor is None else owned.get(id(tensor), tensor) for tensor in start.offsets),
     )
-    return Trace(state, [waypoint(start)], [], (), fixed)
+    return Trace(state, [start.waypoint], [], (), fixed)
 
 
 def _take(
@@ -243,7 +242,7 @@ def _take(
     following: Direction | None,
 ) -> None:
     """Note the step, and where it is accepted put its state and the direction from there in place of the old ones."""
-    trace.waypoints.append(waypoint(trial))
+    trace.waypoints.append(trial.waypoint)
     trace.hindrances = tuple(text for _, text in hindrances)
     old, new = _state_tensors(search, trace.state), _state_tensors(search, trial)
     if following is not None:
@@ -255,18 +254,20 @@ def _state_tensors(search: Search, state: State) -> list[Tensor]:
     """What a step changes of a state, as far as the next step and the weights depend on it."""
     plan, tensors = search.plan, list[Tensor]()
     drifts = plan.first_order_inverse  # then every layer behind a carried one may move
-    for layer in range(1, len(search.network)):
-        if plan.moved[layer - 1] or drifts:
+    for layer in range(len(search.network)):
+        if layer > 0 and (plan.moved[layer - 1] or drifts):
             tensors += [state.inputs[layer], state.targets[layer - 1]]
-        if plan.carried[layer]:
-            reference = state.references[layer]
+        reference, offset = state.references[layer], state.offsets[layer]
+        if plan.changes_reference(layer):
             assert reference is not None
             tensors.append(reference)
+        if plan.changes_offset(layer) and offset is not None:
+            tensors.append(offset)
     return [*tensors, state.logits] if drifts else tensors
 
 
 def _direction_tensors(direction: Direction) -> list[Tensor]:
-    tensors = [direction.norm]
+    tensors = [direction.norm, *direction.scales.values()]
     for step in direction.steps.values():
         tensors += [step.change, *(step.generator or ())]
     return tensors

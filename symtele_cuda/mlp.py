@@ -28,13 +28,16 @@ from .activations import (
     Activation,
     Identity,
     LeakyReLU,
+    ReLU,
     Sigmoid,
     Softplus,
     Tanh,
     activation_of_module,
 )
 
-SUPPORTED = "Linear, LeakyReLU, ELU, Softplus (threshold 20), Tanh, Sigmoid, Identity, Flatten(1) or inactive Dropout"
+SUPPORTED = (
+    "Linear, ReLU, LeakyReLU, ELU, Softplus (threshold 20), Tanh, Sigmoid, Identity, Flatten(1) or inactive Dropout"
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Chain:
 
 
 def read_chain(model: nn.Module) -> Chain:
-    """The chain of Linear layers and invertible activations that `model` computes.
+    """The chain of Linear layers and elementwise activations that `model` computes.
 
     nn.Sequential is walked directly; other modules are traced symbolically (torch.fx), which follows calls of
     submodules, the functional forms of the supported activations and of dropout, and flattening by `flatten(1)`,
@@ -191,7 +194,7 @@ def _check_width(where: str, width: int, neighbour: str, expected: int) -> None:
 
 def _no_chain(where: str, expected: str, got: str) -> ValueError:
     return ValueError(
-        "model must be a chain of Linear layers and invertible activations: "
+        "model must be a chain of Linear layers and elementwise activations: "
         f"at {where or 'model'!r} expected {expected}, got {got}"
     )
 
@@ -368,6 +371,10 @@ def _leaky_relu(input: object, negative_slope: float = 0.01, inplace: bool = Fal
     return LeakyReLU(negative_slope)
 
 
+def _relu(input: object, inplace: bool = False) -> Activation:
+    return ReLU()
+
+
 def _elu(input: object, alpha: float = 1.0, inplace: bool = False) -> Activation:
     return ELU(alpha)
 
@@ -408,12 +415,15 @@ def _view(input: object, *shape: Any) -> _Flatten:
 
 _CALLS: dict[object, Callable[..., Activation | _Flatten | None]] = {
     F.leaky_relu: _leaky_relu,
+    F.relu: _relu,
     F.elu: _elu,
     F.softplus: _softplus,
     F.dropout: _dropout,
+    torch.relu: _relu,
     torch.tanh: _tanh,
     torch.sigmoid: _sigmoid,
     torch.flatten: _flatten,
+    "relu": _relu,
     "tanh": _tanh,
     "sigmoid": _sigmoid,
     "flatten": _flatten,

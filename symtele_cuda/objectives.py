@@ -130,7 +130,7 @@ def _step(network: Network, state: State, backward: Backpropagation) -> _TrialSt
         change = add(step[layer], state.coefficients[layer])
         assert change is not None
         overlaps[layer] = KernelProduct.make(network, layer, hidden, state.inputs[layer], change)
-        outputs.append(overlaps[layer].added_to(reference_image(network, state, layer, hidden)))
+        outputs.append(overlaps[layer].added_to(reference_image(state, layer, hidden)))
     return _TrialStep(outputs, overlaps)
 
 
@@ -151,8 +151,10 @@ def _seeds(network: Network, plan: Plan, state: State, trial: _TrialStep, output
         seeds.deltas[layer] = by_change
         if plan.moved[layer - 1]:
             seeds.inputs[layer] = by_inputs
-        if plan.carried[layer]:
+        if plan.changes_reference(layer):
             seeds.references[layer] = (adjoint, overlap.hidden)
+        if plan.changes_offset(layer) and network.biases[layer] is not None:
+            seeds.offsets[layer] = adjoint.sum(0)
         adjoint = network.activations[layer - 1].pull_back(by_hidden, trial.outputs[layer - 1])
     seeds.targets[0] = adjoint
     seeds.deltas[0] = linear(state.grams[0], adjoint)

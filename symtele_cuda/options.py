@@ -12,6 +12,7 @@ from .objectives import GradNorm, Lookahead, Objective
 from .ops import ACTIONS
 
 INVERSES = ("exact", "first_order")
+GROUPS = GL, POSITIVE_DIAGONAL, AUTO = ("gl", "positive_diagonal", "auto")
 METRICS = ("euclidean",)
 
 
@@ -25,6 +26,7 @@ class Options:
     max_growth: float
     action: str
     inverse: str
+    group: str
     backend: str
     layers: tuple[int, ...] | None
     drift_tol: float
@@ -42,6 +44,7 @@ def make_options(
     action: str,
     metric: str,
     inverse: str,
+    group: str,
     layers: Sequence[int] | None,
     hidden_layers: int,
     drift_tol: float,
@@ -55,6 +58,7 @@ def make_options(
     """
     check_name("action", action, ACTIONS)
     check_name("inverse", inverse, INVERSES)
+    check_name("group", group, GROUPS)
     check_name("metric", metric, METRICS)
     check_backend(backend)
     check_int("steps", steps, at_least=1)
@@ -71,6 +75,7 @@ def make_options(
         max_growth=float(max_growth),
         action=action,
         inverse=inverse,
+        group=group,
         backend=backend,
         layers=None if layers is None else check_layers(layers, hidden_layers),
         drift_tol=float(drift_tol),

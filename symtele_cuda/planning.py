@@ -1,4 +1,4 @@
-"""Which layers a batch can move, and why not the others."""
+"""Which layers a batch can move, by which group, and why not the others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from . import graphs
 from .action import Match, Network, Plan
 from .errors import TeleportError
 from .kernels import Products
+from .options import AUTO, GL, POSITIVE_DIAGONAL
 from .pinv import MAX_CONDITION, condition_from_gram, pinv_factor
 from .problem import Problem, layer_inputs
 from .report import LayerReport
@@ -89,6 +90,28 @@ def _factorize(batches: _Batches) -> _Factors:
     return _Factors(grams, list(inverses), torch.stack([conditions, torch.stack(infos).double()]))
 
 
+def observe_inputs(problem: Problem) -> list[Match]:
+    """The Gram matrix of every layer's input, for a group that needs no match: nothing is factorized."""
+    network, inputs = problem.network, layer_inputs(problem.network, problem.samples, problem.outputs)
+    return [
+        Match(batch, network.products.gram(batch, bias is not None)[0])
+        for batch, bias in zip(inputs, network.biases, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What moves the activations behind one hidden layer, "gl" or "positive_diagonal", or None and why."""
+
+    group: str | None
+    reason: str = TELEPORTED
+
+    @property
+    def refused(self) -> bool:
+        """Whether the layer was asked for and cannot be moved."""
+        return self.group is None and self.reason != NOT_ASKED_FOR
+
+
 def make_plan(
     problem: Problem,
     matches: Sequence[Match],
@@ -97,26 +120,37 @@ def make_plan(
     action: str,
     inverse: str,
     group_steps: bool,
+    group: str = GL,
 ) -> tuple[Plan, tuple[LayerReport, ...]]:
     """The plan that moves every hidden layer k of `layers` (None: all) that can be moved, and a report on each layer.
+
+    group: which group moves them; "auto" is GL where it can, and the positive diagonal group elsewhere.
 
     Raises:
         TeleportError: none can be moved, or one that `layers` names cannot.
     """
     network = problem.network
     matched = [match.gram_inverse is not None for match in matches]
-    reasons = [
-        NOT_ASKED_FOR if layers is not None and index not in layers else _why_not_matched(network, matches, index - 1)
+    choices = [
+        _Choice(None, NOT_ASKED_FOR)
+        if layers is not None and index not in layers
+        else _choose_group(network, matches, index - 1, group)
         for index in range(1, len(network))
     ]
 
-    def plan_for(reasons: Sequence[str | None]) -> Plan:
-        moved = [*(reason is None for reason in reasons), False]
-        return Plan.make(network, moved, matched, action=action, inverse=inverse, group_steps=group_steps)
+    def plan_for(choices: Sequence[_Choice]) -> Plan:
+        by_gl, scaled = ([*(choice.group == name for choice in choices), False] for name in (GL, POSITIVE_DIAGONAL))
+        return Plan.make(
+            network, by_gl, matched, scaled=scaled, action=action, inverse=inverse, group_steps=group_steps
+        )
 
-    plan = plan_for(reasons)
-    reasons = [reason or _why_no_step(network, plan, matches, layer) for layer, reason in enumerate(reasons)]
-    _check_enough(reasons, layers, len(problem.samples))
+    plan = plan_for(choices)
+    stuck = [_why_no_step(network, plan, matches, layer) for layer in range(len(choices))]
+    choices = [
+        choice if reason is None or choice.group != GL else _Choice(None, reason)
+        for choice, reason in zip(choices, stuck, strict=True)
+    ]
+    _check_enough(network, choices, layers, len(problem.samples), group)
     reports = tuple(
         LayerReport(
             index=layer + 1,
@@ -124,42 +158,77 @@ def make_plan(
             width=network.weights[layer].shape[0],
             rank=match.rank,
             condition=match.condition,
-            teleported=reason is None,
-            reason=reason or TELEPORTED,
+            teleported=choice.group is not None,
+            reason=choice.reason,
+            group=choice.group,
         )
-        for layer, (reason, match) in enumerate(zip(reasons, matches, strict=False))
+        for layer, (choice, match) in enumerate(zip(choices, matches, strict=False))
     )
-    return plan_for(reasons), reports
+    return plan_for(choices), reports
 
 
-def _why_not_matched(network: Network, matches: Sequence[Match], layer: int) -> str | None:
-    """Why the batch cannot be matched as the input of weight layer `layer` (0-based), or None."""
+def _choose_group(network: Network, matches: Sequence[Match], layer: int, group: str) -> _Choice:
+    """The first group that can move the activations behind weight layer `layer` (0-based), of those that `group` is."""
+    reasons = []
+    for name in (GL, POSITIVE_DIAGONAL) if group == AUTO else (group,):
+        reason = _why_not_gl(network, matches, layer) if name == GL else _why_not_scaled(network, layer)
+        if reason is None:
+            return _Choice(name)
+        reasons.append(reason)
+    return _Choice(None, ", and ".join(reasons))
+
+
+def _why_not_gl(network: Network, matches: Sequence[Match], layer: int) -> str | None:
+    """Why GL cannot move the activations behind weight layer `layer`, or None."""
+    if not network.activations[layer].invertible:
+        return f"{network.activations[layer]} has no inverse"
     match = matches[layer]
     n, width = match.inputs.shape
     columns = width + (network.biases[layer] is not None)
     if n > columns:
         return f"{n} samples cannot be independent in an input of {columns} columns (bias included)"
-    if match.rank < n:
+    if match.rank is not None and match.rank < n:
         return f"the {n} samples have rank {match.rank} in the layer's input"
     if match.gram_inverse is None:
         return f"the layer's input is ill-conditioned (κ ≈ {match.condition:.1e})"
     return None
 
 
+def _why_not_scaled(network: Network, layer: int) -> str | None:
+    """Why the positive diagonal group does not act on the activations behind weight layer `layer`, or None."""
+    activation = network.activations[layer]
+    return None if activation.positively_homogeneous else f"{activation} is not positively homogeneous"
+
+
 def _why_no_step(network: Network, plan: Plan, matches: Sequence[Match], layer: int) -> str | None:
-    """Why the activations behind `layer` cannot move though its input is matched, or None."""
+    """Why GL cannot move the activations behind `layer` though its input is matched, or None."""
     activation = network.activations[layer]
     if plan.along_targets[layer] or not activation.bounded or activation.contains(matches[layer + 1].inputs):
         return None
     return f"activations lie on the edge of the domain {activation.domain} of the inverse of {activation}"
 
 
-def _check_enough(reasons: Sequence[str | None], layers: Sequence[int] | None, n: int) -> None:
-    refused = [(index, reason) for index, reason in enumerate(reasons, start=1) if reason not in (None, NOT_ASKED_FOR)]
-    if None in reasons and not (layers is not None and refused):
+# What `teleport_mlp`'s `group` expects of a batch and a model, and what helps where it is not so.
+_EXPECTED = {
+    GL: "samples that the layers' inputs can tell apart, and activations that have an inverse",
+    POSITIVE_DIAGONAL: "positively homogeneous activations (ReLU, LeakyReLU or none)",
+    AUTO: "samples that the layers' inputs can tell apart, or positively homogeneous activations",
+}
+_FEWER_SAMPLES, _OTHER_GROUP = "Use fewer or more varied samples", 'Use group="gl"'
+_SCALES_INSTEAD = 'group="positive_diagonal" moves ReLU, LeakyReLU and layers without activation on any batch'
+
+
+def _check_enough(
+    network: Network, choices: Sequence[_Choice], layers: Sequence[int] | None, n: int, group: str
+) -> None:
+    refused = [(index, choice.reason) for index, choice in enumerate(choices, start=1) if choice.refused]
+    if any(choice.group is not None for choice in choices) and not (layers is not None and refused):
         return
     details = "; ".join(f"hidden layer {index}: {reason}" for index, reason in refused)
+    advice = _OTHER_GROUP if group == POSITIVE_DIAGONAL else _FEWER_SAMPLES
+    if group == GL and any(network.activations[index - 1].positively_homogeneous for index, _ in refused):
+        advice += f"; {_SCALES_INSTEAD}"
     raise TeleportError(
-        f"{'batch' if layers is None else 'layers'}: expected samples that the layers' inputs can tell apart, "
-        f"got a batch of n = {n} with {details}. Use fewer or more varied samples."
+        f"{'batch' if layers is None else 'layers'}: expected {_EXPECTED[group]}, "
+        f"got a batch of n = {n} with {details}. {advice}."
     )

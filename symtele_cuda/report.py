@@ -12,16 +12,19 @@ class LayerReport:
     """One hidden layer k = 1..m of width d_k: the batch of n samples as its input [B_{k−1}, 1], and whether it was
     moved.
 
-    rank and condition (κ₂, an estimate; inf where the rank is below n) are those of the n×(d_{k−1}+1) input.
+    rank and condition (κ₂, an estimate; inf where the rank is below n) are those of the n×(d_{k−1}+1) input; None where
+    group="positive_diagonal" was asked for, which needs no match. group: what moved the layer, "gl" or
+    "positive_diagonal", None where it was not moved.
     """
 
     index: int
     n: int
     width: int
-    rank: int
-    condition: float
+    rank: int | None
+    condition: float | None
     teleported: bool
     reason: str
+    group: str | None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TeleportError
-from .mlp import check_inputs, check_parameters, read_chain
-from .options import check_layers
+from .mlp import Chain, check_inputs, check_parameters, read_chain
+from .options import AUTO, POSITIVE_DIAGONAL, check_layers
 from .pinv import condition_from_gram
 from .problem import layer_inputs, read_network
 from .products import gram, invert_gram
@@ -19,6 +19,9 @@ from .products import gram, invert_gram
 # Float32 would bear more, the data outside the batch would not: the nearer the samples are to dependence, the larger
 # the weights that tell them apart.
 GOOD_CONDITION = 200.0
+# With group="auto", a layer that tells fewer samples apart is left to the diagonal group: 50 samples do most of what
+# 200 do, and the fewer they are, the less the other layers gain.
+LEAST_MATCHED = 50
 
 
 def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = None) -> Tensor:
@@ -73,6 +76,29 @@ def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = 
     columns = min(inputs[k - 1].shape[1] + biased[k - 1] for k in named)
     taken = usable[_independent_rows(_restrict(grams, usable).numpy(), columns)]
     return taken[: _well_conditioned_rows(_restrict(grams, taken))].to(x.device)
+
+
+def layers_to_match(chain: Chain, layers: Sequence[int] | None, group: str) -> list[int]:
+    """The hidden layers, of `layers` (1..m; None: all), in whose inputs a batch for a teleport by `group` is to match.
+
+    "gl": those with an invertible activation. "positive_diagonal": none. "auto": as for "gl", but for layers with a
+    positively homogeneous activation and an input of fewer than 50 columns (the bias' included), which scale instead.
+    """
+    hidden = range(1, len(chain.linears)) if layers is None else layers
+    return [k for k in hidden if group != POSITIVE_DIAGONAL and _counts(chain, k, group)]
+
+
+def _counts(chain: Chain, layer: int, group: str) -> bool:
+    """Whether hidden layer `layer` is one for GL to move."""
+    activation = chain.activations[layer - 1]
+    narrow = input_columns(chain, layer) < LEAST_MATCHED
+    return activation.invertible and not (group == AUTO and activation.positively_homogeneous and narrow)
+
+
+def input_columns(chain: Chain, layer: int) -> int:
+    """The columns of the input of hidden layer `layer` (1..m), the bias' column included."""
+    linear = chain.linears[layer - 1]
+    return linear.weight.shape[1] + (linear.bias is not None)
 
 
 def _restrict(grams: Tensor, rows: Tensor) -> Tensor:

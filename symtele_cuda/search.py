@@ -23,6 +23,7 @@ from .action import (
     Network,
     Plan,
     State,
+    Waypoint,
     advance,
     domain_limit,
     steepest_direction,
@@ -59,14 +60,6 @@ class StepRecord:
     size: float
     accepted: bool
     note: str
-
-
-@dataclass(frozen=True)
-class Waypoint:
-    """An accepted state, as far as its weights depend on it: the targets Y_l and the references R_l."""
-
-    targets: tuple[Tensor, ...]
-    references: tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -145,7 +138,7 @@ def ascend(
         bounds: what a state that improves the objective must keep besides.
     """
     state, value, sign = start, float(evaluation.value), search.sign
-    waypoints, records = [waypoint(start)], list[StepRecord]()
+    waypoints, records = [start.waypoint], list[StepRecord]()
     radius = first_radius = FIRST_RADIUS * float(search.moved_norm(start))
     direction: Direction | None = None
     norm, failed = math.nan, False
@@ -178,7 +171,7 @@ def ascend(
         if note is None:
             assert trial.evaluation is not None
             state, evaluation, value, direction = trial.state, trial.evaluation, trial.value, None
-            waypoints.append(waypoint(state))
+            waypoints.append(state.waypoint)
             radius *= LATER_GROWTH if failed else GROWTH
             if value >= CAP_SHARE * cap:
                 return ended(CAP_REACHED)
@@ -193,7 +186,7 @@ def ascend(
 def ascend_fixed(search: Search, start: State, evaluation: Evaluation, *, step_size: float) -> SearchResult:
     """The paper's rule, g ← (I ± step_size·∇_T f) g; a step is taken unless its result is not finite."""
     state = start
-    waypoints, records = [waypoint(start)], list[StepRecord]()
+    waypoints, records = [start.waypoint], list[StepRecord]()
     for _ in range(search.steps):
         direction = search.direction(state, evaluation)
         size = search.limit(state, direction, _scalar(search.sign * step_size, direction))
@@ -205,13 +198,8 @@ def ascend_fixed(search: Search, start: State, evaluation: Evaluation, *, step_s
         state, evaluation = trial.state, trial.evaluation
         note = SHORTENED if abs(float(size)) < step_size else ACCEPTED
         records.append(StepRecord(trial.value, float(size), True, note))
-        waypoints.append(waypoint(state))
+        waypoints.append(state.waypoint)
     return SearchResult(tuple(waypoints), tuple(records), ALL_STEPS)
-
-
-def waypoint(state: State) -> Waypoint:
-    """What the weights at `state` depend on."""
-    return Waypoint(state.targets, state.references)
 
 
 def holding(hindrances: Sequence[Hindrance]) -> str | None:

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from . import graphs
 from . import products as torch_products
-from .action import Hindrance, Match, Network, Plan, State, form_weights, initial_state, parameter_list, predict
+from .action import (
+    Hindrance,
+    Match,
+    Network,
+    Plan,
+    State,
+    Waypoint,
+    form_weights,
+    initial_state,
+    parameter_list,
+    predict,
+)
 from .measurement import Measurement, measure, relative_change
 from .objectives import GradNorm, Lookahead
 from .options import Options
@@ -168,9 +179,9 @@ class Task:
             )
         return tuple(bounds)
 
-    def candidate(self, start: State, targets: Sequence[Tensor], references: Sequence[Tensor | None]) -> Candidate:
-        """The weights of a state, formed, rounded to the dtype of the model's parameters, and measured."""
-        formed, outputs, hindrances = form_weights(self.problem.network, self.plan, start, targets, references)
+    def candidate(self, start: State, goal: Waypoint) -> Candidate:
+        """The weights of an accepted state, formed, rounded to the dtype of the model's parameters, and measured."""
+        formed, outputs, hindrances = form_weights(self.problem.network, self.plan, start, goal)
         written, outputs = _round(formed, outputs, self.problem)
         return Candidate(written, self.measure(written, outputs), hindrances)
 

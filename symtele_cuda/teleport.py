@@ -19,8 +19,8 @@ from .loss import LossFunction
 from .measurement import Measurement, read, relative_change
 from .mlp import Chain, check_parameters, read_chain
 from .objectives import Objective
-from .options import Options, make_options
-from .planning import make_plan, match_inputs
+from .options import POSITIVE_DIAGONAL, Options, make_options
+from .planning import make_plan, match_inputs, observe_inputs
 from .problem import Holdout, Problem, parameters_kept
 from .report import TeleportReport
 from .search import ascend, ascend_fixed, holding
@@ -41,6 +41,7 @@ def teleport_mlp(
     action: str = "least_change",
     metric: str = "euclidean",
     inverse: str = "exact",
+    group: str = "gl",
     layers: Sequence[int] | None = None,
     drift_tol: float = 1e-4,
     holdout: tuple[Tensor, Tensor] | None = None,
@@ -50,17 +51,22 @@ def teleport_mlp(
     """Move the weights of `model`, in place, along the level set of the loss on `batch`, to where the optimizer
     gains more.
 
-    g_k ∈ GL(d_k) acts on the activations of hidden layer k = 1..m, B_k = σ(Z_k) g_kᵀ, and every weight layer becomes
+    With group="gl", g_k ∈ GL(d_k) acts on the activations of hidden layer k = 1..m, B_k = σ(Z_k) g_kᵀ, and every
+    weight layer becomes
 
         [W_k', b_k'] = [R_k, r_k] + (σ⁻¹(B_k) − B_{k−1} R_kᵀ − r_k)ᵀ P(B_{k−1}),   P(B) = [B, 1]⁺ᵀ,
 
     (Zhao et al. 2022, arXiv 2205.10637, eq. 8, where R_k = 0), which keeps the outputs on the batch exactly where
-    the rows of [B_{k−1}, 1] are linearly independent; g is found by `steps` ascent steps. Parameters are written
-    once, at the end, in place; after an error or a rejected search the model is bit for bit what it was.
-    Deterministic on the CPU.
+    the rows of [B_{k−1}, 1] are linearly independent. With group="positive_diagonal", D_k = diag(exp s_k) does,
+
+        W_k' = D_k W_k,   b_k' = D_k b_k,   W_{k+1}' = W_{k+1} D_k⁻¹,
+
+    which keeps the outputs on every input where the activation is positively homogeneous. g and s are found by
+    `steps` ascent steps. Parameters are written once, at the end, in place; after an error or a rejected search the
+    model is bit for bit what it was. Deterministic on the CPU.
 
     Args:
-        model: a chain of nn.Linear and invertible activations (LeakyReLU, Tanh, Sigmoid, Softplus, ELU, Identity);
+        model: a chain of nn.Linear and activations (LeakyReLU, ReLU, Tanh, Sigmoid, Softplus, ELU, Identity);
             float32 or float64; bfloat16 and float16 are computed in float32 and rounded once at the end.
         batch: (x, y), n samples x (n×d_0, or what the model flattens to it) and their targets.
         loss_fn: loss_fn(outputs, y) → scalar. Default: cross entropy for integer y, mean squared error for floating
@@ -77,6 +83,9 @@ def teleport_mlp(
         action: "least_change" (R_k = W_k, the minimum-norm change of the weights) or "paper" (R_k = 0).
         metric: "euclidean", the norm in which a change of the weights is least.
         inverse: of g where a layer needs it, "exact" or "first_order" (I − εT, the published rule).
+        group: "gl" moves hidden layers whose activation has an inverse and whose input the batch can match;
+            "positive_diagonal" those with a positively homogeneous activation (LeakyReLU, ReLU, Identity), whatever
+            the batch; "auto" takes GL where that is possible and the diagonal group elsewhere.
         layers: the hidden layers k = 1..m to teleport; default: all that the batch allows.
         drift_tol: the largest |loss_after − loss_before| / |loss_before| on the batch, a loss's weight terms held at
             the old weights. The rounding of 16-bit models counts: 1e-4 is tight for them.
@@ -103,6 +112,7 @@ def teleport_mlp(
         action=action,
         metric=metric,
         inverse=inverse,
+        group=group,
         layers=layers,
         hidden_layers=len(chain.activations),
         drift_tol=drift_tol,
@@ -128,7 +138,7 @@ def teleport_mlp(
 
 def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple[TeleportReport, Network]:
     """Plan, search and check; the report (without its time) and the weights to write if it is accepted."""
-    matches = match_inputs(problem)
+    matches = (observe_inputs if options.group == POSITIVE_DIAGONAL else match_inputs)(problem)
     plan, layer_reports = make_plan(
         problem,
         matches,
@@ -136,6 +146,7 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
         action=options.action,
         inverse=options.inverse,
         group_steps=options.step_size is not None,
+        group=options.group,
     )
     task = Task(problem, held, tuple(matches), plan, options)
     found = device_search.find(task) if device_search.can_find(task) else _find_on_host(task)
@@ -185,7 +196,7 @@ def _settle(task: Task, found: Found, unchanged: TeleportReport) -> tuple[Telepo
     for steps in range(len(waypoints) - 1, 0, -1):
         candidate = found.last if steps == len(waypoints) - 1 else None
         if candidate is None:
-            candidate = task.candidate(found.start, waypoints[steps].targets, waypoints[steps].references)
+            candidate = task.candidate(found.start, waypoints[steps])
         if (hindrance := holding(candidate.hindrances)) is not None:
             reason = hindrance
             continue

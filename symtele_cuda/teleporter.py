@@ -14,9 +14,9 @@ from .checks import check_int, check_name
 from .loss import LossFunction
 from .mlp import Chain, check_batch, read_chain
 from .objectives import Objective
-from .options import make_options
+from .options import Options, make_options
 from .report import LayerReport, TeleportReport
-from .sampling import matched_samples
+from .sampling import input_columns, layers_to_match, matched_samples
 from .search import StepRecord
 from .teleport import teleport_mlp
 
@@ -71,14 +71,16 @@ class Teleporter:
     `teleports_per_epoch` times (a search that accepts no step counts). An epoch's leftovers are dropped at its end.
 
     Args:
-        model: a chain of nn.Linear and invertible activations, as for `teleport_mlp`, whose parameters are changed in
+        model: a chain of nn.Linear and activations, as for `teleport_mlp`, whose parameters are changed in
             place.
         optimizer: holds all trainable parameters of the model.
         loss_fn: loss_fn(outputs, y) → scalar; default as for `teleport_mlp`.
         schedule: a Schedule; the default is four teleports in epoch 1.
         batch_size: samples of one teleport. "auto" gathers the smaller of 200 and the number of columns of the inputs
-            of the teleported layers (the bias' column included), and teleports on those of them that all these layers
-            can tell apart well, `matched_samples`; `report.layers[0].n` says how many.
+            of the layers that GL is to move (the bias' column included), and teleports on those of them that all these
+            layers can tell apart well, `matched_samples`; `report.layers[0].n` says how many. With
+            group="positive_diagonal" there are no such layers, with "auto" those with a positively homogeneous
+            activation and an input of fewer than 50 columns are none; without any it is 200 samples as they come.
         optimizer_state: "keep", or "reset" to empty the optimizer's state of the model's parameters after each accepted
             teleport.
         objective: as for `teleport_mlp`. "lookahead" needs the rate of plain gradient descent: `lr` if given, else it
@@ -122,13 +124,14 @@ class Teleporter:
         if self._lr_is_read:
             _plain_rate(optimizer, model)
         # A scheduler may start at lr = 0: an lr that is read counts at the teleports only.
-        layers = _check_options(options | {"lr": 1.0} if self._lr_is_read else options, chain)
+        checked = _check_options(options | {"lr": 1.0} if self._lr_is_read else options, chain)
         self.model, self.optimizer, self.loss_fn, self.schedule = model, optimizer, loss_fn, schedule
         self.optimizer_state = optimizer_state
         self.reports: list[TeleportReport] = []
         self._options = options
-        self._selects = batch_size == "auto"
-        self._wanted = _most_matched(chain, layers) if self._selects else _check_batch_size(batch_size)
+        automatic = batch_size == "auto"
+        self._matched_layers = layers_to_match(chain, checked.layers, checked.group) if automatic else []
+        self._wanted = _most_matched(chain, self._matched_layers) if automatic else _check_batch_size(batch_size)
         self._progress = _Progress()
 
     def step(self, batch: Batch, *, epoch: int) -> TeleportReport | None:
@@ -196,8 +199,8 @@ class Teleporter:
         options = self._options
         if self._lr_is_read:
             options = options | {"lr": _plain_rate(self.optimizer, self.model)}
-        if self._selects:
-            chosen = matched_samples(self.model, inputs, options.get("layers"))
+        if self._matched_layers:
+            chosen = matched_samples(self.model, inputs, self._matched_layers)
             inputs, targets = inputs[chosen], targets[chosen]
         report = teleport_mlp(self.model, (inputs, targets), self.loss_fn, **options)
         if report.accepted and self.optimizer_state == "reset":
@@ -278,11 +281,9 @@ def _groups_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[
     return [group for group in optimizer.param_groups if any(id(parameter) in own for parameter in group["params"])]
 
 
-def _most_matched(chain: Chain, layers: Sequence[int] | None) -> int:
+def _most_matched(chain: Chain, layers: Sequence[int]) -> int:
     """The most samples that can be independent in the inputs of the hidden layers `layers` (1..m), at most 200."""
-    hidden = range(1, len(chain.activations) + 1) if layers is None else layers
-    linears = [chain.linears[k - 1] for k in hidden]
-    return min(AUTO_BATCH_SIZE, *(linear.weight.shape[1] + (linear.bias is not None) for linear in linears))
+    return min([AUTO_BATCH_SIZE, *(input_columns(chain, layer) for layer in layers)])
 
 
 def _check_optimizer(optimizer: object, model: nn.Module) -> None:
@@ -303,14 +304,14 @@ _OPTION_DEFAULTS = {
 }
 
 
-def _check_options(options: Mapping[str, Any], chain: Chain) -> Sequence[int] | None:
-    """Raise unless `options` are right for `teleport_mlp`; the layers that they name."""
+def _check_options(options: Mapping[str, Any], chain: Chain) -> Options:
+    """Raise unless `options` are right for `teleport_mlp`; what they are."""
     unknown = sorted(set(options) - set(_OPTION_DEFAULTS))
     if unknown:
         raise TypeError(f"options must be among {sorted(_OPTION_DEFAULTS)}, got {unknown}")
     values = {**_OPTION_DEFAULTS, **options}
     values.pop("holdout")  # data: checked with the model at each teleport
-    return make_options(**values, hidden_layers=len(chain.activations)).layers
+    return make_options(**values, hidden_layers=len(chain.activations))
 
 
 def _check_batch_size(batch_size: object) -> int:

@@ -90,14 +90,14 @@ def test_only_bounded_activations_that_nobody_carries_move_along_their_targets(a
 @pytest.mark.parametrize("activation", ["leaky_relu", "tanh", "softplus"])
 def test_least_change_is_the_identity_at_g_equal_to_the_identity(activation):
     problem, plan, state = set_up([20, 24, 22, 5], activation)
-    formed, outputs, _ = form_weights(problem.network, plan, state, state.targets, state.references)
+    formed, outputs, _ = form_weights(problem.network, plan, state, state.waypoint)
     assert all(map(torch.equal, parameter_list(formed), parameter_list(problem.network)))
     assert torch.equal(outputs[-1], problem.outputs[-1])
 
 
 def test_the_paper_s_action_at_the_identity_is_the_projection_on_the_span_of_the_batch():
     problem, plan, state = set_up([20, 24, 22, 5], action="paper")
-    formed, *_ = form_weights(problem.network, plan, state, state.targets, state.references)
+    formed, *_ = form_weights(problem.network, plan, state, state.waypoint)
     extended = torch.cat([problem.samples, torch.ones(12, 1, dtype=torch.float64)], 1)
     weight = torch.cat([problem.network.weights[0], problem.network.biases[0][:, None]], 1)
     projection = torch.linalg.pinv(extended) @ extended
@@ -116,7 +116,7 @@ def test_a_carried_layer_takes_the_inverse_of_g(dims, rank):
     moved = walk(problem, plan, state, step, 0.3)
     g = torch.eye(9, dtype=torch.float64) + 0.3 * left.T @ right
     assert torch.allclose(moved.references[1], problem.network.weights[1] @ torch.linalg.inv(g), rtol=1e-10, atol=1e-12)
-    formed, outputs, _ = form_weights(problem.network, plan, state, moved.targets, moved.references)
+    formed, outputs, _ = form_weights(problem.network, plan, state, moved.waypoint)
     assert torch.allclose(outputs[-1], problem.outputs[-1], rtol=0, atol=1e-11)
     assert torch.allclose(formed.forward(problem.samples)[-1], outputs[-1], rtol=0, atol=1e-12)
 
@@ -130,7 +130,7 @@ def test_the_first_order_inverse_drifts_with_the_square_of_the_step():
     for size in (1e-3, 5e-4):
         moved = walk(problem, plan, state, step, size)
         drifts.append(float((moved.logits - problem.outputs[-1]).norm()))
-        _, outputs, _ = form_weights(problem.network, plan, state, moved.targets, moved.references)
+        _, outputs, _ = form_weights(problem.network, plan, state, moved.waypoint)
         assert torch.allclose(outputs[-1], moved.logits, rtol=0, atol=1e-12)  # the state knows its own drift
     assert drifts[0] / drifts[1] == pytest.approx(4.0, rel=0.05)
 
@@ -140,7 +140,7 @@ def test_the_state_s_weights_its_predictions_and_the_formed_weights_agree():
     change = 0.01 * torch.randn(12, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(6)).abs()
     step = LayerStep(change)
     moved = walk(problem, plan, state, step, 1.0)
-    formed, outputs, _ = form_weights(problem.network, plan, state, moved.targets, moved.references)
+    formed, outputs, _ = form_weights(problem.network, plan, state, moved.waypoint)
     assert torch.allclose(outputs[-1], problem.outputs[-1], rtol=0, atol=1e-12)
     quick = weights_of(problem.network, plan, moved)
     for first, second in zip(parameter_list(quick), parameter_list(formed), strict=True):

@@ -14,6 +14,7 @@ from symtele_cuda.activations import (
     Activation,
     Identity,
     LeakyReLU,
+    ReLU,
     Sigmoid,
     Softplus,
     Tanh,
@@ -36,6 +37,7 @@ EVERY = [
 MODULES = {
     nn.Identity(): Identity(),
     nn.LeakyReLU(0.2): LeakyReLU(0.2),
+    nn.ReLU(): ReLU(),
     nn.Tanh(): Tanh(),
     nn.Sigmoid(): Sigmoid(),
     nn.Softplus(beta=2.0): Softplus(2.0),
@@ -220,6 +222,24 @@ def test_a_module_and_its_activation_are_the_same_function(module: nn.Module) ->
     assert torch.equal(activation.forward(z), module(z))
 
 
-@pytest.mark.parametrize("module", [nn.ReLU(), nn.GELU(), nn.Softplus(threshold=5.0)], ids=str)
-def test_modules_without_an_inverse_here_are_not_recognised(module: nn.Module) -> None:
+@pytest.mark.parametrize("module", [nn.ReLU6(), nn.GELU(), nn.Softplus(threshold=5.0)], ids=str)
+def test_other_modules_are_not_recognised(module: nn.Module) -> None:
     assert activation_of_module(module) is None
+
+
+def test_relu_s_derivative_is_that_of_autograd() -> None:
+    z = torch.linspace(-4, 4, 101, dtype=torch.float64).requires_grad_()  # the kink among them
+    torch.nn.functional.relu(z).sum().backward()
+    assert torch.equal(ReLU().derivative(z.detach()), z.grad)
+    assert ReLU().second_derivative(z.detach()) is None
+
+
+@pytest.mark.parametrize("activation", [*EVERY, ReLU()], ids=label)
+def test_positively_homogeneous_activations_commute_with_positive_factors(activation: Activation) -> None:
+    z, factors = grid(), torch.tensor([[0.25], [3.0]], dtype=torch.float64)
+    commutes = torch.allclose(activation.forward(factors * z), factors * activation.forward(z), rtol=1e-14, atol=0)
+    assert commutes == activation.positively_homogeneous
+
+
+def test_only_relu_has_no_inverse() -> None:
+    assert [activation for activation in (*EVERY, ReLU()) if not activation.invertible] == [ReLU()]

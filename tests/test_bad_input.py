@@ -152,7 +152,12 @@ CASES: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     ),
     "model: one layer": (lambda: Call(nn.Linear(6, 3)), ValueError, r"model must have at least two Linear .* got 1"),
     "model: function": (lambda: Call(torch.tanh), TypeError, r"model must be a torch.nn.Module, got builtin"),
-    "model: ReLU": (lambda: Call(make_model(nn.ReLU())), ValueError, rf"at '1' expected .*{SUPPORTED}.* got ReLU"),
+    "model: ReLU6": (lambda: Call(make_model(nn.ReLU6())), ValueError, rf"at '1' expected .*{SUPPORTED}.* got ReLU6"),
+    "model: ReLU, which GL cannot move": (
+        lambda: Call(make_model(nn.ReLU()), options={"layers": [1]}),
+        st.TeleportError,
+        r"layers: .* hidden layer 1: relu has no inverse\. .*group=\"positive_diagonal\" moves ReLU",
+    ),
     "model: GELU": (lambda: Call(make_model(nn.GELU())), ValueError, rf"at '1' expected .*{SUPPORTED}.* got GELU"),
     "model: hook": (
         lambda: altered(lambda m: m[0].register_forward_hook(lambda *_: None)),
@@ -292,6 +297,22 @@ CASES: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
         r"holdout: .* at least one sample, got 0",
     ),
     "holdout: targets": (lambda: with_options(holdout=(X, Y + 3)), ValueError, r"holdout: .* in 0..2, got values"),
+    "group: unknown": (
+        lambda: with_options(group="so"),
+        ValueError,
+        r"group must be one of 'gl', 'positive_diagonal', 'auto', got 'so'",
+    ),
+    "group: not a name": (lambda: with_options(group=None), ValueError, r"group must be one of .*, got None"),
+    "group: an activation that is not homogeneous": (
+        lambda: with_options(group="positive_diagonal", layers=[1, 2]),
+        st.TeleportError,
+        r"layers: expected positively homogeneous .* hidden layer 2: tanh is not positively homogeneous\. Use group",
+    ),
+    "group: neither": (
+        lambda: Call(make_model(nn.Tanh()), make_batch(40), options={"group": "auto"}),
+        st.TeleportError,
+        r"hidden layer 1: 40 samples .* \(bias included\), and tanh is not positively homogeneous; hidden layer 2: 40",
+    ),
     "layers: 0": (lambda: with_options(layers=[0]), ValueError, r"layers must be .* 1..2, got \[0\]"),
     "layers: twice": (lambda: with_options(layers=[1, 1]), ValueError, r"layers must be distinct .* got \[1, 1\]"),
     "layers: number": (lambda: with_options(layers=1), TypeError, r"layers must be a sequence .* got 1"),

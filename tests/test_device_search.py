@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from symtele_cuda import device_search, extension, kernels, planning, products
+from symtele_cuda.action import Waypoint
 from symtele_cuda.mlp import read_chain
 from symtele_cuda.options import make_options
 from symtele_cuda.planning import make_plan, match_inputs
@@ -30,6 +31,7 @@ DEFAULTS = dict(
     action="least_change",
     metric="euclidean",
     inverse="exact",
+    group="gl",
     layers=None,
     drift_tol=1e-4,
     holdout_tol=0.05,
@@ -59,6 +61,7 @@ def make_task(dims: list[int], activation: str = "leaky_relu", *, n: int = 12, s
             action=options.action,
             inverse=options.inverse,
             group_steps=options.step_size is not None,
+            group=options.group,
         )
     return Task(problem, held, tuple(matches), plan, options)
 
@@ -77,10 +80,14 @@ def assert_same(host: SearchResult, device: SearchResult, rel: float = 1e-9) -> 
         assert ours.size == pytest.approx(theirs.size, rel=rel)
         assert ours.objective == pytest.approx(theirs.objective, rel=rel, nan_ok=True)
     for ours, theirs in zip(device.waypoints, host.waypoints, strict=True):
-        for got, expected in zip((*ours.targets, *ours.references), (*theirs.targets, *theirs.references), strict=True):
+        for got, expected in zip(_tensors_of(ours), _tensors_of(theirs), strict=True):
             assert (got is None) == (expected is None)
             if got is not None:
                 torch.testing.assert_close(got, expected, rtol=rel, atol=rel)
+
+
+def _tensors_of(point: Waypoint) -> tuple[Tensor | None, ...]:
+    return (*point.targets, *point.references, *point.offsets)
 
 
 CASES = {
@@ -129,7 +136,7 @@ def test_the_last_candidate_is_the_last_accepted_state_s():
     host, device = find(task)
     last = host.result.waypoints[-1]
     with torch.no_grad():
-        expected = task.candidate(host.start, last.targets, last.references)
+        expected = task.candidate(host.start, last)
     for got, weight in zip(device.last.network.weights, expected.network.weights, strict=True):
         torch.testing.assert_close(got, weight, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(device.last.measured, expected.measured, rtol=1e-9, atol=0)

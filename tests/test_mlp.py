@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from symtele_cuda.activations import ELU, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
+from symtele_cuda.activations import ELU, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from symtele_cuda.mlp import Chain, check_batch, check_inputs, check_parameters, read_chain
 
 
@@ -52,6 +52,7 @@ def loop(m: Custom, x: Tensor) -> Tensor:
 
 SEQUENTIALS = {
     "plain": (plain(), [LeakyReLU(0.1)], Identity()),
+    "relu": (nn.Sequential(*plain(nn.ReLU()), nn.ReLU()), [ReLU()], ReLU()),
     "nested": (
         nn.Sequential(plain(nn.Tanh()), nn.Sequential(nn.Sigmoid(), nn.Linear(3, 2))),
         [Tanh(), Sigmoid()],
@@ -88,6 +89,8 @@ def test_sequential_is_read(name: str) -> None:
 CUSTOMS: dict[str, tuple[Callable[[Custom, Tensor], Tensor], list, tuple[str, ...]]] = {
     "functional leaky_relu": (lambda m, x: m.c(F.leaky_relu(m.a(x), negative_slope=0.3)), [LeakyReLU(0.3)], ("a", "c")),
     "default slope": (lambda m, x: m.c(F.leaky_relu(m.a(x))), [LeakyReLU(0.01)], ("a", "c")),
+    "functional relu": (lambda m, x: m.c(torch.relu(m.b(F.relu(m.a(x))))), [ReLU(), ReLU()], ("a", "b", "c")),
+    "relu as a method": (lambda m, x: m.c(m.a(x).relu()), [ReLU()], ("a", "c")),
     "elu, softplus": (
         lambda m, x: m.c(F.softplus(m.b(F.elu(m.a(x), alpha=0.7)), beta=2)),
         [ELU(0.7), Softplus(2)],
@@ -257,9 +260,12 @@ def discarding(m: Custom, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "relu": (lambda: plain(nn.ReLU()), r"at '1' expected .*LeakyReLU, ELU.* got ReLU"),
+    "relu6": (lambda: plain(nn.ReLU6()), r"at '1' expected .*LeakyReLU, ELU.* got ReLU6"),
     "gelu": (lambda: plain(nn.GELU()), r"at '1' expected .*LeakyReLU, ELU.* got GELU"),
-    "functional relu": (lambda: Custom(lambda m, x: m.c(F.relu(m.a(x)))), r"at 'relu' expected .*LeakyReLU.* got relu"),
+    "functional relu6": (
+        lambda: Custom(lambda m, x: m.c(F.relu6(m.a(x)))),
+        r"at 'relu6' expected .*LeakyReLU.* got relu6",
+    ),
     "slope zero": (lambda: plain(nn.LeakyReLU(0.0)), r"at '1' .*negative_slope must be .* got 0.0"),
     "functional slope": (
         lambda: Custom(lambda m, x: m.c(F.leaky_relu(m.a(x), -1.0))),
