@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .errors import TeleportError
+from .generalization import Curvature, Sharpness
 from .objectives import GradNorm, Lookahead, Objective
 from .ops import teleport_layer
 from .report import LayerReport, TeleportReport
@@ -10,11 +11,13 @@ from .teleport import teleport_mlp
 from .teleporter import Schedule, Teleporter
 
 __all__ = [
+    "Curvature",
     "GradNorm",
     "LayerReport",
     "Lookahead",
     "Objective",
     "Schedule",
+    "Sharpness",
     "TeleportError",
     "TeleportReport",
     "Teleporter",

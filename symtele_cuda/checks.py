@@ -13,13 +13,23 @@ def check_name(argument: str, value: object, known: Collection[str]) -> None:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def check_int(argument: str, value: object, *, at_least: int) -> int:
-    """`value` as an int; raise unless it is an integer >= `at_least`."""
+def check_bool(argument: str, value: object) -> bool:
+    """`value`; raise unless it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be a bool, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def check_int(argument: str, value: object, *, at_least: int, at_most: int | None = None) -> int:
+    """`value` as an int; raise unless it is an integer >= `at_least`, and <= `at_most` if that is given."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{argument} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < at_least:
-        raise ValueError(f"{argument} must be >= {at_least}, got {value}")
-    return int(value)
+    number = int(value)
+    if number < at_least:
+        raise ValueError(f"{argument} must be >= {at_least}, got {number}")
+    if at_most is not None and number > at_most:
+        raise ValueError(f"{argument} must be <= {at_most}, got {number}")
+    return number
 
 
 def check_number(
