@@ -1,4 +1,4 @@
-"""The command line: `python -m symtele_cuda {info,booth,rosenbrock,regression,mnist,digits}`.
+"""The command line: `python -m symtele_cuda {info,booth,rosenbrock,regression,mnist,minima,digits}`.
 
 Each experiment's defaults are the published settings (for digits the demo's); an option that is not given leaves its
 setting alone. Figures (PNG) and all their numbers (JSON) go to the folder `--out`.
@@ -18,7 +18,7 @@ from typing import NoReturn, TypeVar
 import torch
 
 from symtele_cuda.errors import TeleportError
-from symtele_cuda.experiments import classification, override, planar, regression, require_extra
+from symtele_cuda.experiments import classification, minima, override, planar, regression, require_extra
 from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist
 from symtele_cuda.experiments.records import Run
 from symtele_cuda.experiments.training import OPTIMIZERS, TeleportSettings, TrainingSettings, default_lr
@@ -93,6 +93,13 @@ def run_mnist(options: argparse.Namespace) -> str:
     return _classify(options, dataset, classification.MNIST_WIDTHS, training, teleports)
 
 
+def run_minima(options: argparse.Namespace) -> str:
+    dataset = load_mnist(options.data_dir)
+    training, teleports = _training(options, minima.TRAINING), _schedule(options, minima.TELEPORTS)
+    with _progress(training.epochs * (1 + len(minima.OBJECTIVES)) * options.seeds) as on_epoch:
+        return minima.run(dataset, training, teleports, _seeds(options), options.out, on_epoch)
+
+
 def run_digits(options: argparse.Namespace) -> str:
     dataset = load_digits() if options.data_dir is None else load_mnist(options.data_dir)
     teleports = [_teleports(options, classification.DIGITS_TELEPORTS)]
@@ -119,31 +126,38 @@ def _classify(
     defaults: TrainingSettings,
     teleports: list[TeleportSettings],
 ) -> str:
-    optimizer = options.optimizer or defaults.optimizer
-    training = override(
-        replace(defaults, optimizer=optimizer, lr=default_lr(optimizer, sgd_lr=defaults.lr)),
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        device=options.device,
-    )
+    training = _training(options, defaults)
     with _progress(training.epochs * (1 + len(teleports)) * options.seeds) as on_epoch:
         return classification.run(
             options.command, dataset, widths, training, teleports, _seeds(options), options.out, on_epoch
         )
 
 
-def _teleports(options: argparse.Namespace, defaults: TeleportSettings) -> TeleportSettings:
+def _training(options: argparse.Namespace, defaults: TrainingSettings) -> TrainingSettings:
+    optimizer = options.optimizer or defaults.optimizer
+    return override(
+        replace(defaults, optimizer=optimizer, lr=default_lr(optimizer, sgd_lr=defaults.lr)),
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        device=options.device,
+    )
+
+
+def _schedule(options: argparse.Namespace, defaults: TeleportSettings) -> TeleportSettings:
     return override(
         defaults,
         epochs=options.teleport_epochs,
         teleports_per_epoch=options.teleports_per_epoch,
         batch_size=options.teleport_batch_size,
-        objective=options.objective,
-        action=options.action,
         steps=options.teleport_steps,
         step_size=options.step_size,
-        lr=options.teleport_lr,
+    )
+
+
+def _teleports(options: argparse.Namespace, defaults: TeleportSettings) -> TeleportSettings:
+    return override(
+        _schedule(options, defaults), objective=options.objective, action=options.action, lr=options.teleport_lr
     )
 
 
@@ -192,6 +206,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="which published figure: its schedules, number of epochs and batch size (default: %(default)s)",
     )
     command.add_argument("--published", action="store_true", help="teleport by the published algorithm")
+    command = add(
+        run_minima, 5, "784-16-10-10 on MNIST, teleported to flatter and sharper, less and more curved places"
+    )
+    _add_schedule_options(command)
+    _add_data_options(command, required=True)
     command = add(run_digits, 5, "the demo: 64-128-128-10 on scikit-learn's digits, or on MNIST-format files")
     _add_teleport_options(command)
     _add_data_options(command, required=False)
@@ -218,11 +237,17 @@ def _add_search_options(
     return group
 
 
-def _add_teleport_options(parser: argparse.ArgumentParser) -> None:
+def _add_schedule_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     epochs = "epochs with teleports, counted from 0, such as 1,7,13,19"
     group = _add_search_options(parser, epochs, step_size=auto_or(positive_float))
     group.add_argument("--teleports-per-epoch", type=positive_int)
     group.add_argument("--teleport-batch-size", type=auto_or(positive_int), help="a number of samples, or auto")
+    parser.add_argument("--device", type=device, default="auto", help="cpu, cuda, … (default: cuda if there is one)")
+    return group
+
+
+def _add_teleport_options(parser: argparse.ArgumentParser) -> None:
+    group = _add_schedule_options(parser)
     group.add_argument("--objective", choices=OBJECTIVES)
     group.add_argument("--action", choices=ACTIONS)
     group.add_argument(
@@ -230,7 +255,6 @@ def _add_teleport_options(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         help="the plain rate of the lookahead (default: the optimizer's own for sgd and momentum, 0.1 for the others)",
     )
-    parser.add_argument("--device", type=device, default="auto", help="cpu, cuda, … (default: cuda if there is one)")
 
 
 def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:

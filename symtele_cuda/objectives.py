@@ -38,7 +38,8 @@ LossOfParameters = Callable[[Sequence[Tensor]], Tensor]
 class Objective(Protocol):
     """See the module's text."""
 
-    maximise: bool
+    @property
+    def maximise(self) -> bool: ...
 
     def value(self, loss_of: LossOfParameters, parameters: Sequence[Tensor]) -> Tensor: ...
 

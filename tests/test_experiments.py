@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from symtele_cuda import __main__ as command_line
-from symtele_cuda.experiments import classification, planar, regression, require_extra
+from symtele_cuda.experiments import classification, minima, planar, regression, require_extra
 from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist, read_idx, split
-from symtele_cuda.experiments.records import save_json
+from symtele_cuda.experiments.records import EpochRecord, Run, save_json
 from symtele_cuda.experiments.training import (
     OPTIMIZERS,
     Task,
@@ -248,6 +248,41 @@ def test_presets_are_the_published_figures() -> None:
     assert rates == [1e-2, 3e-3]
 
 
+def ended(label: str, seed: int, train_loss: float, validation_loss: float) -> Run:
+    """A run of one record."""
+    return Run(label, seed, (EpochRecord(0, train_loss, 1.0, validation_loss, 0.5, 0.0),), ())
+
+
+def test_the_endings_of_the_minima_are_means_and_spreads_over_the_seeds() -> None:
+    runs = [
+        ended("plain", 0, 0.1, 0.30),
+        ended("plain", 1, 0.3, 0.40),
+        ended("flat", 0, 0.2, 0.29),
+        ended("flat", 1, 0.2, 0.41),
+    ]
+    plain, flat = minima.ending_table(runs).splitlines()[2:]
+    assert plain.split() == ["plain", "0.2000", "0.1414", "0.3500", "0.0707", "50.00%", "0.00%", "0", "of", "2"]
+    assert flat.split() == ["flat", "0.2000", "0.0000", "0.3500", "0.0849", "50.00%", "0.00%", "1", "of", "2"]
+
+
+def test_the_endings_of_the_minima_show_what_diverged_and_what_has_no_spread() -> None:
+    runs = [ended("plain", 0, 0.1, 0.3), ended("sharp", 0, float("inf"), float("nan"))]
+    plain, sharp = minima.ending_table(runs).splitlines()[2:]
+    assert plain.split() == ["plain", "0.1000", "-", "0.3000", "-", "50.00%", "-", "0", "of", "1"]
+    assert sharp.split() == ["sharp", "inf", "-", "nan", "-", "50.00%", "-", "0", "of", "1"]
+    runs = [ended("plain", 0, 0.1, 0.3), ended("plain", 1, float("inf"), float("inf"))]
+    (both,) = minima.ending_table(runs).splitlines()[2:]
+    assert both.split()[1:5] == ["inf", "nan", "inf", "nan"]
+
+
+def test_the_minima_go_both_ways() -> None:
+    arms = minima.make_arms(minima.TELEPORTS)
+    assert list(arms) == ["plain", "sharpness down", "sharpness up", "curvature down", "curvature up"]
+    for label, settings in arms.items():
+        assert (settings is None) == (label == "plain")
+        assert settings is None or settings.objective.maximise == label.endswith("up")
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +366,26 @@ def test_mnist_command(tmp_path: Path, extra: tuple[str, ...]) -> None:
     assert [teleport["position"] // 1 for teleport in document["runs"][1]["teleports"]] == [0, 1]
     assert "t10k files" in document["settings"]["data"]
     assert str(tmp_path) not in json.dumps(document)
+
+
+@needs_extras
+def test_minima_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mnist(tmp_path, "t10k")
+    out = tmp_path / "out"
+    options = ("--epochs", 3, "--teleport-epochs", 1, "--teleport-batch-size", 80, "--seeds", 2, "--lr", 0.1)
+    assert run_command("minima", "--data-dir", tmp_path, "--out", out, *options) == 0
+    document = results(out, "minima")
+    assert_figures(out, "minima.png")
+    plain, *teleported = document["runs"][:5]
+    assert plain["label"] == "plain" and not plain["teleports"]
+    for run in teleported:
+        (teleport,) = run["teleports"]
+        assert teleport["accepted"] and teleport["samples"] == 80 and teleport["drift"] < 1e-4
+        grown = teleport["objective_after"] > teleport["objective_before"]
+        assert grown == run["label"].endswith("up")
+        assert run["epochs"][1]["train_loss"] == plain["epochs"][1]["train_loss"]
+        assert run["epochs"][2]["train_loss"] != plain["epochs"][2]["train_loss"]
+    assert "val. loss below plain" in capsys.readouterr().out
 
 
 @needs_extras

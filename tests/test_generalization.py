@@ -170,14 +170,17 @@ def test_the_value_depends_on_the_seed_alone(objective, dtype):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize(
+    ("dims", "n", "group"), [(WIDE, 20, "gl"), (NARROW, 40, "positive_diagonal")], ids=["gl", "diagonal"]
+)
 @pytest.mark.parametrize("maximise", [True, False], ids=["up", "down"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_teleport_moves_the_objective_the_right_way_and_keeps_the_loss(objective, maximise):
-    model, batch = make_mlp(WIDE), make_batch(20, WIDE[0], WIDE[-1])
+def test_a_teleport_moves_the_objective_the_right_way_and_keeps_the_loss(objective, maximise, dims, n, group):
+    model, batch = make_mlp(dims), make_batch(n, dims[0], dims[-1])
     wanted = OBJECTIVES[objective](maximise=maximise)
-    loss_of, parameters = loss_on(WIDE, bias=True, n=20), list(model.parameters())
+    loss_of, parameters = loss_on(dims, bias=True, n=n), list(model.parameters())
     before, loss = wanted.value(loss_of, parameters).item(), loss_of(parameters).item()
-    report = st.teleport_mlp(model, batch, objective=wanted)
+    report = st.teleport_mlp(model, batch, objective=wanted, group=group)
     after = wanted.value(loss_of, parameters).item()
     assert report.accepted and report.drift <= 1e-12
     assert after > before if maximise else after < before

@@ -1,9 +1,10 @@
-"""The experiments of the command line: `python -m symtele_cuda {booth,rosenbrock,regression,mnist,digits}`.
+"""The experiments of the command line: `python -m symtele_cuda {booth,rosenbrock,regression,mnist,minima,digits}`.
 
 planar          gradient descent on booth and rosenbrock, with and without teleports
 regression      a small multi-layer regression, GD and AdaGrad
 classification  MNIST and scikit-learn's digits
-training        the training loop that the last two share; data, records, tables, figures: in and out
+minima          a narrow network on MNIST, teleported to flatter and sharper places of its level set
+training        the training loop that the last three share; data, records, tables, figures: in and out
 """
 
 from __future__ import annotations

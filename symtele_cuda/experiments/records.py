@@ -44,6 +44,8 @@ class TeleportRecord:
     loss_after: float
     gradient_norm_before: float
     gradient_norm_after: float
+    objective_before: float
+    objective_after: float
     drift: float
     seconds: float
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from symtele_cuda.experiments.data import Dataset
 from symtele_cuda.experiments.records import EpochRecord, Run, TeleportRecord
+from symtele_cuda.objectives import Objective
 from symtele_cuda.report import TeleportReport
 from symtele_cuda.teleporter import Schedule, Teleporter
 
@@ -68,9 +69,10 @@ class TeleportSettings:
     epochs: tuple[int, ...] = (1,)
     teleports_per_epoch: int = 4
     batch_size: int | str = "auto"
-    objective: str = "lookahead"
+    objective: str | Objective = "lookahead"
     action: str = "least_change"
     inverse: str = "exact"
+    group: str = "gl"
     steps: int = 10
     step_size: float | str = "auto"
     lr: float | None = None
@@ -86,6 +88,7 @@ class TeleportSettings:
             lr=self._lookahead_lr(optimizer),
             action=self.action,
             inverse=self.inverse,
+            group=self.group,
             steps=self.steps,
             step_size=self.step_size,
         )
@@ -195,6 +198,8 @@ def _teleport_record(report: TeleportReport, position: float) -> TeleportRecord:
         loss_after=report.loss_after,
         gradient_norm_before=report.grad_norm_before,
         gradient_norm_after=report.grad_norm_after,
+        objective_before=report.objective_before,
+        objective_after=report.objective_after,
         drift=report.drift,
         seconds=report.seconds,
     )
