@@ -5,6 +5,7 @@ from .errors import TeleportError
 from .generalization import Curvature, Sharpness
 from .objectives import GradNorm, Lookahead, Objective
 from .ops import teleport_layer
+from .optimizer_step import OptimizerLookahead, read_step
 from .report import LayerReport, TeleportReport
 from .sampling import matched_samples
 from .teleport import teleport_mlp
@@ -16,6 +17,7 @@ __all__ = [
     "LayerReport",
     "Lookahead",
     "Objective",
+    "OptimizerLookahead",
     "Schedule",
     "Sharpness",
     "TeleportError",
@@ -23,6 +25,7 @@ __all__ = [
     "Teleporter",
     "__version__",
     "matched_samples",
+    "read_step",
     "teleport_layer",
     "teleport_mlp",
 ]

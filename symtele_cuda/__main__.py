@@ -253,7 +253,7 @@ def _add_teleport_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--teleport-lr",
         type=positive_float,
-        help="the plain rate of the lookahead (default: the optimizer's own for sgd and momentum, 0.1 for the others)",
+        help="the lookahead takes plain gradient steps of this rate (default: the optimizer's own step)",
     )
 
 

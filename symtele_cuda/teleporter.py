@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from .checks import check_int, check_name
 from .loss import LossFunction
 from .mlp import Chain, check_batch, read_chain
+from .momentum import check_first_moment_known, with_momentum
 from .objectives import Objective
+from .optimizer_step import OptimizerLookahead, read_step
 from .options import Options, make_options
 from .report import LayerReport, TeleportReport
 from .sampling import input_columns, layers_to_match, matched_samples
@@ -21,7 +24,7 @@ from .search import StepRecord
 from .teleport import teleport_mlp
 
 AUTO_BATCH_SIZE = 200  # the most samples that batch_size="auto" gathers
-OPTIMIZER_STATES = ("keep", "reset")
+OPTIMIZER_STATES = ("keep", "reset", "transport")
 
 Batch = tuple[Tensor, Tensor]
 
@@ -81,12 +84,17 @@ class Teleporter:
             layers can tell apart well, `matched_samples`; `report.layers[0].n` says how many. With
             group="positive_diagonal" there are no such layers, with "auto" those with a positively homogeneous
             activation and an input of fewer than 50 columns are none; without any it is 200 samples as they come.
-        optimizer_state: "keep", or "reset" to empty the optimizer's state of the model's parameters after each accepted
-            teleport.
-        objective: as for `teleport_mlp`. "lookahead" needs the rate of plain gradient descent: `lr` if given, else it
-            is read from a torch.optim.SGD at every teleport (schedulers are followed) as the length of its averaged
-            step, lr·(1 − dampening)/(1 − momentum), the largest over the groups that hold parameters of the model.
-            While it is 0, as at the start of a warm-up, `step` does nothing: there is no step to look ahead to.
+        optimizer_state: what an accepted teleport does to the optimizer's state of the model's parameters: "keep"
+            leaves it, "reset" empties it, "transport" moves the first moments as the gradients move, see
+            `momentum.with_momentum`.
+        objective: as for `teleport_mlp`. "lookahead" looks `margin` times the step ahead that the optimizer itself
+            would take next, read at every teleport (schedulers are followed): for a torch.optim.SGD without momentum
+            and weight decay a gradient step of rate lr, the largest over the groups that hold parameters of the model;
+            for the others that `read_step` knows `OptimizerLookahead`. While the lr of all these groups is 0, as at the
+            start of a warm-up, `step` does nothing: there is no step to look ahead to. With `lr` it is the gradient
+            step of that rate, for any optimizer.
+        holdout_size: so many further samples of the stream, those behind the teleport's own, are gathered as its
+            `holdout`, the guard on samples that the search does not see; 0 for none.
         **options: the other keyword arguments of `teleport_mlp`.
 
     Attributes:
@@ -108,6 +116,7 @@ class Teleporter:
         batch_size: int | str = "auto",
         optimizer_state: str = "keep",
         objective: str | Objective = "lookahead",
+        holdout_size: int = 0,
         **options: Any,
     ) -> None:
         chain = read_chain(model)
@@ -117,14 +126,17 @@ class Teleporter:
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
         check_name("optimizer_state", optimizer_state, OPTIMIZER_STATES)
-        options["objective"] = objective
-        self._lr_is_read = objective == "lookahead" and options.get("lr") is None
+        if optimizer_state == "transport":
+            check_first_moment_known(optimizer)
         if objective == "lookahead":
             _check_minimises(optimizer, model)
-        if self._lr_is_read:
-            _plain_rate(optimizer, model)
+        options["objective"] = objective
+        self._holdout_size = _check_holdout_size(holdout_size, options)
+        self._reads_step = objective == "lookahead" and options.get("lr") is None
         # A scheduler may start at lr = 0: an lr that is read counts at the teleports only.
-        checked = _check_options(options | {"lr": 1.0} if self._lr_is_read else options, chain)
+        checked = _check_options(options | {"lr": 1.0} if self._reads_step else options, chain)
+        if self._reads_step:
+            read_step(optimizer, _parameters(chain))
         self.model, self.optimizer, self.loss_fn, self.schedule = model, optimizer, loss_fn, schedule
         self.optimizer_state = optimizer_state
         self.reports: list[TeleportReport] = []
@@ -182,7 +194,7 @@ class Teleporter:
         """Whether the schedule wants one more teleport, and the optimizer takes steps to look ahead to."""
         if progress.epoch not in self.schedule.epochs or progress.done >= self.schedule.teleports_per_epoch:
             return False
-        return not self._lr_is_read or _plain_rate(self.optimizer, self.model) != 0
+        return not self._reads_step or _largest_lr(self.optimizer, self.model) > 0
 
     def _advance(self, progress: _Progress, batch: Batch) -> tuple[_Progress, TeleportReport | None]:
         """Gather `batch`, or teleport if that makes enough samples."""
@@ -190,23 +202,36 @@ class Teleporter:
         inputs, targets = batch[0].detach(), batch[1].detach()
         pending = (*progress.gathered, (inputs, targets))
         _check_alike(pending)
-        if sum(len(x) for x, _ in pending) < self._wanted:
+        if sum(len(x) for x, _ in pending) < self._wanted + self._holdout_size:
             return replace(progress, gathered=(*progress.gathered, (inputs.clone(), targets.clone()))), None
-        report = self._teleport(*(torch.cat(tensors)[: self._wanted] for tensors in zip(*pending, strict=True)))
+        report = self._teleport(*(torch.cat(tensors) for tensors in zip(*pending, strict=True)))
         return _Progress(progress.epoch, progress.done + 1), report
 
     def _teleport(self, inputs: Tensor, targets: Tensor) -> TeleportReport:
-        options = self._options
-        if self._lr_is_read:
-            options = options | {"lr": _plain_rate(self.optimizer, self.model)}
+        """Teleport on the first of the samples, with those behind them as the holdout if one is wanted."""
+        own, held = slice(self._wanted), slice(self._wanted, self._wanted + self._holdout_size)
+        options = self._options | (self._own_lookahead() if self._reads_step else {})
+        if self._holdout_size > 0:
+            options["holdout"] = (inputs[held], targets[held])
+        batch = inputs[own], targets[own]
         if self._matched_layers:
-            chosen = matched_samples(self.model, inputs, self._matched_layers)
-            inputs, targets = inputs[chosen], targets[chosen]
-        report = teleport_mlp(self.model, (inputs, targets), self.loss_fn, **options)
+            chosen = matched_samples(self.model, batch[0], self._matched_layers)
+            batch = batch[0][chosen], batch[1][chosen]
+        teleport = functools.partial(teleport_mlp, self.model, batch, self.loss_fn, **options)
+        if self.optimizer_state == "transport":
+            return with_momentum(self.model, self.optimizer, batch[0], teleport)
+        report = teleport()
         if report.accepted and self.optimizer_state == "reset":
             for parameter in self.model.parameters():
                 self.optimizer.state.pop(parameter, None)
         return report
+
+    def _own_lookahead(self) -> dict[str, Any]:
+        """The options for a lookahead along the optimizer's own next step: plain gradient steps have a fast path."""
+        if _steps_plainly(self.optimizer, self.model):
+            return {"lr": _largest_lr(self.optimizer, self.model)}
+        step = read_step(self.optimizer, _parameters(read_chain(self.model)))
+        return {"objective": OptimizerLookahead(step, self._options.get("margin", _OPTION_DEFAULTS["margin"]))}
 
 
 def _restore_batches(batches: object, model: nn.Module) -> tuple[Batch, ...]:
@@ -249,25 +274,19 @@ def _check_list(argument: str, value: object) -> Sequence[Any]:
     return value
 
 
-def _plain_rate(optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
-    """The rate of plain gradient descent that `optimizer` amounts to, the largest over the model's parameter groups."""
-    if not isinstance(optimizer, torch.optim.SGD):
-        raise ValueError(
-            f'lr must be given for objective "lookahead" with the optimizer {type(optimizer).__name__}: its own lr is '
-            "not the rate of a plain gradient step. Pass lr=, for example the rate at which plain SGD would be run"
-        )
-    return max(_averaged_step_length(group) for group in _groups_of(model, optimizer))
+def _parameters(chain: Chain) -> list[nn.Parameter]:
+    return [parameter for _, parameter in chain.named_parameters()]
 
 
-def _averaged_step_length(group: Mapping[str, Any]) -> float:
-    """By how much times the gradient a parameter of an SGD group moves in all, for a gradient that stays the same."""
-    lr, momentum, dampening = (float(group[name]) for name in ("lr", "momentum", "dampening"))
-    if momentum == 0:  # SGD has no dampening then either
-        return lr
-    for name, value in (("momentum", momentum), ("dampening", dampening)):
-        if not value < 1:
-            raise ValueError(f"optimizer must have a {name} < 1 if lr is read from it, got {value}: pass lr=")
-    return lr * (1 - dampening) / (1 - momentum)
+def _steps_plainly(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    """Whether the optimizer takes plain gradient steps: SGD without momentum and weight decay."""
+    groups = _groups_of(model, optimizer)
+    return type(optimizer) is torch.optim.SGD and not any(g["momentum"] or g["weight_decay"] for g in groups)
+
+
+def _largest_lr(optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
+    """The largest lr of the groups that hold parameters of the model."""
+    return max(float(group["lr"]) for group in _groups_of(model, optimizer))
 
 
 def _check_minimises(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -318,6 +337,13 @@ def _check_batch_size(batch_size: object) -> int:
     if isinstance(batch_size, str):
         raise ValueError(f'batch_size must be an int >= 1 or "auto", got {batch_size!r}')
     return check_int("batch_size", batch_size, at_least=1)
+
+
+def _check_holdout_size(holdout_size: object, options: Mapping[str, Any]) -> int:
+    size = check_int("holdout_size", holdout_size, at_least=0)
+    if size > 0 and options.get("holdout") is not None:
+        raise ValueError(f"holdout must not be given with holdout_size > 0, got both and holdout_size={size}")
+    return size
 
 
 def _check_alike(batches: Sequence[Batch]) -> None:

@@ -197,11 +197,43 @@ def test_auto_without_an_independent_sample_is_an_error() -> None:
         make_teleporter(model, batch_size="auto").step((torch.zeros(6, 6).double(), torch.zeros(6).long()), epoch=0)
 
 
+# --- a holdout from the stream ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [6, "auto"])
+def test_the_holdout_is_what_comes_behind_the_teleports_samples(batch_size: int | str) -> None:
+    model, batches = make_model(), make_batches(3)
+    teleporter = make_teleporter(model, batch_size=batch_size, holdout_size=5)
+    own = 6 if batch_size == 6 else 7
+    x, y = join(batches)
+    chosen = slice(own) if batch_size == 6 else matched_samples(model, x[:own])
+    expected, held = copy.deepcopy(model), (x[own : own + 5], y[own : own + 5])
+    reports = [teleporter.step(batch, epoch=0) for batch in batches]
+    assert [report is not None for report in reports] == [False, False, True]
+    wanted = st.teleport_mlp(expected, (x[chosen], y[chosen]), objective="lookahead", lr=0.05, holdout=held)
+    assert without_time([reports[-1]]) == without_time([wanted])
+    assert wanted.holdout_before is not None
+    assert_same_parameters(model, expected)
+
+
+def test_the_holdout_from_the_stream_guards() -> None:
+    batches, tolerances = make_batches(5), (0.0, float("inf"))
+    strict, free = (
+        make_teleporter(make_model(), holdout_size=12, holdout_tol=tolerance, steps=20) for tolerance in tolerances
+    )
+    for batch in batches:
+        reports = [teleporter.step(batch, epoch=0) for teleporter in (strict, free)]
+    guarded, unguarded = reports
+    assert guarded is not None and unguarded is not None
+    assert guarded.holdout_after <= guarded.holdout_before < unguarded.holdout_after
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 OPTIMIZERS: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], dict[str, float]]] = {
     "momentum": (lambda model: make_sgd(model, momentum=0.9), {}),
     "adam": (lambda model: torch.optim.Adam(model.parameters(), lr=1e-2), {"lr": 0.1}),
+    "own step": (lambda model: torch.optim.Adam(model.parameters(), lr=1e-3), {"holdout_size": 2}),
 }
 RESUMED = st.Schedule(epochs=[1, 2], teleports_per_epoch=2)
 STEPS_PER_EPOCH = 9  # three batches a teleport: a third teleport would fit
@@ -249,7 +281,7 @@ def uninterrupted(optimizer: str, optimizer_state: str) -> Run:
 
 # Teleports happen at iterations 11, 14, 20 and 23: stop before, while gathering, right after one, behind the last.
 @pytest.mark.parametrize("stop", [3, 10, 11, 12, 13, 15, 18, 22, 25])
-@pytest.mark.parametrize("optimizer_state", ["keep", "reset"])
+@pytest.mark.parametrize("optimizer_state", ["keep", "reset", "transport"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resumed_run_is_the_uninterrupted_run(optimizer: str, optimizer_state: str, stop: int) -> None:
     whole = uninterrupted(optimizer, optimizer_state)
@@ -428,19 +460,59 @@ def test_parameters_and_groups_stay_the_same_objects() -> None:
 # --- the rate of lookahead ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "factor"),
-    [({}, 1.0), ({"momentum": 0.9}, 10.0), ({"momentum": 0.5, "dampening": 0.5}, 1.0), ({"dampening": 0.5}, 1.0)],
-)
-def test_lr_is_the_length_of_the_optimizers_averaged_step(options: dict[str, float], factor: float) -> None:
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> None:
+    for batch in make_batches(count, seed=7):
+        optimizer_step(model, optimizer, batch)
+
+
+def nadam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.NAdam(model.parameters(), lr=1e-3)
+
+
+OWN_STEPS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "momentum": lambda model: make_sgd(model, 0.01, momentum=0.9),
+    "decay": lambda model: make_sgd(model, 0.01, weight_decay=0.1),
+    "adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.01),
+    "rmsprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=0.003),
+    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.003),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.003, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OWN_STEPS)
+@pytest.mark.parametrize("taken", [0, 3])
+def test_the_objective_is_the_loss_after_the_optimizers_own_step(name: str, taken: int) -> None:
+    model, (batch,) = make_model(), make_batches(1)
+    optimizer = OWN_STEPS[name](model)
+    take_steps(model, optimizer, taken)
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, margin=1.0)
+    report = teleporter.step(batch, epoch=0)
+    assert report is not None
+    assert report.accepted
+    assert report.objective_after < report.objective_before
+    optimizer_step(model, optimizer, batch)
+    assert F.cross_entropy(model(batch[0]), batch[1]).item() == pytest.approx(report.objective_after, rel=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"margin": 2.5}])
+def test_margin_makes_the_own_step_longer(options: dict[str, float]) -> None:
+    model, (batch,) = make_model(), make_batches(1)
+    optimizer = OWN_STEPS["adam"](model)
+    take_steps(model, optimizer)
+    expected = copy.deepcopy(model)
+    step = st.read_step(optimizer, list(model.parameters()))
+    st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **options).step(batch, epoch=0)
+    st.teleport_mlp(expected, batch, objective=st.OptimizerLookahead(step, options.get("margin", 4.0)))
+    assert_same_parameters(model, expected)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_plain_gradient_steps_have_the_fast_path(dampening: float) -> None:
     model, (batch,) = make_model(), make_batches(1)
     expected = copy.deepcopy(model)
-    teleporter = st.Teleporter(model, make_sgd(model, 0.01, **options), schedule=EVERY_EPOCH, batch_size=4)
-    teleporter.step(batch, epoch=0)
-    momentum, dampening = options.get("momentum", 0.0), options.get("dampening", 0.0)
-    lr = 0.01 * (1 - dampening) / (1 - momentum) if momentum else 0.01
-    assert lr == pytest.approx(0.01 * factor)
-    st.teleport_mlp(expected, batch, objective="lookahead", lr=lr)
+    optimizer = make_sgd(model, 0.01, dampening=dampening)  # which without momentum SGD does not use
+    st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4).step(batch, epoch=0)
+    st.teleport_mlp(expected, batch, objective="lookahead", lr=0.01)
     assert_same_parameters(model, expected)
 
 
@@ -457,6 +529,18 @@ def test_lr_follows_a_scheduler() -> None:
         assert_same_parameters(model, expected)
         optimizer.step()  # without gradients nothing moves
         scheduler.step()
+
+
+@pytest.mark.parametrize("name", OWN_STEPS)
+def test_any_optimizers_own_step_is_waited_for(name: str) -> None:
+    model, (batch,) = make_model(), make_batches(1)
+    optimizer, expected = OWN_STEPS[name](model), copy.deepcopy(model)
+    lr, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], 0.0
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4)
+    assert teleporter.step(batch, epoch=0) is None
+    assert_same_parameters(model, expected)
+    optimizer.param_groups[0]["lr"] = lr
+    assert teleporter.step(batch, epoch=0) is not None
 
 
 @pytest.mark.parametrize("gathered", [0, 1])
@@ -494,11 +578,12 @@ def test_lr_is_the_largest_of_the_models_groups() -> None:
     assert_same_parameters(model, expected)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_given_lr_is_used(optimizer: str) -> None:
+@pytest.mark.parametrize("optimizer", [make_sgd, *OWN_STEPS.values(), nadam])
+def test_a_given_lr_is_used(optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
     model, (batch,) = make_model(), make_batches(1)
+    made = optimizer(model)
+    take_steps(model, made)
     expected = copy.deepcopy(model)
-    made = make_sgd(model, 0.5) if optimizer == "sgd" else torch.optim.Adam(model.parameters())
     st.Teleporter(model, made, schedule=EVERY_EPOCH, batch_size=4, lr=0.02).step(batch, epoch=0)
     st.teleport_mlp(expected, batch, objective="lookahead", lr=0.02)
     assert_same_parameters(model, expected)
@@ -605,10 +690,6 @@ def test_bad_schedules(arguments: dict, error: type[Exception], text: str) -> No
         st.Schedule(**arguments)
 
 
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=1e-3)
-
-
 def without_biases(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.dim() == 2], lr=0.1)
 
@@ -621,15 +702,21 @@ CONSTRUCTION: dict[str, tuple[Callable[[nn.Module], object], dict, type[Exceptio
         ValueError,
         r"optimizer must hold .* without \['0.bias', '2.bias', '4.bias'\]",
     ),
-    "adam without lr": (adam, {}, ValueError, r'lr must be given for objective "lookahead" with the optimizer Adam'),
-    "momentum 1": (lambda model: make_sgd(model, momentum=1.0), {}, ValueError, "momentum < 1 .* got 1.0"),
-    "dampening 1": (
-        lambda model: make_sgd(model, momentum=0.5, dampening=1.0),
-        {},
+    "unknown step without lr": (nadam, {}, ValueError, "optimizer must be one of SGD, .* got NAdam: pass lr="),
+    "unknown first moment": (
+        nadam,
+        {"lr": 0.1, "optimizer_state": "transport"},
         ValueError,
-        "dampening < 1 .* got 1.0: pass lr=",
+        'optimizer must be one of SGD, .* for optimizer_state="transport", got NAdam',
     ),
-    "dampening 2": (lambda model: make_sgd(model, momentum=0.5, dampening=2.0), {}, ValueError, "dampening < 1"),
+    "holdout size": (make_sgd, {"holdout_size": -1}, ValueError, "holdout_size must be >= 0, got -1"),
+    "holdout size 2.0": (make_sgd, {"holdout_size": 2.0}, TypeError, "holdout_size must be an int, got 2.0"),
+    "two holdouts": (
+        make_sgd,
+        {"holdout_size": 3, "holdout": (X, Y)},
+        ValueError,
+        "holdout must not be given with holdout_size > 0, got both and holdout_size=3",
+    ),
     "maximize": (
         lambda model: make_sgd(model, maximize=True),
         {},
@@ -662,7 +749,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[nn.Module], object], dict, type[Exceptio
         make_sgd,
         {"optimizer_state": "drop"},
         ValueError,
-        "optimizer_state must be one of 'keep', 'reset', got 'drop'",
+        "optimizer_state must be one of 'keep', 'reset', 'transport', got 'drop'",
     ),
     "unknown option": (
         make_sgd,

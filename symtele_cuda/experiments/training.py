@@ -25,12 +25,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
     "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "muon": lambda parameters, lr: torch.optim.Muon(parameters, lr=lr, weight_decay=0.0),
 }
 
-ADAPTIVE_LRS = {"adagrad": 1e-2, "rmsprop": 1e-3, "adam": 1e-3}
-
-# The plain rate that the lookahead assumes for an optimizer with a step of its own making.
-ADAPTIVE_LOOKAHEAD_LR = 0.1
+ADAPTIVE_LRS = {"adagrad": 1e-2, "rmsprop": 1e-3, "adam": 1e-3, "adamw": 1e-3, "muon": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,9 @@ class TeleportSettings:
     steps: int = 10
     step_size: float | str = "auto"
     lr: float | None = None
+    margin: float = 4.0
+    holdout_size: int = 0
+    optimizer_state: str = "keep"
 
     def teleporter(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Loss) -> Teleporter:
         return Teleporter(
@@ -84,20 +86,17 @@ class TeleportSettings:
             loss_fn,
             schedule=Schedule(self.epochs, self.teleports_per_epoch),
             batch_size=self.batch_size,
+            optimizer_state=self.optimizer_state,
             objective=self.objective,
-            lr=self._lookahead_lr(optimizer),
+            holdout_size=self.holdout_size,
+            lr=self.lr,
+            margin=self.margin,
             action=self.action,
             inverse=self.inverse,
             group=self.group,
             steps=self.steps,
             step_size=self.step_size,
         )
-
-    def _lookahead_lr(self, optimizer: torch.optim.Optimizer) -> float | None:
-        """None where the teleporter needs no rate, or reads it from the optimizer itself."""
-        if self.objective != "lookahead" or self.lr is not None or isinstance(optimizer, torch.optim.SGD):
-            return self.lr
-        return ADAPTIVE_LOOKAHEAD_LR
 
 
 def default_lr(optimizer: str, sgd_lr: float) -> float:
