@@ -40,6 +40,8 @@ from .pinv import MAX_CONDITION, factorize, is_thin
 
 # A step towards the edge of σ⁻¹'s domain goes at most this share of the way there.
 DOMAIN_SHARE = 0.5
+# The largest change of a scale's logarithm in one step: beyond it the norm of a step to first order says nothing.
+LARGEST_RATE = 1.0
 
 
 Hindrance = tuple[Tensor, str]
@@ -390,6 +392,14 @@ def domain_limit(network: Network, state: State, direction: Direction, size: Ten
                 reach = torch.where(away > 0, room / away, math.inf).min()
                 limit = torch.minimum(limit, DOMAIN_SHARE * reach)
     return sign * limit
+
+
+def scale_limit(direction: Direction, size: Tensor) -> Tensor:
+    """The largest step ≤ |size| in the sense of `size` that changes no scale by more than a factor e."""
+    if not direction.scales:
+        return size
+    largest = torch.stack([rates.abs().max() for rates in direction.scales.values()]).max()
+    return torch.sign(size) * torch.minimum(size.abs(), LARGEST_RATE / largest.double())
 
 
 def advance(

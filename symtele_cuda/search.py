@@ -1,9 +1,10 @@
 """The ascent over the group: a trust region on the orbit, or the paper's fixed step.
 
 Both follow the direction of steepest ascent on the group, T = ∇_T f with g ← (I + εT)g, that is B ← B + ε (B Bᵀ) ∂f/∂B
-(Zhao et al. 2022, arXiv 2205.10637, Algorithm 1); the trust region moves bounded activations along Y = σ⁻¹(B) instead,
-see `Plan.along_targets`. ‖∇L‖² grows without bound on GL(n), so ascending it ends at the growth cap; the trust region
-accepts a step only if the objective improves, everything is finite and the losses keep their bounds.
+(Zhao et al. 2022, arXiv 2205.10637, Algorithm 1), and of the positive diagonal group its like, B ← B exp(ε diag T). The
+trust region moves bounded activations along Y = σ⁻¹(B) instead, see `Plan.along_targets`. ‖∇L‖² grows without bound on
+either group, so ascending it ends at the growth cap; the trust region accepts a step only if the objective improves,
+everything is finite and the losses keep their bounds.
 
 Every decision is taken on the host here; `device_search` takes the same ones on a GPU.
 """
@@ -26,6 +27,7 @@ from .action import (
     Waypoint,
     advance,
     domain_limit,
+    scale_limit,
     steepest_direction,
 )
 from .activation_space import Evaluation
@@ -42,11 +44,11 @@ CAP_SHARE = 0.98
 
 # Where a step to above the cap is cut to this share of the way that seems to lead there, within these limits.
 CAP_AIM, LEAST_SHARE, LARGEST_SHARE = 0.97, 0.1, 0.9
-# A step is called shortened where the domain left less than this share of the radius.
+# A step is called shortened where its limits left less than this share of the radius.
 SHORTENED_BELOW = 0.999
 
 ACCEPTED = "accepted"
-SHORTENED = "accepted, shortened at the edge of the activation's domain"
+SHORTENED = "accepted, shortened at the edge of the activation's domain, or of the change of a scale"
 NOT_FINITE, NO_IMPROVEMENT, ABOVE_CAP = "not finite", "no improvement", "above the growth cap"
 ZERO_GRADIENT, GRADIENT_NOT_FINITE = "the gradient on the group is zero", "the gradient on the group is not finite"
 CAP_REACHED, ALL_STEPS = "growth cap reached", "all steps taken"
@@ -104,8 +106,8 @@ class Search:
         return steepest_direction(self.network, self.plan, state, evaluation.gradient())
 
     def limit(self, state: State, direction: Direction, size: Tensor) -> Tensor:
-        """`size`, shortened where an activation would leave its domain."""
-        return domain_limit(self.network, state, direction, size)
+        """`size`, shortened where an activation would leave its domain or a scale change too much."""
+        return scale_limit(direction, domain_limit(self.network, state, direction, size))
 
     def advance(self, state: State, direction: Direction, size: Tensor) -> tuple[State, tuple[Hindrance, ...]]:
         """The state a step of `size` further, and what may hinder the step."""

@@ -119,6 +119,7 @@ def test_what_a_teleport_reports_is_true(
     [
         {"action": "paper"},
         {"layers": [2]},
+        {"group": "positive_diagonal"},
         {"steps": 1},
         {"steps": 25},
         {"step_size": 1e-6},
@@ -146,14 +147,15 @@ def test_holdout(objective: str) -> None:
 
 
 @pytest.mark.parametrize("dims", [[30, 12, 40, 5], [30, 40, 9, 5], [12, 40, 36, 5]], ids=str)
+@pytest.mark.parametrize("group", ["gl", "auto"])
 @every_objective
-def test_narrow_layers(dims: list[int], objective: str) -> None:
-    """Layers that the batch does not fit: moved through an explicit g, or left alone, and the report says which."""
+def test_narrow_layers(dims: list[int], group: str, objective: str) -> None:
+    """Layers that the batch does not fit: moved through an explicit g, scaled, or left alone; the report says which."""
     model, batch = make_mlp(dims), make_batch(20, dims[0], 5)
     there, there_batch = on_device(model, batch)
-    here = st.teleport_mlp(model, batch, **OBJECTIVES[objective])
-    report = teleport(there, there_batch, objective)
-    assert [layer.teleported for layer in report.layers] == [layer.teleported for layer in here.layers]
+    here = st.teleport_mlp(model, batch, group=group, **OBJECTIVES[objective])
+    report = teleport(there, there_batch, objective, group=group)
+    assert [layer.group for layer in report.layers] == [layer.group for layer in here.layers]
     assert report.objective_after == pytest.approx(here.objective_after, rel=1e-6)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from symtele_cuda.action import (
     form_weights,
     parameter_list,
     predict,
+    scale_limit,
     steepest_direction,
     weights_of,
 )
@@ -140,7 +142,7 @@ def test_the_diagonal_group_keeps_the_function_on_every_input(options, activatio
     before, weights = model(others).detach(), snapshot(model)
     report = st.teleport_mlp(model, (x, y), group="positive_diagonal", **options)
     assert report.accepted and not unchanged(model, weights)
-    assert float((model(others) - before).abs().max()) <= 1e-12 * float(before.abs().max())
+    assert float((model(others).detach() - before).abs().max()) <= 1e-12 * float(before.abs().max())
     assert [(layer.group, layer.teleported) for layer in report.layers] == [("positive_diagonal", True)] * 2
     assert all(layer.rank is None and layer.condition is None for layer in report.layers)
 
@@ -261,7 +263,7 @@ def test_a_small_step_changes_the_objective_as_the_gradient_says(case, objective
     evaluation = path.evaluate(state)
     gradient = evaluation.gradient()
     full = steepest_direction(network, plan, state, gradient)
-    scales_only = type(full)({}, full.norm, full.scales)
+    scales_only = replace(full, steps={})
     slope = sum(float(rates.square().sum()) for rates in full.scales.values())
     step = 1e-5 / max(float(rates.abs().max()) for rates in full.scales.values())
     values = []
@@ -270,6 +272,33 @@ def test_a_small_step_changes_the_objective_as_the_gradient_says(case, objective
         assert holding(hindrances) is None
         values.append(float(path.evaluate(moved).value))
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-5)
+
+
+@torch.no_grad()
+def test_no_scale_changes_by_more_than_a_factor_e_in_one_step():
+    task = make_task("around")
+    state = task.start()
+    direction = steepest_direction(
+        task.problem.network, task.plan, state, fast_path(task, "grad_norm").evaluate(state).gradient()
+    )
+    largest = max(float(rates.abs().max()) for rates in direction.scales.values())
+    for size in (1e6, -1e6):
+        limit = scale_limit(direction, torch.tensor(size, dtype=torch.float64))
+        assert float(limit) * largest == pytest.approx(size / abs(size), rel=1e-12)
+    small = torch.tensor(0.5 / largest, dtype=torch.float64)
+    assert scale_limit(direction, small) == small
+    unscaled = make_task("around", layers=[2])
+    assert not unscaled.plan.scaled[0] and scale_limit(replace(direction, scales={}), 5 * small) == 5 * small
+
+
+def test_an_ascent_without_a_cap_stays_within_the_factor_at_every_step():
+    model, steps = make_model([12, 9, 8, 5], ["relu", "leaky"]), 6
+    before = copy.deepcopy(model)
+    report = st.teleport_mlp(model, make_batch(30, 12, 5), group="positive_diagonal", max_growth=math.inf, steps=steps)
+    logarithms = (model[0].bias / before[0].bias).log()
+    assert report.accepted and float(logarithms.abs().max()) <= report.steps * (1 + 1e-9)
+    report = st.teleport_mlp(before, make_batch(30, 12, 5), group="positive_diagonal", step_size=1e9, steps=1)
+    assert "shortened" in report.trace[0].note
 
 
 # --- the search ---------------------------------------------------------------------------------------------------
@@ -298,21 +327,6 @@ def test_auto_teleports_a_narrow_network_in_every_layer(n, expected):
     model, batch = make_model([30, 4, 3, 3], ["leaky", "leaky"]), make_batch(n, 30, 3)
     report = st.teleport_mlp(model, batch, group="auto", objective="lookahead", lr=0.1)
     assert report.accepted and [layer.group for layer in report.layers] == expected
-
-
-@pytest.mark.parametrize("n", [8, 50])
-def test_auto_reaches_at_least_what_each_group_reaches_alone(n):
-    gains = {}
-    for group in ("gl", "positive_diagonal", "auto"):
-        model = make_model([30, 4, 3, 3], ["leaky", "leaky"])
-        if group == "gl" and n > 31:
-            with pytest.raises(st.TeleportError, match="50 samples cannot be independent"):
-                st.teleport_mlp(model, make_batch(n, 30, 3), group=group)
-            continue
-        report = st.teleport_mlp(model, make_batch(n, 30, 3), group=group, objective="lookahead", lr=0.05)
-        gains[group] = report.objective_before - report.objective_after
-    assert min(gains.values()) > 0
-    assert gains["auto"] >= 0.9 * max(gains.values())
 
 
 def test_where_gl_takes_every_layer_auto_is_gl():
@@ -393,8 +407,9 @@ def test_the_search_on_the_device_takes_the_same_steps(case, search):
 @pytest.mark.parametrize("search", SEARCHES)
 def test_nothing_is_read_back_from_the_device(case, search):
     task = make_task(case, **SEARCHES[search])
+    tensors = task.tensors()
     with FakeTensorMode(), torch.no_grad():
-        fake = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in task.tensors()]
+        fake = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors]
         program = device_search.run_program(task.with_tensors(fake))
     assert program.rows.device.type == "cuda" and program.rows.shape[0] == task.options.steps
 
