@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import graphs
 from .action import Match, Network, Plan
+from .activations import Activation
 from .errors import TeleportError
 from .kernels import Products
 from .options import AUTO, GL, POSITIVE_DIAGONAL
@@ -145,11 +146,9 @@ def make_plan(
         )
 
     plan = plan_for(choices)
-    stuck = [_why_no_step(network, plan, matches, layer) for layer in range(len(choices))]
-    choices = [
-        choice if reason is None or choice.group != GL else _Choice(None, reason)
-        for choice, reason in zip(choices, stuck, strict=True)
-    ]
+    for layer, choice in enumerate(choices):
+        if choice.group == GL and (reason := _why_no_step(network, plan, matches, layer)) is not None:
+            choices[layer] = _Choice(None, reason)
     _check_enough(network, choices, layers, len(problem.samples), group)
     reports = tuple(
         LayerReport(
@@ -208,14 +207,12 @@ def _why_no_step(network: Network, plan: Plan, matches: Sequence[Match], layer: 
     return f"activations lie on the edge of the domain {activation.domain} of the inverse of {activation}"
 
 
-# What `teleport_mlp`'s `group` expects of a batch and a model, and what helps where it is not so.
+# What `teleport_mlp`'s `group` expects of a batch and a model.
 _EXPECTED = {
     GL: "samples that the layers' inputs can tell apart, and activations that have an inverse",
     POSITIVE_DIAGONAL: "positively homogeneous activations (ReLU, LeakyReLU or none)",
     AUTO: "samples that the layers' inputs can tell apart, or positively homogeneous activations",
 }
-_FEWER_SAMPLES, _OTHER_GROUP = "Use fewer or more varied samples", 'Use group="gl"'
-_SCALES_INSTEAD = 'group="positive_diagonal" moves ReLU, LeakyReLU and layers without activation on any batch'
 
 
 def _check_enough(
@@ -224,11 +221,17 @@ def _check_enough(
     refused = [(index, choice.reason) for index, choice in enumerate(choices, start=1) if choice.refused]
     if any(choice.group is not None for choice in choices) and not (layers is not None and refused):
         return
+    argument = "layers" if layers is not None else "group" if group == POSITIVE_DIAGONAL else "batch"
     details = "; ".join(f"hidden layer {index}: {reason}" for index, reason in refused)
-    advice = _OTHER_GROUP if group == POSITIVE_DIAGONAL else _FEWER_SAMPLES
-    if group == GL and any(network.activations[index - 1].positively_homogeneous for index, _ in refused):
-        advice += f"; {_SCALES_INSTEAD}"
-    raise TeleportError(
-        f"{'batch' if layers is None else 'layers'}: expected {_EXPECTED[group]}, "
-        f"got a batch of n = {n} with {details}. {advice}."
-    )
+    advice = _advise([network.activations[index - 1] for index, _ in refused], group)
+    raise TeleportError(f"{argument}: expected {_EXPECTED[group]}, got a batch of n = {n} with {details}. {advice}.")
+
+
+def _advise(refused: Sequence[Activation], group: str) -> str:
+    """What may help where layers with these activations cannot be moved by `group`."""
+    if group == POSITIVE_DIAGONAL:
+        return 'Use group="gl"'
+    advice = ["Use fewer or more varied samples"] if any(activation.invertible for activation in refused) else []
+    if group == GL and any(activation.positively_homogeneous for activation in refused):
+        advice.append('group="positive_diagonal" moves ReLU, LeakyReLU and layers without activation on any batch')
+    return "; ".join(advice)

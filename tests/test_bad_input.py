@@ -308,6 +308,11 @@ CASES: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
         st.TeleportError,
         r"layers: expected positively homogeneous .* hidden layer 2: tanh is not positively homogeneous\. Use group",
     ),
+    "group: no activation that is homogeneous": (
+        lambda: Call(make_model(nn.Tanh()), options={"group": "positive_diagonal"}),
+        st.TeleportError,
+        r"group: expected positively homogeneous .* hidden layer 1: tanh is not positively homogeneous; hidden layer 2",
+    ),
     "group: neither": (
         lambda: Call(make_model(nn.Tanh()), make_batch(40), options={"group": "auto"}),
         st.TeleportError,
