@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .errors import TeleportError
 from .mlp import Chain, check_inputs, check_parameters, read_chain
+from .options import GL, POSITIVE_DIAGONAL
 from .pinv import MAX_CONDITION, append_ones, pinv_factor
 from .problem import layer_inputs, read_network
 from .report import TeleportReport
@@ -40,16 +41,23 @@ def with_momentum(
     """Run `teleport`, a teleport of `model` on the samples `x`, and if it is accepted move the first moments with it.
 
     A weight layer's gradient is δᵀ [B, 1]. Where its input B moved to B' = B gᵀ, the share of the weights becomes
-    δᵀ B gᵀ, and so the moment M goes to M gᵀ. The g is the least one, in the sense of ‖g̃ᵀ − I‖_F, that does it on the
-    batch, for g̃ over [B, 1], whose last column stays:
+    δᵀ B gᵀ, and so the moment M goes to M gᵀ.
+
+    Of GL the g is the least one, in the sense of ‖g̃ᵀ − I‖_F, that does it on the batch, for g̃ over [B, 1], whose last
+    column stays:
 
         M' = M + [M, m_b] [B, 1]⁺ (B' − B),   m_b' = m_b
 
     with the moment m_b of the bias; without one [B, 1] is B. This is exact for a moment of gradients on the batch
     itself where the rows of [B, 1] are independent. Where the batch has more samples than [B, 1] has columns, it is the
     least-squares g, exact if there is one that maps B to B'. δ moves as well, in the layers before the last, but by no
-    linear map: that is not followed. Second moments stay, as do the moments of layers whose input has not moved, and
-    parameters without a state.
+    linear map: that is not followed.
+
+    The positive diagonal group acts on every input alike, Y' = Y D on the pre-activations too, so it is followed
+    exactly: M' = M D in the layer behind, and as δ becomes δ D⁻¹, M' = D⁻¹ M and m_b' = D⁻¹ m_b in the layer before.
+    (A unit with Y = 0 on the whole batch counts as not scaled.)
+
+    Second moments stay, as do parameters without a state.
 
     Args:
         optimizer: as for `check_first_moment_known`.
@@ -60,13 +68,13 @@ def with_momentum(
         The report of `teleport`.
 
     Raises:
-        TeleportError: the inputs of a layer that has moved have no full rank (columns of zeros are no obstacle), or are
-            too ill-conditioned for the dtype. After it, as after any error, model and state are what they were.
+        TeleportError: the inputs of a layer behind one that GL moved have no full rank, or are too ill-conditioned for
+            the dtype. After it, as after any error, model and state are what they were.
     """
     chain = read_chain(model)
     check_parameters(chain)
     moments = _first_moments(optimizer, chain)
-    before = _layer_inputs(chain, x)
+    before = _observe(chain, x)
     kept: list[Tensor] = [parameter for _, parameter in chain.named_parameters()]
     kept += [moment for layer in moments for moment in (layer.weight, layer.bias) if moment is not None]
     saved = [tensor.detach().clone() for tensor in kept]
@@ -74,7 +82,7 @@ def with_momentum(
         try:
             report = teleport()
             if report.accepted:
-                _transport(moments, before, _layer_inputs(chain, x), [False, *(k.teleported for k in report.layers)])
+                _transport(moments, before, _observe(chain, x), [layer.group for layer in report.layers])
         except BaseException:
             torch._foreach_copy_(kept, saved)
             raise
@@ -98,51 +106,84 @@ def _first_moments(optimizer: torch.optim.Optimizer, chain: Chain) -> list[_Mome
     return [_Moments(moment(linear.weight), moment(linear.bias)) for linear in chain.linears]
 
 
-def _layer_inputs(chain: Chain, x: Tensor) -> list[Tensor]:
-    """B_0, …, B_m of the model as it stands, in the dtype of the search."""
+@dataclass(frozen=True)
+class _Activations:
+    """B_0, …, B_m and Y_0, …, Y_m of the model on the samples, in the dtype of the search."""
+
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+
+
+def _observe(chain: Chain, x: Tensor) -> _Activations:
     flat = check_inputs(chain, x, "x")
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
         network = read_network(chain)
         samples = flat.to(network.weights[0].dtype)
-        return layer_inputs(network, samples, network.forward(samples))
+        outputs = network.forward(samples)
+        return _Activations(layer_inputs(network, samples, outputs), outputs)
 
 
 def _transport(
-    moments: Sequence[_Moments], before: Sequence[Tensor], after: Sequence[Tensor], moved: Sequence[bool]
+    moments: Sequence[_Moments], before: _Activations, after: _Activations, groups: Sequence[str | None]
 ) -> None:
-    """Write M' into the moments M of the layers whose input moved, all in one call."""
-    old: list[Tensor] = []
-    new: list[Tensor] = []
-    for index, layer in enumerate(moments):
-        if moved[index] and layer.weight is not None:
-            old.append(layer.weight)
-            new.append(_transported(layer.weight, layer.bias, before[index], after[index], index))
-    if old:
-        torch._foreach_copy_(old, new)
+    """Write the new moments into the old ones, all in one call; groups: what has moved the hidden layers."""
+    moved = list(moments)
+    for index, group in enumerate(groups):
+        behind = index + 1
+        if group == GL:
+            moved[behind] = _mapped(moved[behind], before.inputs[behind], after.inputs[behind], behind)
+        elif group == POSITIVE_DIAGONAL:
+            scales = _scales(before.outputs[index], after.outputs[index])
+            moved[index], moved[behind] = _scaled(moved[index], moved[behind], scales)
+    changed = [(old, new) for pair in zip(moments, moved, strict=True) for old, new in _replaced(*pair)]
+    if changed:
+        torch._foreach_copy_([old for old, _ in changed], [new for _, new in changed])
 
 
-def _transported(weight: Tensor, bias: Tensor | None, before: Tensor, after: Tensor, layer: int) -> Tensor:
-    """M + [M, m_b] [B, 1]⁺ (B' − B)."""
-    moment = weight.to(before.dtype)
-    extended, columns = moment, before
-    if bias is not None:
-        extended = torch.cat([moment, bias.to(before.dtype)[:, None]], dim=1)
+def _replaced(old: _Moments, new: _Moments) -> list[tuple[Tensor, Tensor]]:
+    """The moments for which there are new ones, and these."""
+    pairs = ((old.weight, new.weight), (old.bias, new.bias))
+    return [(was, now) for was, now in pairs if was is not None and now is not None and was is not now]
+
+
+def _mapped(moments: _Moments, before: Tensor, after: Tensor, layer: int) -> _Moments:
+    """M + [M, m_b] [B, 1]⁺ (B' − B) for the inputs B of weight layer `layer` (0-based)."""
+    if moments.weight is None:
+        return moments
+    weight = moments.weight.to(before.dtype)
+    extended, columns = weight, before
+    if moments.bias is not None:
+        extended = torch.cat([weight, moments.bias.to(before.dtype)[:, None]], dim=1)
         columns = append_ones(before)
-    return moment + (extended @ _pseudo_inverse(columns, layer)) @ (after - before)
+    return replace(moments, weight=weight + (extended @ _pseudo_inverse(columns, layer)) @ (after - before))
 
 
 def _pseudo_inverse(inputs: Tensor, layer: int) -> Tensor:
-    """H̃⁺ (d̃×n) of the inputs H̃ (n×d̃) of a weight layer; its rows are zero where the columns of H̃ are."""
-    live = (inputs != 0).any(0)
-    kept = inputs[:, live]
-    wide = len(kept) <= kept.shape[1]
-    found = pinv_factor(kept if wide else kept.T, bias=False)
+    """H̃⁺ (d̃×n) of the inputs H̃ (n×d̃) of a weight layer, as P(H̃)ᵀ or, of more rows than columns, as P(H̃ᵀ)."""
+    wide = len(inputs) <= inputs.shape[1]
+    found = pinv_factor(inputs if wide else inputs.T, bias=False)
     if found.factor is None:
         raise TeleportError(
             f'optimizer_state="transport": the inputs of weight layer {layer + 1} must have full rank on the batch and '
-            f"a condition number up to {MAX_CONDITION[inputs.dtype]:g}, got shape {tuple(kept.shape)}, rank "
+            f"a condition number up to {MAX_CONDITION[inputs.dtype]:g}, got shape {tuple(inputs.shape)}, rank "
             f"{found.rank} and condition number {found.condition:.2g}"
         )
-    inverse = inputs.new_zeros(inputs.shape[1], len(inputs))
-    inverse[live] = found.factor.T if wide else found.factor
-    return inverse
+    return found.factor.T if wide else found.factor
+
+
+def _scales(before: Tensor, after: Tensor) -> Tensor:
+    """The diagonal of D in Y' = Y D, by least squares; 1 where a column of Y is zero."""
+    squares = before.square().sum(0)
+    return torch.where(squares == 0, 1.0, (before * after).sum(0) / squares)
+
+
+def _scaled(producing: _Moments, behind: _Moments, scales: Tensor) -> tuple[_Moments, _Moments]:
+    """D⁻¹ [M, m_b] of the layer that produces the scaled activations, and M D of the layer behind them."""
+    weight, bias = producing.weight, producing.bias
+    return (
+        _Moments(
+            None if weight is None else weight / scales[:, None],
+            None if bias is None else bias / scales,
+        ),
+        replace(behind, weight=None if behind.weight is None else behind.weight * scales),
+    )

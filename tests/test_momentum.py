@@ -42,6 +42,11 @@ def teleport(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *
     return report
 
 
+def make_relu(dims: list[int], bias: bool) -> nn.Sequential:
+    modules = (nn.ReLU() if isinstance(module, nn.LeakyReLU) else module for module in make_mlp(dims, bias=bias))
+    return nn.Sequential(*modules)
+
+
 def linears(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model if isinstance(module, nn.Linear)]
 
@@ -126,6 +131,46 @@ def test_behind_a_narrow_linear_layer_the_moment_is_the_one_of_all_transformed_g
         assert_close(optimizer.state[parameter][entry], expected.state[wanted][entry], 1e-8)
 
 
+@pytest.mark.parametrize("name", AVERAGES_GRADIENTS)
+def test_behind_relu_all_moments_are_those_of_the_gradients_of_rescaled_networks(name: str) -> None:
+    bias = name != "muon"
+    model, batch = make_relu([10, 7, 6, 3], bias), make_batch(12, 10, 3)
+    if bias:
+        with torch.no_grad():
+            linears(model)[1].bias[1] = -50.0  # a unit that is off on all samples
+    make_optimizer, entry = OPTIMIZERS[name]
+    optimizer = make_optimizer(list(model.parameters()))
+    past = []
+    for seed in (5, 6, 7):
+        other = make_batch(9, 10, 3, seed=seed)
+        past.append((copy.deepcopy(model), other))
+        optimizer_step(model, optimizer, other)
+    old = copy.deepcopy(model)
+    report = teleport(model, optimizer, batch, objective="grad_norm", group="positive_diagonal")
+    assert report.accepted
+    scales = [torch.ones(10).double()]
+    for was, now in zip(linears(old)[:2], linears(model)[:2], strict=True):
+        scales.append(now.weight[:, 0] / was.weight[:, 0] * scales[-1][0])  # W' = D W D₋₁⁻¹
+    scales.append(torch.ones(3).double())
+    assert all((scale - 1).abs().max() > 1e-3 for scale in scales[1:3])
+
+    twin = copy.deepcopy(model)
+    expected = make_optimizer(list(twin.parameters()))
+    for network, other in past:
+        with torch.no_grad():
+            for linear, behind, ahead in zip(linears(network), scales[:-1], scales[1:], strict=True):
+                linear.weight.mul_(ahead[:, None] / behind)
+                if bias:
+                    linear.bias.mul_(ahead)
+        loss = F.cross_entropy(network(other[0]), other[1])
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        for parameter, gradient in zip(twin.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        expected.step()
+    for parameter, wanted in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(optimizer.state[parameter][entry], expected.state[wanted][entry], 1e-10)
+
+
 # --- the formula, and what stays ----------------------------------------------------------------------------------
 
 
@@ -180,23 +225,6 @@ def test_a_moment_without_one_of_the_bias_moves_by_the_weights_alone() -> None:
     assert teleport(model, optimizer, batch).accepted
     after = hidden_inputs(model, batch[0])[1]
     assert_close(optimizer.state[last]["momentum_buffer"], expected_moment(old, None, before, after), 1e-9)
-
-
-def test_units_that_are_zero_on_the_whole_batch_are_no_obstacle() -> None:
-    model, batch = make_mlp([16, 4, 3]), make_batch(12, 16, 3)
-    with torch.no_grad():
-        for parameter in linears(model)[0].parameters():
-            parameter[1] = 0.0
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    last = linears(model)[1]
-    old = torch.ones_like(last.weight)
-    for parameter in last.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
-    before = hidden_inputs(model, batch[0])[1]
-    assert torch.equal(before[:, 1], torch.zeros(12, dtype=torch.float64))
-    assert teleport(model, optimizer, batch, objective="grad_norm").accepted
-    after, moved = hidden_inputs(model, batch[0])[1], optimizer.state[last.weight]["momentum_buffer"]
-    assert_close(moved, expected_moment(old, torch.ones(3), before, after), 1e-9)
 
 
 def test_16_bit_moments_are_rounded_once() -> None:
@@ -291,10 +319,10 @@ def test_a_batch_that_does_not_determine_g_is_an_error_and_changes_nothing() -> 
 @pytest.mark.parametrize("when", ["while a moment is formed", "after the moments are written"])
 def test_an_interrupt_leaves_all_as_it_was(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, assert_as_before = trained([10, 14, 12, 3])
-    name = "_transported" if when == "while a moment is formed" else "_transport"
+    name = "_mapped" if when == "while a moment is formed" else "_transport"
     original, calls = getattr(momentum, name), []
 
-    def interrupted(*arguments: object) -> Tensor:
+    def interrupted(*arguments: object) -> object:
         result = original(*arguments)
         calls.append(arguments)
         if name == "_transport" or len(calls) == 2:
