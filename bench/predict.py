@@ -429,6 +429,7 @@ OPTIONS: dict[str, Any] = {
     "margin": 4.0,
     "steps": STEPS,
     "step_size": "auto",
+    "first_radius": 0.02,
     "max_growth": math.inf,
     "action": "least_change",
     "metric": "euclidean",

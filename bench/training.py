@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.harness import Check, machine_line, make_parser, plain, read_arguments, render, write_json
+from symtele_cuda.experiments import classification
 from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist, split
 from symtele_cuda.experiments.records import Run
 from symtele_cuda.experiments.training import Task, TeleportSettings, TrainingSettings, train
@@ -54,27 +55,22 @@ class Shape:
     target_loss: float
     must_seconds_ratio: float | None = None
     data: str = "mnist"
-    teleport_epoch: int = 1
+    teleport_epoch: int = 0
     teleports: int = 4
     teleport_samples: int = 200
-    steps: int = 10
 
     def arms(self) -> dict[str, TeleportSettings | None]:
-        """Plain training, our teleports, and the published rule (fixed step, R = 0, I − T) on the same samples."""
+        """Plain training, our teleports as they are by default, and the published rule (ten fixed steps, R = 0, I − T).
+
+        Both teleport as often, and on as many samples; ours looks at as many more besides, its holdout.
+        """
         schedule: dict[str, Any] = {
             "epochs": (self.teleport_epoch,),
             "teleports_per_epoch": self.teleports,
             "batch_size": self.teleport_samples,
-            "steps": self.steps,
         }
-        published = TeleportSettings(
-            **schedule, objective="grad_norm", action="paper", inverse="first_order", step_size=self.published_rate
-        )
-        return {
-            PLAIN: None,
-            TELEPORTED: TeleportSettings(**schedule, objective="lookahead"),
-            PUBLISHED: published,
-        }
+        published = replace(classification.PUBLISHED, **schedule, step_size=self.published_rate)
+        return {PLAIN: None, TELEPORTED: TeleportSettings(**schedule), PUBLISHED: published}
 
 
 _MNIST = (784, 512, 512, 10)

@@ -28,7 +28,6 @@ from .search import (
     CAP_AIM,
     CAP_REACHED,
     CAP_SHARE,
-    FIRST_RADIUS,
     GRADIENT_NOT_FINITE,
     GROWTH,
     LARGEST_SHARE,
@@ -168,7 +167,7 @@ def ascend(
 ) -> Trace:
     """`search.ascend`: a step that is refused, or comes after the end, is computed and not committed."""
     products, trace = search.network.products, _begin(search, start, fixed=False)
-    first_radius = FIRST_RADIUS * search.moved_norm(start)
+    first_radius = search.first_radius * search.moved_norm(start)
     nought = torch.zeros_like(first_radius)
     control = torch.stack([evaluation.value.double(), first_radius, nought, nought, first_radius])
     limit = cap if isinstance(cap, Tensor) else torch.full_like(first_radius, cap)

@@ -23,6 +23,7 @@ class Options:
     objective: Objective
     steps: int
     step_size: float | None
+    first_radius: float
     max_growth: float
     action: str
     inverse: str
@@ -40,6 +41,7 @@ def make_options(
     margin: float,
     steps: int,
     step_size: str | float,
+    first_radius: float,
     max_growth: float,
     action: str,
     metric: str,
@@ -64,6 +66,7 @@ def make_options(
     check_int("steps", steps, at_least=1)
     if isinstance(step_size, str) and step_size != "auto":
         raise ValueError(f'step_size must be "auto" or a number > 0, got {step_size!r}')
+    check_number("first_radius", first_radius, above=0.0)
     check_number("max_growth", max_growth, above=1.0, finite=False)
     check_number("margin", margin, above=0.0)
     check_number("drift_tol", drift_tol, above=0.0, finite=False)
@@ -72,6 +75,7 @@ def make_options(
         objective=_make_objective(objective, lr, margin),
         steps=steps,
         step_size=None if isinstance(step_size, str) else check_number("step_size", step_size, above=0.0),
+        first_radius=float(first_radius),
         max_growth=float(max_growth),
         action=action,
         inverse=inverse,

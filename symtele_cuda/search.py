@@ -33,9 +33,8 @@ from .action import (
 from .activation_space import Evaluation
 from .paths import Path
 
-# The first step moves the activations by this share of their norm. The radius doubles until a step fails, and grows
-# carefully after that: a radius that has failed once is near the right one.
-FIRST_RADIUS = 0.02
+# The radius doubles until a step fails, and grows carefully after that: a radius that has failed once is near the right
+# one.
 GROWTH, LATER_GROWTH, SHRINKAGE = 2.0, 1.2, 0.25
 # A search whose radius has shrunk by this factor will find nothing more.
 SMALLEST_RADIUS = 1e-6
@@ -89,13 +88,17 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched: the objective through its path, up or down, in at most `steps` trial steps."""
+    """What is searched: the objective through its path, up or down, in at most `steps` trial steps.
+
+    first_radius: the share of their norm by which the first step of a trust region moves the activations.
+    """
 
     path: Path
     network: Network
     plan: Plan
     maximise: bool
     steps: int
+    first_radius: float
 
     @property
     def sign(self) -> float:
@@ -141,7 +144,7 @@ def ascend(
     """
     state, value, sign = start, float(evaluation.value), search.sign
     waypoints, records = [start.waypoint], list[StepRecord]()
-    radius = first_radius = FIRST_RADIUS * float(search.moved_norm(start))
+    radius = first_radius = search.first_radius * float(search.moved_norm(start))
     direction: Direction | None = None
     norm, failed = math.nan, False
 

@@ -140,8 +140,8 @@ class Task:
         return choose_path(self.problem, self.plan, self.options.objective)
 
     def search(self) -> Search:
-        objective = self.options.objective
-        return Search(self.path(), self.problem.network, self.plan, objective.maximise, self.options.steps)
+        options, network = self.options, self.problem.network
+        return Search(self.path(), network, self.plan, options.objective.maximise, options.steps, options.first_radius)
 
     def measure(self, network: Network, outputs: Sequence[Tensor]) -> Tensor:
         """The values of a `Measurement` of `network`, whose pre-activations on the batch are `outputs`."""

@@ -37,6 +37,7 @@ def teleport_mlp(
     margin: float = 4.0,
     steps: int = 10,
     step_size: str | float = "auto",
+    first_radius: float = 0.02,
     max_growth: float = 2.0,
     action: str = "least_change",
     metric: str = "euclidean",
@@ -79,6 +80,8 @@ def teleport_mlp(
         steps: trial steps of the search.
         step_size: "auto" is a trust region on the activations; a number ε is the paper's rule g ← (I ± ε∇_T f) g,
             with no acceptance test but finiteness (neither guard, neither cap).
+        first_radius: the length of the trust region's first step, > 0, as a share of the norm of all moved activations.
+            The region adapts; a larger start saves steps where there are few.
         max_growth: the factor by which "grad_norm" may raise ‖∇L‖ (> 1, math.inf for no cap).
         action: "least_change" (R_k = W_k, the minimum-norm change of the weights) or "paper" (R_k = 0).
         metric: "euclidean", the norm in which a change of the weights is least.
@@ -108,6 +111,7 @@ def teleport_mlp(
         margin=margin,
         steps=steps,
         step_size=step_size,
+        first_radius=first_radius,
         max_growth=max_growth,
         action=action,
         metric=metric,

@@ -48,7 +48,7 @@ class Schedule:
         object.__setattr__(self, "teleports_per_epoch", count)
 
 
-AFTER_ONE_EPOCH = Schedule(epochs=(1,), teleports_per_epoch=4)
+EARLY = Schedule(epochs=(0,), teleports_per_epoch=4)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Teleporter:
             place.
         optimizer: holds all trainable parameters of the model.
         loss_fn: loss_fn(outputs, y) → scalar; default as for `teleport_mlp`.
-        schedule: a Schedule; the default is four teleports in epoch 1.
+        schedule: a Schedule; the default is four teleports at the start of epoch 0.
         batch_size: samples of one teleport. "auto" gathers the smaller of 200 and the number of columns of the inputs
             of the layers that GL is to move (the bias' column included), and teleports on those of them that all these
             layers can tell apart well, `matched_samples`; `report.layers[0].n` says how many. With
@@ -94,7 +94,9 @@ class Teleporter:
             start of a warm-up, `step` does nothing: there is no step to look ahead to. With `lr` it is the gradient
             step of that rate, for any optimizer.
         holdout_size: so many further samples of the stream, those behind the teleport's own, are gathered as its
-            `holdout`, the guard on samples that the search does not see; 0 for none.
+            `holdout`, the guard on samples that the search does not see. "auto" is as many as the teleport's own (none
+            where a `holdout` is given), 0 is none.
+        steps, first_radius: as for `teleport_mlp`; few and large ones, since several teleports follow one another.
         **options: the other keyword arguments of `teleport_mlp`.
 
     Attributes:
@@ -112,11 +114,13 @@ class Teleporter:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         loss_fn: LossFunction | None = None,
-        schedule: Schedule = AFTER_ONE_EPOCH,
+        schedule: Schedule = EARLY,
         batch_size: int | str = "auto",
         optimizer_state: str = "keep",
         objective: str | Objective = "lookahead",
-        holdout_size: int = 0,
+        holdout_size: int | str = "auto",
+        steps: int = 4,
+        first_radius: float = 0.2,
         **options: Any,
     ) -> None:
         chain = read_chain(model)
@@ -130,8 +134,7 @@ class Teleporter:
             check_first_moment_known(optimizer)
         if objective == "lookahead":
             _check_minimises(optimizer, model)
-        options["objective"] = objective
-        self._holdout_size = _check_holdout_size(holdout_size, options)
+        options |= {"objective": objective, "steps": steps, "first_radius": first_radius}
         self._reads_step = objective == "lookahead" and options.get("lr") is None
         # A scheduler may start at lr = 0: an lr that is read counts at the teleports only.
         checked = _check_options(options | {"lr": 1.0} if self._reads_step else options, chain)
@@ -144,6 +147,7 @@ class Teleporter:
         automatic = batch_size == "auto"
         self._matched_layers = layers_to_match(chain, checked.layers, checked.group) if automatic else []
         self._wanted = _most_matched(chain, self._matched_layers) if automatic else _check_batch_size(batch_size)
+        self._holdout_size = _check_holdout_size(holdout_size, options, self._wanted)
         self._progress = _Progress()
 
     def step(self, batch: Batch, *, epoch: int) -> TeleportReport | None:
@@ -339,9 +343,14 @@ def _check_batch_size(batch_size: object) -> int:
     return check_int("batch_size", batch_size, at_least=1)
 
 
-def _check_holdout_size(holdout_size: object, options: Mapping[str, Any]) -> int:
+def _check_holdout_size(holdout_size: object, options: Mapping[str, Any], batch_size: int) -> int:
+    given = options.get("holdout") is not None
+    if isinstance(holdout_size, str):
+        if holdout_size != "auto":
+            raise ValueError(f'holdout_size must be an int >= 0 or "auto", got {holdout_size!r}')
+        return 0 if given else batch_size
     size = check_int("holdout_size", holdout_size, at_least=0)
-    if size > 0 and options.get("holdout") is not None:
+    if size > 0 and given:
         raise ValueError(f"holdout must not be given with holdout_size > 0, got both and holdout_size={size}")
     return size
 

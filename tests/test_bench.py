@@ -475,8 +475,8 @@ TINY = training.Shape(
     published_rate=1e-3,
     target_loss=1e-9,
     teleports=2,
+    teleport_epoch=1,
     teleport_samples=8,
-    steps=2,
 )
 
 
@@ -547,7 +547,7 @@ class SameProcess:
 def test_training_on_scikit_learn_s_digits(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     shape = training.DIGITS["digits-0.05"]
-    short = replace(shape, training=replace(shape.training, epochs=2), steps=2, teleports=1)
+    short = replace(shape, training=replace(shape.training, epochs=2), teleports=1)
     seed = training.run_seed("short", short, 1, None, threads=1)
     assert [record["accepted"] for record in seed["runs"][training.TELEPORTED]["teleports"]] == [True]
 
@@ -565,7 +565,7 @@ def test_training_refuses_results_of_other_settings(tmp_path: Path) -> None:
     out = tmp_path / "training.json"
     harness.write_json(out, {"shapes": {"tiny": {"shape": TINY, "seeds": []}}})
     assert training.Results.open(out, {"tiny": TINY}).missing("tiny", [1]) == [1]
-    other = replace(TINY, steps=TINY.steps + 1)
+    other = replace(TINY, teleports=TINY.teleports + 1)
     with pytest.raises(ValueError, match="--out must name a file of the same settings; tiny"):
         training.Results.open(out, {"tiny": other})
 

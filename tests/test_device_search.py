@@ -27,6 +27,7 @@ DEFAULTS = dict(
     margin=4.0,
     steps=8,
     step_size="auto",
+    first_radius=0.02,
     max_growth=2.0,
     action="least_change",
     metric="euclidean",

@@ -147,7 +147,10 @@ def test_a_missing_extra_says_how_to_get_it() -> None:
 
 
 def test_both_runs_share_start_and_batches_until_the_first_teleport() -> None:
-    arms = {"plain": None, "teleported": TeleportSettings(epochs=(1,), teleports_per_epoch=1, batch_size=8)}
+    arms = {
+        "plain": None,
+        "teleported": TeleportSettings(epochs=(1,), teleports_per_epoch=1, batch_size=8, holdout_size=0),
+    }
     plain, teleported = compare(small_task, SMALL, arms, range(1))
     for epoch in (0, 1):
         assert plain.epochs[epoch].train_loss == teleported.epochs[epoch].train_loss
@@ -171,7 +174,7 @@ def test_training_leaves_the_global_generator_alone() -> None:
 @pytest.mark.parametrize("objective", ["grad_norm", "lookahead"])
 def test_every_optimizer_teleports(optimizer: str, objective: str) -> None:
     settings = TrainingSettings(epochs=1, batch_size=8, optimizer=optimizer, lr=1e-2)
-    teleports = TeleportSettings(epochs=(0,), teleports_per_epoch=1, batch_size=8, objective=objective)
+    teleports = TeleportSettings(teleports_per_epoch=1, batch_size=8, objective=objective, holdout_size=0)
     run = train(small_task(0), settings, teleports, "run", seed=0)
     (teleport,) = run.teleports
     assert teleport.accepted and teleport.drift < 1e-4

@@ -443,7 +443,7 @@ def test_which_layers_a_batch_is_to_match(dims, activations, group, expected):
 def test_the_automatic_batch_is_not_shrunk_by_layers_that_scale(group, wanted):
     model = make_model([30, 4, 3, 3], ["leaky", "leaky"])
     teleporter = st.Teleporter(
-        model, torch.optim.SGD(model.parameters(), lr=0.05), schedule=st.Schedule(epochs=[0]), group=group
+        model, torch.optim.SGD(model.parameters(), lr=0.05), schedule=st.Schedule([0]), holdout_size=0, group=group
     )
     x, y = make_batch(wanted, 30, 3)
     assert teleporter.step((x[:-1], y[:-1]), epoch=0) is None
@@ -456,7 +456,7 @@ def test_a_report_with_groups_survives_the_state_dict():
         model = make_model([30, 4, 3, 3], ["leaky", "tanh"])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         return st.Teleporter(
-            model, optimizer, schedule=st.Schedule(epochs=[0]), batch_size=40, group="positive_diagonal"
+            model, optimizer, schedule=st.Schedule([0]), batch_size=40, holdout_size=0, group="positive_diagonal"
         )
 
     teleporter, resumed = make_teleporter(), make_teleporter()

@@ -35,7 +35,13 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Ba
 
 def teleport(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, **options: object) -> st.TeleportReport:
     teleporter = st.Teleporter(
-        model, optimizer, schedule=ALWAYS, batch_size=len(batch[0]), optimizer_state="transport", **options
+        model,
+        optimizer,
+        schedule=ALWAYS,
+        batch_size=len(batch[0]),
+        optimizer_state="transport",
+        holdout_size=0,
+        **options,
     )
     report = teleporter.step(batch, epoch=0)
     assert report is not None
@@ -251,11 +257,12 @@ def test_without_a_first_moment_the_state_stays(make_optimizer: Callable[..., to
     optimizer = make_optimizer(list(model.parameters()), lr=0.01)
     optimizer_step(model, optimizer, batch)
     before, twin = saved_state(optimizer), copy.deepcopy(model)
-    assert teleport(model, optimizer, batch, lr=0.05).accepted
+    search = {"lr": 0.05, "steps": 6, "first_radius": 0.05}
+    assert teleport(model, optimizer, batch, **search).accepted
     for old, new in zip(before, saved_state(optimizer), strict=True):
         assert old.keys() == new.keys()
         assert all(torch.equal(old[key], new[key]) for key in old)
-    st.teleport_mlp(twin, batch, objective="lookahead", lr=0.05)
+    st.teleport_mlp(twin, batch, objective="lookahead", **search)
     assert unchanged(model, snapshot(twin))
 
 

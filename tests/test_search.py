@@ -20,6 +20,8 @@ from symtele_cuda.search import LossBound, Search, SearchResult
 
 START = 1.0
 
+FIRST_RADIUS = 0.02
+
 
 @dataclass
 class ScriptedPath:
@@ -65,7 +67,7 @@ def ascend_fixed(where: str, search_: Search, state: State, evaluation: Evaluati
 def run(where: str, values: list[float], *, maximise=True, cap=math.inf, bounds=(), scale=1e-3) -> SearchResult:
     problem, plan, state = set_up()
     path = ScriptedPath(iter([START, *values]), scale * torch.ones_like(state.inputs[1]))
-    search_ = Search(path, problem.network, plan, maximise, steps=len(values))
+    search_ = Search(path, problem.network, plan, maximise, steps=len(values), first_radius=FIRST_RADIUS)
     return ascend(where, search_, state, path.evaluate(state), cap, list(bounds))
 
 
@@ -101,7 +103,7 @@ def test_the_first_radius_is_a_share_of_the_activations_norm(where):
     result = run(where, [2.0])
     _, _, state = set_up()
     assert abs(result.records[0].size) * length(result, 0) == pytest.approx(
-        search.FIRST_RADIUS * float(state.inputs[1].norm()), rel=1e-9
+        FIRST_RADIUS * float(state.inputs[1].norm()), rel=1e-9
     )
 
 
@@ -146,7 +148,7 @@ def test_a_gradient_that_leads_nowhere_ends_the_search(where, scale, reason):
 def test_fixed_steps_are_taken_whatever_the_objective_says_until_it_is_not_finite(where, maximise):
     problem, plan, state = set_up()
     path = ScriptedPath(iter([START, 0.5, 2.0, math.inf, 1.0, 1.0]), 1e-3 * torch.ones_like(state.inputs[1]))
-    five_steps = Search(path, problem.network, plan, maximise, steps=5)
+    five_steps = Search(path, problem.network, plan, maximise, steps=5, first_radius=FIRST_RADIUS)
     result = ascend_fixed(where, five_steps, state, path.evaluate(state), 1e-4)
     assert [record.accepted for record in result.records] == [True, True, False]
     assert {record.size for record in result.records} == {1e-4 if maximise else -1e-4}

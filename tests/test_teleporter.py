@@ -18,6 +18,8 @@ from symtele_cuda.sampling import matched_samples
 from symtele_cuda.teleporter import Batch
 
 EVERY_EPOCH = st.Schedule(epochs=range(10), teleports_per_epoch=100)
+# A step on so many samples is then what `teleport_mlp` does on them by its own defaults.
+AS_MLP = {"holdout_size": 0, "steps": 10, "first_radius": 0.02}
 
 
 def make_model(bias: bool = True) -> nn.Sequential:
@@ -39,7 +41,7 @@ def make_sgd(model: nn.Module, lr: float = 0.05, **options: float) -> torch.opti
 
 
 def make_teleporter(model: nn.Module, **options: object) -> st.Teleporter:
-    return st.Teleporter(model, make_sgd(model), **{"schedule": EVERY_EPOCH, "batch_size": 6, **options})
+    return st.Teleporter(model, make_sgd(model), **{"schedule": EVERY_EPOCH, "batch_size": 6, **AS_MLP, **options})
 
 
 def join(batches: list[Batch], size: int | None = None) -> Batch:
@@ -216,6 +218,15 @@ def test_the_holdout_is_what_comes_behind_the_teleports_samples(batch_size: int 
     assert_same_parameters(model, expected)
 
 
+def test_by_default_the_holdout_is_as_large_as_the_batch_unless_one_is_given() -> None:
+    for options, steps in (({}, [False, False, True]), ({"holdout": (X, Y)}, [False, True])):
+        teleporter = make_teleporter(make_model(), **({"holdout_size": "auto"} | options))
+        reports = [teleporter.step(batch, epoch=0) for batch in make_batches(len(steps))]
+        assert [report is not None for report in reports] == steps
+        report = reports[-1]
+        assert report is not None and report.layers[0].n == 6 and report.holdout_before is not None
+
+
 def test_the_holdout_from_the_stream_guards() -> None:
     batches, tolerances = make_batches(5), (0.0, float("inf"))
     strict, free = (
@@ -248,7 +259,12 @@ class Run:
         self.model = make_model()
         self.optimizer = make_optimizer(self.model)
         self.teleporter = st.Teleporter(
-            self.model, self.optimizer, schedule=RESUMED, batch_size=9, optimizer_state=optimizer_state, **options
+            self.model,
+            self.optimizer,
+            schedule=RESUMED,
+            batch_size=9,
+            optimizer_state=optimizer_state,
+            **(AS_MLP | options),
         )
 
     def train(self, start: int, stop: int) -> None:
@@ -409,7 +425,13 @@ def test_reset_waits_for_an_accepted_teleport() -> None:
     model, batches = make_model(), make_batches(2)
     optimizer = make_sgd(model, momentum=0.9)
     teleporter = st.Teleporter(
-        model, optimizer, schedule=EVERY_EPOCH, batch_size=4, optimizer_state="reset", objective=NeverBetter()
+        model,
+        optimizer,
+        schedule=EVERY_EPOCH,
+        batch_size=4,
+        optimizer_state="reset",
+        objective=NeverBetter(),
+        holdout_size=0,
     )
     optimizer_step(model, optimizer, batches[0])
     before = copy.deepcopy(model)
@@ -437,7 +459,7 @@ def test_reset_leaves_other_parameters_state_alone() -> None:
     other.grad = torch.ones(2)
     optimizer.step()
     assert other in optimizer.state
-    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, optimizer_state="reset")
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP, optimizer_state="reset")
     report = teleporter.step(batch, epoch=0)
     assert report is not None
     assert report.accepted
@@ -485,7 +507,7 @@ def test_the_objective_is_the_loss_after_the_optimizers_own_step(name: str, take
     model, (batch,) = make_model(), make_batches(1)
     optimizer = OWN_STEPS[name](model)
     take_steps(model, optimizer, taken)
-    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, margin=1.0)
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP, margin=1.0)
     report = teleporter.step(batch, epoch=0)
     assert report is not None
     assert report.accepted
@@ -501,7 +523,7 @@ def test_margin_makes_the_own_step_longer(options: dict[str, float]) -> None:
     take_steps(model, optimizer)
     expected = copy.deepcopy(model)
     step = st.read_step(optimizer, list(model.parameters()))
-    st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **options).step(batch, epoch=0)
+    st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **(AS_MLP | options)).step(batch, epoch=0)
     st.teleport_mlp(expected, batch, objective=st.OptimizerLookahead(step, options.get("margin", 4.0)))
     assert_same_parameters(model, expected)
 
@@ -511,7 +533,7 @@ def test_plain_gradient_steps_have_the_fast_path(dampening: float) -> None:
     model, (batch,) = make_model(), make_batches(1)
     expected = copy.deepcopy(model)
     optimizer = make_sgd(model, 0.01, dampening=dampening)  # which without momentum SGD does not use
-    st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4).step(batch, epoch=0)
+    st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP).step(batch, epoch=0)
     st.teleport_mlp(expected, batch, objective="lookahead", lr=0.01)
     assert_same_parameters(model, expected)
 
@@ -521,7 +543,7 @@ def test_lr_follows_a_scheduler() -> None:
     expected = copy.deepcopy(model)
     optimizer = make_sgd(model, 0.08)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.25)
-    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4)
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP)
     for batch, lr in zip(batches, (0.08, 0.02, 0.005), strict=True):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
         st.teleport_mlp(expected, batch, objective="lookahead", lr=optimizer.param_groups[0]["lr"])
@@ -536,7 +558,7 @@ def test_any_optimizers_own_step_is_waited_for(name: str) -> None:
     model, (batch,) = make_model(), make_batches(1)
     optimizer, expected = OWN_STEPS[name](model), copy.deepcopy(model)
     lr, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], 0.0
-    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4)
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP)
     assert teleporter.step(batch, epoch=0) is None
     assert_same_parameters(model, expected)
     optimizer.param_groups[0]["lr"] = lr
@@ -548,7 +570,7 @@ def test_a_teleport_waits_while_lr_is_zero(gathered: int) -> None:
     model, batches = make_model(), make_batches(5)
     expected, wanted = copy.deepcopy(model), [*batches[:gathered], *batches[3:]][:2]
     optimizer = make_sgd(model, 0.05 if gathered else 0.0)
-    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=8)
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=8, **AS_MLP)
     for batch in batches[:gathered]:
         assert teleporter.step(batch, epoch=0) is None
     optimizer.param_groups[0]["lr"] = 0.0
@@ -563,7 +585,9 @@ def test_a_teleport_waits_while_lr_is_zero(gathered: int) -> None:
 
 def test_objectives_that_need_no_lr_do_not_wait_for_it() -> None:
     (batch,), model = make_batches(1), make_model()
-    teleporter = st.Teleporter(model, make_sgd(model, 0.0), schedule=EVERY_EPOCH, batch_size=4, objective="grad_norm")
+    teleporter = st.Teleporter(
+        model, make_sgd(model, 0.0), schedule=EVERY_EPOCH, batch_size=4, **AS_MLP, objective="grad_norm"
+    )
     assert teleporter.step(batch, epoch=0) is not None
 
 
@@ -573,7 +597,9 @@ def test_lr_is_the_largest_of_the_models_groups() -> None:
     weights = [p for p in model.parameters() if p.dim() == 2]
     biases = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": weights}, {"params": biases, "lr": 0.07}, {"params": [other], "lr": 5.0}]
-    st.Teleporter(model, torch.optim.SGD(groups, lr=0.01), schedule=EVERY_EPOCH, batch_size=4).step(batch, epoch=0)
+    st.Teleporter(model, torch.optim.SGD(groups, lr=0.01), schedule=EVERY_EPOCH, batch_size=4, **AS_MLP).step(
+        batch, epoch=0
+    )
     st.teleport_mlp(expected, batch, objective="lookahead", lr=0.07)
     assert_same_parameters(model, expected)
 
@@ -584,7 +610,7 @@ def test_a_given_lr_is_used(optimizer: Callable[[nn.Module], torch.optim.Optimiz
     made = optimizer(model)
     take_steps(model, made)
     expected = copy.deepcopy(model)
-    st.Teleporter(model, made, schedule=EVERY_EPOCH, batch_size=4, lr=0.02).step(batch, epoch=0)
+    st.Teleporter(model, made, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP, lr=0.02).step(batch, epoch=0)
     st.teleport_mlp(expected, batch, objective="lookahead", lr=0.02)
     assert_same_parameters(model, expected)
 
@@ -594,7 +620,7 @@ def test_other_objectives_and_options_are_passed_on() -> None:
     expected = copy.deepcopy(model)
     options = {"objective": "grad_norm", "steps": 3, "max_growth": 1.5}
     teleporter = st.Teleporter(
-        model, torch.optim.Adam(model.parameters()), schedule=EVERY_EPOCH, batch_size=4, **options
+        model, torch.optim.Adam(model.parameters()), schedule=EVERY_EPOCH, batch_size=4, **(AS_MLP | options)
     )
     teleporter.step(batch, epoch=0)
     st.teleport_mlp(expected, batch, **options)
@@ -708,6 +734,13 @@ CONSTRUCTION: dict[str, tuple[Callable[[nn.Module], object], dict, type[Exceptio
         {"lr": 0.1, "optimizer_state": "transport"},
         ValueError,
         'optimizer must be one of SGD, .* for optimizer_state="transport", got NAdam',
+    ),
+    "first radius": (make_sgd, {"first_radius": 0.0}, ValueError, "first_radius must be a finite number > 0, got 0.0"),
+    "holdout size, a word": (
+        make_sgd,
+        {"holdout_size": "all"},
+        ValueError,
+        "holdout_size must be an int >= 0 or \"auto\", got 'all'",
     ),
     "holdout size": (make_sgd, {"holdout_size": -1}, ValueError, "holdout_size must be >= 0, got -1"),
     "holdout size 2.0": (make_sgd, {"holdout_size": 2.0}, TypeError, "holdout_size must be an int, got 2.0"),

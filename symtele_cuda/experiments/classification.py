@@ -28,12 +28,14 @@ DIGITS_WIDTHS = (128, 128)
 # Rate and teleports were chosen together, by train and validation loss over many seeds: several short searches on few
 # samples disturb the samples outside the teleport's batch less than fewer, longer ones on as many as can be matched.
 DIGITS_TRAINING = TrainingSettings(epochs=20, batch_size=20, optimizer="sgd", lr=0.02)
-DIGITS_TELEPORTS = TeleportSettings(epochs=(1,), teleports_per_epoch=8, batch_size=32, steps=5)
+DIGITS_TELEPORTS = TeleportSettings(
+    epochs=(1,), teleports_per_epoch=8, batch_size=32, steps=5, first_radius=0.02, holdout_size=0
+)
 MNIST_WIDTHS = (512, 512)
 MNIST_TRAINING = TrainingSettings(epochs=80, batch_size=20, optimizer="sgd", lr=2e-3)
 
 # The published algorithm: ten steps of fixed rate up ‖∇L‖², with the published action and g⁻¹ to first order.
-PUBLISHED = TeleportSettings(objective="grad_norm", action="paper", inverse="first_order", steps=10)
+PUBLISHED = TeleportSettings(objective="grad_norm", action="paper", inverse="first_order", steps=10, holdout_size=0)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,15 @@ from symtele_cuda.objectives import Objective
 
 WIDTHS = (16, 10)
 TRAINING = TrainingSettings(epochs=40, batch_size=20, optimizer="sgd", lr=1e-2)
-TELEPORTS = TeleportSettings(epochs=(20,), teleports_per_epoch=1, batch_size=2000, group="positive_diagonal", steps=5)
+TELEPORTS = TeleportSettings(
+    epochs=(20,),
+    teleports_per_epoch=1,
+    batch_size=2000,
+    group="positive_diagonal",
+    steps=5,
+    first_radius=0.02,
+    holdout_size=0,
+)
 OBJECTIVES: dict[str, Objective] = {
     "sharpness down": Sharpness(maximise=False),
     "sharpness up": Sharpness(maximise=True),

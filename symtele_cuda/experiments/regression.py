@@ -36,6 +36,7 @@ TELEPORT = TeleportSettings(
     inverse="first_order",
     steps=8,
     step_size=1e-7,
+    holdout_size=0,
 )
 
 

@@ -65,18 +65,19 @@ class TrainingSettings:
 class TeleportSettings:
     """When and how a run teleports; the options are those of `Teleporter` and `teleport_mlp`."""
 
-    epochs: tuple[int, ...] = (1,)
+    epochs: tuple[int, ...] = (0,)
     teleports_per_epoch: int = 4
     batch_size: int | str = "auto"
     objective: str | Objective = "lookahead"
     action: str = "least_change"
     inverse: str = "exact"
     group: str = "gl"
-    steps: int = 10
+    steps: int = 4
     step_size: float | str = "auto"
+    first_radius: float = 0.2
     lr: float | None = None
     margin: float = 4.0
-    holdout_size: int = 0
+    holdout_size: int | str = "auto"
     optimizer_state: str = "keep"
 
     def teleporter(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Loss) -> Teleporter:
@@ -96,6 +97,7 @@ class TeleportSettings:
             group=self.group,
             steps=self.steps,
             step_size=self.step_size,
+            first_radius=self.first_radius,
         )
 
 
