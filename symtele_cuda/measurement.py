@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .action import Network, kernel, parameter_list, squared_norm
-from .objectives import Lookahead, Objective, has_fast_path
+from .objectives import Lookahead, LooksAhead, Objective, has_fast_path
 from .problem import Holdout, Problem, layer_inputs
 
 # ⟨δ, K δ⟩ below this share of ‖K‖ ‖δ‖² has lost more than three of float32's seven digits.
@@ -23,7 +23,8 @@ class Measurement:
     """The losses of given weights, the objective and ‖∇L‖ on the batch.
 
     loss: on the batch; data_loss: the same with its weight terms, if it has any, held at the model's own weights, which
-    is what the action keeps; holdout: on the holdout batch, None without one.
+    is what the action keeps; holdout: on the holdout batch, None without one; holdout_ahead: the same after the step
+    that an objective looks ahead to, which the gradient on the batch makes.
     """
 
     loss: float
@@ -31,6 +32,7 @@ class Measurement:
     objective: float
     gradient_norm: float
     holdout: float | None = None
+    holdout_ahead: float | None = None
 
     @property
     def finite(self) -> bool:
@@ -51,20 +53,30 @@ def measure(
     The values of a `Measurement`, in its order, as one float64 tensor on the device: `read` makes numbers of it.
     """
     data_loss, output_delta = problem.loss.value_and_gradient(outputs[-1])
+    on_holdout: list[Tensor] = []
     if problem.weight_terms or not has_fast_path(objective):
-        loss, squared, value = _measure_with_autograd(problem, objective, network)
+        loss, squared, value, ahead = _measure_with_autograd(problem, objective, network)
+        if held is not None:
+            networks = [network] if ahead is None else [network, network.with_parameters(ahead)]
+            on_holdout = [each.forward(held.samples)[-1] for each in networks]
     else:
         inputs = layer_inputs(network, problem.samples, outputs)
         deltas = _backpropagate(network, outputs, output_delta)
         first_kernel = sample_gram.to(problem.samples.dtype)
         loss = data_loss
         value = squared = _squared_gradient_norm(network, inputs, deltas, first_kernel)
+        if held is not None:
+            held_outputs = network.forward(held.samples)
+            on_holdout = [held_outputs[-1]]
         if isinstance(objective, Lookahead):
             steps = [delta * -objective.rate for delta in deltas]
-            value = problem.loss.value(_logits_after_step(network, inputs, outputs, steps, first_kernel))
+            value = problem.loss.value(_logits_after_step(network, inputs, steps, outputs[0], first_kernel))
+            if held is not None:
+                overlap = kernel(held.samples, problem.samples, network.biases[0] is not None)
+                on_holdout.append(_logits_after_step(network, inputs, steps, held_outputs[0], overlap))
     values = [loss, data_loss, value, squared.sqrt()]
     if held is not None:
-        values.append(held.loss.value(network.forward(held.samples)[-1]))
+        values += [held.loss.value(logits) for logits in on_holdout]
     return torch.stack([value.double() for value in values])
 
 
@@ -113,18 +125,16 @@ def _square_through_gram(batch: Tensor, known: Tensor | None, bias: bool, delta:
 
 
 def _logits_after_step(
-    network: Network,
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    first_kernel: Tensor,
+    network: Network, inputs: Sequence[Tensor], steps: Sequence[Tensor], first_output: Tensor, first_kernel: Tensor
 ) -> Tensor:
-    """The logits after W_l ← W_l + s_lᵀ B_l, b_l ← b_l + Σ s_l with `steps` s_l = −η δ_l, without forming them.
+    """The logits of samples Q after W_l ← W_l + s_lᵀ B_l, b_l ← b_l + Σ s_l with `steps` s_l = −η δ_l, without forming
+    them.
 
-    z_l = q_l W_lᵀ + b_l + (q_l B_lᵀ + 1) s_l, q_{l+1} = σ_l(z_l), q_0 = X; (X Xᵀ + 1) is the `first_kernel`.
+    z_l = q_l W_lᵀ + b_l + (q_l B_lᵀ + 1) s_l, q_{l+1} = σ_l(z_l), q_0 = Q; the `first_output` is Q W_0ᵀ + b_0 and the
+    `first_kernel` Q Xᵀ + 1, with the batch X = B_0, which may be Q itself.
     """
     linear = network.products.linear
-    output = linear(first_kernel, steps[0], source=outputs[0])
+    output = linear(first_kernel, steps[0], source=first_output)
     for layer in range(1, len(network)):
         hidden, bias = network.activations[layer - 1].forward(output), network.biases[layer]
         overlap = kernel(hidden, inputs[layer], bias is not None)
@@ -132,15 +142,18 @@ def _logits_after_step(
     return output
 
 
-def _measure_with_autograd(problem: Problem, objective: Objective, network: Network) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, ‖∇L‖² and objective of any loss of the parameters and any objective."""
+def _measure_with_autograd(
+    problem: Problem, objective: Objective, network: Network
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor] | None]:
+    """Loss, ‖∇L‖² and objective of any loss of the parameters and any objective, and where it looks ahead to."""
     with torch.enable_grad():
         parameters = parameter_list(network, requires_grad=True)
         loss = problem.loss_of(parameters)
         gradients = torch.autograd.grad(loss, parameters)
-        value = objective.value(problem.loss_of, parameters)
+        ahead = objective.ahead(problem.loss_of, parameters) if isinstance(objective, LooksAhead) else None
+        value = objective.value(problem.loss_of, parameters) if ahead is None else problem.loss_of(ahead)
     square = torch.stack([squared_norm(gradient).double() for gradient in gradients]).sum()
-    return loss.detach(), square, value.detach()
+    return loss.detach(), square, value.detach(), None if ahead is None else [p.detach() for p in ahead]
 
 
 def relative_change(before: float, after: float) -> float:

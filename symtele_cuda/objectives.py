@@ -44,6 +44,16 @@ class Objective(Protocol):
     def value(self, loss_of: LossOfParameters, parameters: Sequence[Tensor]) -> Tensor: ...
 
 
+@runtime_checkable
+class LooksAhead(Objective, Protocol):
+    """An objective that is the loss at other parameters, those that a step from the given ones would reach.
+
+    ahead(loss_of, parameters)     these parameters, as tensors differentiable in the given ones
+    """
+
+    def ahead(self, loss_of: LossOfParameters, parameters: Sequence[Tensor]) -> list[Tensor]: ...
+
+
 @dataclass(frozen=True)
 class GradNorm:
     """f = ‖∇L‖², to be maximised (Zhao et al. 2022, arXiv 2205.10637, Algorithm 1)."""
@@ -89,8 +99,12 @@ class Lookahead:
             check_number("rate", self.rate, above=0.0)
 
     def value(self, loss_of: LossOfParameters, parameters: Sequence[Tensor]) -> Tensor:
+        return loss_of(self.ahead(loss_of, parameters))
+
+    def ahead(self, loss_of: LossOfParameters, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """θ − η∇L(θ)."""
         gradients = torch.autograd.grad(loss_of(parameters), list(parameters), create_graph=True)
-        return loss_of([p - self.rate * gradient for p, gradient in zip(parameters, gradients, strict=True)])
+        return [p - self.rate * gradient for p, gradient in zip(parameters, gradients, strict=True)]
 
     def evaluate(self, network: Network, plan: Plan, state: State, loss: BatchLoss, output_delta: Tensor) -> Evaluation:
         """f through z_0 = Y_0 − η K_0 δ_0,  z_l = q_l R_lᵀ + r_l + (q_l B_lᵀ + 1)(A_l − η δ_l),  q_{l+1} = σ_l(z_l).

@@ -55,9 +55,13 @@ class OptimizerLookahead:
         check_number("margin", self.margin, above=0.0)
 
     def value(self, loss_of: LossOfParameters, parameters: Sequence[Tensor]) -> Tensor:
+        return loss_of(self.ahead(loss_of, parameters))
+
+    def ahead(self, loss_of: LossOfParameters, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """θ − c·u(θ, ∇L(θ))."""
         gradients = torch.autograd.grad(loss_of(parameters), list(parameters), create_graph=True)
         steps = self.step(parameters, gradients)
-        return loss_of([p - self.margin * u for p, u in zip(parameters, steps, strict=True)])
+        return [p - self.margin * u for p, u in zip(parameters, steps, strict=True)]
 
 
 def read_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> OptimizerStep:

@@ -17,8 +17,9 @@ from .problem import layer_inputs, read_network
 from .products import gram, invert_gram
 
 # Float32 would bear more, the data outside the batch would not: the nearer the samples are to dependence, the larger
-# the weights that tell them apart.
-GOOD_CONDITION = 200.0
+# the weights that tell them apart. With less the batch shrinks at the second of several teleports, for they bring its
+# activations nearer to dependence.
+GOOD_CONDITION = 1000.0
 # With group="auto", a layer that tells fewer samples apart is left to the diagonal group: 50 samples do most of what
 # 200 do, and the fewer they are, the less the other layers gain.
 LEAST_MATCHED = 50
@@ -27,7 +28,7 @@ LEAST_MATCHED = 50
 def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = None) -> Tensor:
     """Indices of samples of `x` that are independent, and well conditioned, as the inputs of the hidden layers.
 
-    The samples are taken in order, greedily. Sample i is skipped if with it κ₂([B, 1]) > 200 (no column of ones
+    The samples are taken in order, greedily. Sample i is skipped if with it κ₂([B, 1]) > 1000 (no column of ones
     without bias) in the input B = B_{k−1} of any hidden layer k that counts; no more are taken than the narrowest
     input has columns. Because κ₂ does not fall when rows are added, a sample that is skipped once would not fit later
     either, and a duplicate costs one sample and not all those behind it.
@@ -40,7 +41,7 @@ def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = 
         [s² + α², α d; α d, d²],   α = cᵀ v,   and the next s² its eigenvalue.
 
     As this κ₂ is estimated from below, the samples taken last are dropped, by bisection, until `condition_from_gram`
-    is at most 200 too.
+    is at most 1000 too.
 
     Args:
         model: a chain as for `teleport_mlp`; its parameters and the random state are not changed.

@@ -92,7 +92,9 @@ def teleport_mlp(
         layers: the hidden layers k = 1..m to teleport; default: all that the batch allows.
         drift_tol: the largest |loss_after − loss_before| / |loss_before| on the batch, a loss's weight terms held at
             the old weights. The rounding of 16-bit models counts: 1e-4 is tight for them.
-        holdout: (x, y) of a second batch; holdout_tol: by what share of its value its loss may rise.
+        holdout: (x, y) of a second batch; holdout_tol: by what share of its value its loss may rise. What "lookahead"
+            gains on the batch must also gain there: the step that the batch's gradient makes must leave the holdout
+            with a lower loss than it would without the teleport. math.inf only reports.
         backend: "torch", "cuda", or "auto" for the best that is there.
 
     Returns:
@@ -245,7 +247,12 @@ def _no_gain(options: Options, before: Measurement, after: Measurement) -> str |
     if options.step_size is not None:
         return None
     gained = after.objective > before.objective if options.objective.maximise else after.objective < before.objective
-    return None if gained else "the objective did not improve"
+    if not gained:
+        return "the objective did not improve"
+    ahead, otherwise = after.holdout_ahead, before.holdout_ahead
+    if ahead is None or otherwise is None or math.isinf(options.holdout_tol) or ahead < otherwise:
+        return None
+    return f"the step ahead would take the holdout loss to {ahead:.4g}, without the teleport to {otherwise:.4g}"
 
 
 def _write(chain: Chain, network: Network) -> None:

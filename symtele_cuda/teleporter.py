@@ -24,6 +24,7 @@ from .search import StepRecord
 from .teleport import teleport_mlp
 
 AUTO_BATCH_SIZE = 200  # the most samples that batch_size="auto" gathers
+AUTO_HOLDOUT_SIZE = 200  # so many tell a change of the loss by a few percent from chance
 OPTIMIZER_STATES = ("keep", "reset", "transport")
 
 Batch = tuple[Tensor, Tensor]
@@ -94,9 +95,10 @@ class Teleporter:
             start of a warm-up, `step` does nothing: there is no step to look ahead to. With `lr` it is the gradient
             step of that rate, for any optimizer.
         holdout_size: so many further samples of the stream, those behind the teleport's own, are gathered as its
-            `holdout`, the guard on samples that the search does not see. "auto" is as many as the teleport's own (none
-            where a `holdout` is given), 0 is none.
-        steps, first_radius: as for `teleport_mlp`; few and large ones, since several teleports follow one another.
+            `holdout`, the guard on samples that the search does not see. "auto" is 200 (none where a `holdout` is
+            given), 0 is none.
+        steps, first_radius, holdout_tol: as for `teleport_mlp`; few and large steps, since several teleports follow one
+            another.
         **options: the other keyword arguments of `teleport_mlp`.
 
     Attributes:
@@ -121,6 +123,7 @@ class Teleporter:
         holdout_size: int | str = "auto",
         steps: int = 4,
         first_radius: float = 0.2,
+        holdout_tol: float = 0.03,
         **options: Any,
     ) -> None:
         chain = read_chain(model)
@@ -134,7 +137,7 @@ class Teleporter:
             check_first_moment_known(optimizer)
         if objective == "lookahead":
             _check_minimises(optimizer, model)
-        options |= {"objective": objective, "steps": steps, "first_radius": first_radius}
+        options |= {"objective": objective, "steps": steps, "first_radius": first_radius, "holdout_tol": holdout_tol}
         self._reads_step = objective == "lookahead" and options.get("lr") is None
         # A scheduler may start at lr = 0: an lr that is read counts at the teleports only.
         checked = _check_options(options | {"lr": 1.0} if self._reads_step else options, chain)
@@ -147,7 +150,7 @@ class Teleporter:
         automatic = batch_size == "auto"
         self._matched_layers = layers_to_match(chain, checked.layers, checked.group) if automatic else []
         self._wanted = _most_matched(chain, self._matched_layers) if automatic else _check_batch_size(batch_size)
-        self._holdout_size = _check_holdout_size(holdout_size, options, self._wanted)
+        self._holdout_size = _check_holdout_size(holdout_size, options)
         self._progress = _Progress()
 
     def step(self, batch: Batch, *, epoch: int) -> TeleportReport | None:
@@ -343,12 +346,12 @@ def _check_batch_size(batch_size: object) -> int:
     return check_int("batch_size", batch_size, at_least=1)
 
 
-def _check_holdout_size(holdout_size: object, options: Mapping[str, Any], batch_size: int) -> int:
+def _check_holdout_size(holdout_size: object, options: Mapping[str, Any]) -> int:
     given = options.get("holdout") is not None
     if isinstance(holdout_size, str):
         if holdout_size != "auto":
             raise ValueError(f'holdout_size must be an int >= 0 or "auto", got {holdout_size!r}')
-        return 0 if given else batch_size
+        return 0 if given else AUTO_HOLDOUT_SIZE
     size = check_int("holdout_size", holdout_size, at_least=0)
     if size > 0 and given:
         raise ValueError(f"holdout must not be given with holdout_size > 0, got both and holdout_size={size}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
@@ -137,6 +138,37 @@ def test_holdout_guard_bounds_the_rise_and_reports_it(objective):
         assert report.holdout_after == pytest.approx(F.cross_entropy(model(held[0]), held[1]).item(), rel=1e-9)
         rises.append(report.holdout_after / report.holdout_before - 1)
     assert rises[0] <= 0.02 < rises[1]
+
+
+def holdout_ahead(model, batch, held, lr):
+    """The loss on `held` after a gradient step on `batch`."""
+    stepped = copy.deepcopy(model)
+    gradients = torch.autograd.grad(F.cross_entropy(stepped(batch[0]), batch[1]), list(stepped.parameters()))
+    with torch.no_grad():
+        for parameter, gradient in zip(stepped.parameters(), gradients, strict=True):
+            parameter -= lr * gradient
+        return F.cross_entropy(stepped(held[0]), held[1]).item()
+
+
+@pytest.mark.parametrize("own_objective", [False, True], ids=["activation space", "general path"])
+def test_a_lookahead_must_also_gain_on_the_holdout(own_objective):
+    lr, accepted, refused = 0.3, 0, 0
+    for seed in range(8):
+        model = make_mlp([30, 40, 36, 5])
+        batch, held, untouched = make_batch(20, 30, 5, seed=seed), make_batch(15, 30, 5, seed=50), copy.deepcopy(model)
+        own_step = st.OptimizerLookahead(lambda parameters, gradients: [lr * each for each in gradients], margin=1.0)
+        objective = own_step if own_objective else "lookahead"
+        options = dict(objective=objective, lr=lr, margin=1.0, holdout=held, holdout_tol=10.0)
+        report = st.teleport_mlp(model, batch, **options)
+        before, after = (holdout_ahead(each, batch, held, lr) for each in (untouched, model))
+        assert after < before if report.accepted else after == before
+        free = copy.deepcopy(untouched)
+        unguarded = st.teleport_mlp(free, batch, **(options | {"holdout_tol": math.inf}))
+        if holdout_ahead(free, batch, held, lr) >= before:
+            refused += 1
+            assert report.steps < unguarded.steps and "the step ahead would take the holdout loss to" in report.reason
+        accepted += report.accepted
+    assert accepted > 0 and refused > 0
 
 
 def test_drift_guard_refuses_and_leaves_the_model_alone():

@@ -19,7 +19,7 @@ from symtele_cuda.teleporter import Batch
 
 EVERY_EPOCH = st.Schedule(epochs=range(10), teleports_per_epoch=100)
 # A step on so many samples is then what `teleport_mlp` does on them by its own defaults.
-AS_MLP = {"holdout_size": 0, "steps": 10, "first_radius": 0.02}
+AS_MLP = {"holdout_size": 0, "holdout_tol": 0.05, "steps": 10, "first_radius": 0.02}
 
 
 def make_model(bias: bool = True) -> nn.Sequential:
@@ -218,12 +218,12 @@ def test_the_holdout_is_what_comes_behind_the_teleports_samples(batch_size: int 
     assert_same_parameters(model, expected)
 
 
-def test_by_default_the_holdout_is_as_large_as_the_batch_unless_one_is_given() -> None:
-    for options, steps in (({}, [False, False, True]), ({"holdout": (X, Y)}, [False, True])):
+def test_by_default_the_holdout_is_of_200_samples_unless_one_is_given() -> None:
+    batch = make_batches(1, size=206)[0]
+    for options, size in (({}, 206), ({"holdout": (X, Y)}, 6)):
         teleporter = make_teleporter(make_model(), **({"holdout_size": "auto"} | options))
-        reports = [teleporter.step(batch, epoch=0) for batch in make_batches(len(steps))]
-        assert [report is not None for report in reports] == steps
-        report = reports[-1]
+        assert teleporter.step((batch[0][: size - 1], batch[1][: size - 1]), epoch=0) is None
+        report = teleporter.step((batch[0][size - 1 : size], batch[1][size - 1 : size]), epoch=0)
         assert report is not None and report.layers[0].n == 6 and report.holdout_before is not None
 
 

@@ -78,6 +78,7 @@ class TeleportSettings:
     lr: float | None = None
     margin: float = 4.0
     holdout_size: int | str = "auto"
+    holdout_tol: float = 0.03
     optimizer_state: str = "keep"
 
     def teleporter(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Loss) -> Teleporter:
@@ -90,6 +91,7 @@ class TeleportSettings:
             optimizer_state=self.optimizer_state,
             objective=self.objective,
             holdout_size=self.holdout_size,
+            holdout_tol=self.holdout_tol,
             lr=self.lr,
             margin=self.margin,
             action=self.action,
