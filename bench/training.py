@@ -58,6 +58,7 @@ class Shape:
     teleport_epoch: int = 0
     teleports: int = 4
     teleport_samples: int = 200
+    holdout_samples: int = 200
 
     def arms(self) -> dict[str, TeleportSettings | None]:
         """Plain training, our teleports as they are by default, and the published rule (ten fixed steps, R = 0, I − T).
@@ -70,7 +71,11 @@ class Shape:
             "batch_size": self.teleport_samples,
         }
         published = replace(classification.PUBLISHED, **schedule, step_size=self.published_rate)
-        return {PLAIN: None, TELEPORTED: TeleportSettings(**schedule), PUBLISHED: published}
+        return {
+            PLAIN: None,
+            TELEPORTED: TeleportSettings(**schedule, holdout_size=self.holdout_samples),
+            PUBLISHED: published,
+        }
 
 
 _MNIST = (784, 512, 512, 10)

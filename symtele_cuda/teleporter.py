@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
@@ -72,7 +73,8 @@ class Teleporter:
 
     In an epoch of the schedule, samples are gathered from successive batches; as soon as there are enough, the model
     is teleported on exactly that many and the gathered ones are dropped, until it has been teleported
-    `teleports_per_epoch` times (a search that accepts no step counts). An epoch's leftovers are dropped at its end.
+    `teleports_per_epoch` times (a search that accepts no step counts). An epoch's leftovers are dropped at its end,
+    with a warning if it had too few samples for a single teleport.
 
     Args:
         model: a chain of nn.Linear and activations, as for `teleport_mlp`, whose parameters are changed in
@@ -159,7 +161,10 @@ class Teleporter:
         If it raises, the samples gathered and the teleports counted are what they were before.
         """
         epoch = check_int("epoch", epoch, at_least=0)
-        progress = self._progress if epoch == self._progress.epoch else _Progress(epoch)
+        progress = self._progress
+        if epoch != progress.epoch:
+            self._warn_of_short_epoch(progress)
+            progress = _Progress(epoch)
         report = None
         if self._is_due(progress):
             progress, report = self._advance(progress, batch)
@@ -196,6 +201,16 @@ class Teleporter:
         )
         reports = [_restore_report(values) for values in _check_list("state: reports", state["reports"])]
         self._progress, self.reports = progress, reports
+
+    def _warn_of_short_epoch(self, progress: _Progress) -> None:
+        """Say that an epoch of the schedule has ended without one teleport, for want of samples."""
+        seen = sum(len(x) for x, _ in progress.gathered)
+        if seen > 0 and progress.done == 0:
+            warnings.warn(
+                f"epoch {progress.epoch} had {seen} samples, fewer than the {self._wanted} of a teleport and the "
+                f"{self._holdout_size} of its holdout: no teleport; pass a smaller batch_size or holdout_size",
+                stacklevel=3,
+            )
 
     def _is_due(self, progress: _Progress) -> bool:
         """Whether the schedule wants one more teleport, and the optimizer takes steps to look ahead to."""

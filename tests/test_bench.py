@@ -477,6 +477,7 @@ TINY = training.Shape(
     teleports=2,
     teleport_epoch=1,
     teleport_samples=8,
+    holdout_samples=8,
 )
 
 

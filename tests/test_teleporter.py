@@ -227,6 +227,17 @@ def test_by_default_the_holdout_is_of_200_samples_unless_one_is_given() -> None:
         assert report is not None and report.layers[0].n == 6 and report.holdout_before is not None
 
 
+def test_an_epoch_with_too_few_samples_is_spoken_of() -> None:
+    teleporter = make_teleporter(make_model(), holdout_size=3)
+    for batch in make_batches(2):
+        assert teleporter.step(batch, epoch=0) is None
+    with pytest.warns(
+        UserWarning, match="epoch 0 had 8 samples, fewer than the 6 of a teleport and the 3 of its holdout"
+    ):
+        teleporter.step(make_batches(1)[0], epoch=1)
+    assert teleporter.reports == []
+
+
 def test_the_holdout_from_the_stream_guards() -> None:
     batches, tolerances = make_batches(5), (0.0, float("inf"))
     strict, free = (
