@@ -75,6 +75,8 @@ def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = 
             f"got none among {len(flat)}"
         )
     columns = min(inputs[k - 1].shape[1] + biased[k - 1] for k in named)
+    if len(usable) <= columns and _well_conditioned(_restrict(grams, usable)):  # then none would be skipped
+        return usable.to(x.device)
     taken = usable[_independent_rows(_restrict(grams, usable).numpy(), columns)]
     return taken[: _well_conditioned_rows(_restrict(grams, taken))].to(x.device)
 
@@ -152,16 +154,17 @@ def _extend_extremes(
 
 def _well_conditioned_rows(grams: Tensor) -> int:
     """The largest number of leading rows whose Gram matrices (layers×n×n) are well conditioned; at least 1."""
-
-    def good(size: int) -> bool:
-        return all(_condition(matrix) <= GOOD_CONDITION for matrix in grams[:, :size, :size])
-
     low, beyond = 1, grams.shape[1] + 1
     middle = beyond - 1  # first of all, as mostly all are good
     while beyond - low > 1:
-        low, beyond = (middle, beyond) if good(middle) else (low, middle)
+        low, beyond = (middle, beyond) if _well_conditioned(grams[:, :middle, :middle]) else (low, middle)
         middle = (low + beyond) // 2
     return low
+
+
+def _well_conditioned(grams: Tensor) -> bool:
+    """Whether κ₂ of all inputs is good, given their Gram matrices (layers×n×n)."""
+    return all(_condition(matrix) <= GOOD_CONDITION for matrix in grams)
 
 
 def _condition(gram_matrix: Tensor) -> float:
