@@ -1,4 +1,4 @@
-"""The command line: `python -m symtele_cuda {info,booth,rosenbrock,regression,mnist,minima,digits}`.
+"""The command line: `python -m symtele_cuda {info,booth,rosenbrock,regression,mnist,spike,trade,minima,digits,study}`.
 
 Each experiment's defaults are the published settings (for digits the demo's); an option that is not given leaves its
 setting alone. Figures (PNG) and all their numbers (JSON) go to the folder `--out`.
@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from symtele_cuda.errors import TeleportError
-from symtele_cuda.experiments import classification, minima, override, planar, regression, require_extra
+from symtele_cuda.experiments import classification, minima, override, planar, regression, require_extra, spike, trade
 from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist
 from symtele_cuda.experiments.records import Run
+from symtele_cuda.experiments.study import program
+from symtele_cuda.experiments.study.jobs import FULL, QUICK
 from symtele_cuda.experiments.training import OPTIMIZERS, TeleportSettings, TrainingSettings, default_lr
 from symtele_cuda.info import describe
 from symtele_cuda.ops import ACTIONS
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError, TeleportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, TeleportError, program.StudyError) as error:
         print(f"{PROGRAM} {options.command}: error: {error}", file=sys.stderr)
         return USAGE_ERROR
     return 0
@@ -77,7 +79,7 @@ def run_regression(options: argparse.Namespace) -> str:
     for baseline in (regression.BASELINES[name] for name in names):
         training = override(baseline.training, epochs=options.epochs, lr=options.lr, device=options.device)
         baselines.append(replace(baseline, training=training, teleports=_teleports(options, baseline.teleports)))
-    epochs = sum(2 * baseline.training.epochs for baseline in baselines)
+    epochs = sum(len(baseline.arms()) * baseline.training.epochs for baseline in baselines)
     with _progress(epochs * options.seeds) as on_epoch:
         return regression.run(baselines, regression.published_seeds(_seeds(options)), options.out, on_epoch)
 
@@ -88,8 +90,7 @@ def run_mnist(options: argparse.Namespace) -> str:
     if options.teleport_epochs is not None:
         preset = replace(preset, schedules=(options.teleport_epochs,))
     training = replace(classification.MNIST_TRAINING, epochs=preset.epochs, batch_size=preset.batch_size)
-    defaults = preset.published_teleports() if options.published else preset.teleports()
-    teleports = [_teleports(options, settings) for settings in defaults]
+    teleports = [_teleports(options, settings) for settings in preset.teleports(options.algorithms)]
     return _classify(options, dataset, classification.MNIST_WIDTHS, training, teleports)
 
 
@@ -104,6 +105,45 @@ def run_digits(options: argparse.Namespace) -> str:
     dataset = load_digits() if options.data_dir is None else load_mnist(options.data_dir)
     teleports = [_teleports(options, classification.DIGITS_TELEPORTS)]
     return _classify(options, dataset, classification.DIGITS_WIDTHS, classification.DIGITS_TRAINING, teleports)
+
+
+def run_spike(options: argparse.Namespace) -> str:
+    dataset = load_mnist(options.data_dir)
+    training = override(
+        spike.TRAINING,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        device=options.device,
+    )
+    ladder = spike.variants(training.batch_size, options.step_size)
+    with _bar(options.seeds * (1 + len(ladder)), "run") as bar:
+
+        def on_run(run: spike.SpikeRun) -> None:
+            bar.set_description(f"seed {run.seed}, {run.label}", refresh=False)
+            bar.update()
+
+        return spike.run(dataset, training, ladder, _seeds(options), options.out, on_run)
+
+
+def run_trade(options: argparse.Namespace) -> str:
+    dataset, seeds = load_mnist(options.data_dir), _seeds(options)
+    problem = override(trade.PROBLEM, epochs=options.epochs)
+    with _bar(len(trade.RATES) * len(trade.guards()) * len(seeds), "run") as bar:
+
+        def on_run(name: str) -> None:
+            bar.set_description(name, refresh=False)
+            bar.update()
+
+        return trade.run(dataset, problem, trade.RATES, seeds, options.out, on_run)
+
+
+def run_study(options: argparse.Namespace) -> str:
+    profile = QUICK if options.quick else FULL
+    if not options.tables:
+        studies = program.select(profile, options.problem, options.optimizer, options.data_dir)
+        program.train(studies, options.data_dir, options.out, options.processes)
+    return program.report(profile.values(), options.out)
 
 
 def _run_planar(options: argparse.Namespace, defaults: planar.PlanarSettings) -> str:
@@ -168,7 +208,7 @@ def _seeds(options: argparse.Namespace) -> range:
 @contextmanager
 def _progress(epochs: int) -> Iterator[Callable[[Run], None]]:
     """A bar over all epochs of all runs on stderr, fed with the run so far."""
-    with require_extra("tqdm").tqdm(total=epochs, unit="epoch", dynamic_ncols=True, delay=0.1) as bar:
+    with _bar(epochs, "epoch") as bar:
 
         def on_epoch(run: Run) -> None:
             bar.set_description(f"seed {run.seed}, {run.label}", refresh=False)
@@ -178,14 +218,24 @@ def _progress(epochs: int) -> Iterator[Callable[[Run], None]]:
         yield on_epoch
 
 
+def _bar(total: int, unit: str) -> Any:
+    return require_extra("tqdm").tqdm(total=total, unit=unit, dynamic_ncols=True, delay=0.1)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description="Symmetry teleportation: experiments.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(run: Callable[[argparse.Namespace], str], seeds: int, text: str) -> argparse.ArgumentParser:
+    def add_with_seeds(run: Callable[[argparse.Namespace], str], seeds: int, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(run.__name__.removeprefix("run_"), help=text, description=text)
         command.set_defaults(run=lambda options: _with_results(run, options))
-        _add_run_options(command, seeds)
+        _add_seed_options(command, seeds)
+        return command
+
+    def add(run: Callable[[argparse.Namespace], str], seeds: int, text: str) -> argparse.ArgumentParser:
+        command = add_with_seeds(run, seeds, text)
+        command.add_argument("--epochs", type=positive_int, help="epochs, or steps of booth and rosenbrock")
+        command.add_argument("--optimizer", choices=OPTIMIZERS)
         return command
 
     info = commands.add_parser("info", help="versions, what was built and for what, and what is visible")
@@ -205,7 +255,16 @@ def make_parser() -> argparse.ArgumentParser:
         default=classification.DEFAULT_PRESET,
         help="which published figure: its schedules, number of epochs and batch size (default: %(default)s)",
     )
-    command.add_argument("--published", action="store_true", help="teleport by the published algorithm")
+    _add_algorithm_options(command)
+    command = add_with_seeds(run_spike, 3, "the loss spike of a teleport on MNIST, one difference at a time")
+    _add_data_options(command, required=True)
+    command.add_argument("--epochs", type=positive_int, help="epochs before the one with teleports (default: 1)")
+    rate = "of the published ascent (default: %(default)s)"
+    command.add_argument("--step-size", type=positive_float, default=spike.PUBLISHED_RATE, help=rate)
+    _add_device_option(command)
+    command = add_with_seeds(run_trade, 3, "what a stricter or looser holdout guard costs and allows, on MNIST")
+    command.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST-format files")
+    command.add_argument("--epochs", type=positive_int, help="epochs (default: 8)")
     command = add(
         run_minima, 5, "784-16-10-10 on MNIST, teleported to flatter and sharper, less and more curved places"
     )
@@ -214,17 +273,37 @@ def make_parser() -> argparse.ArgumentParser:
     command = add(run_digits, 5, "the demo: 64-128-128-10 on scikit-learn's digits, or on MNIST-format files")
     _add_teleport_options(command)
     _add_data_options(command, required=False)
+    _add_study(commands)
     return parser
 
 
-def _add_run_options(parser: argparse.ArgumentParser, seeds: int) -> None:
+def _add_study(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = (
+        "is it worth it? Seven tuned optimizers without and with teleports on four problems; goes on where it stopped"
+    )
+    command = commands.add_parser("study", help=text, description=text)
+    command.set_defaults(run=lambda options: _with_results(run_study, options))
+    command.add_argument("--data-dir", type=Path, help="folder with MNIST-format files, for the problems on mnist")
+    command.add_argument("--problem", choices=FULL, nargs="+", help="train these only (default: all)")
+    command.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", help="train with these only (default: all)")
+    command.add_argument("--processes", type=positive_int, default=2, help="runs at a time (default: %(default)s)")
+    command.add_argument(
+        "--quick", action="store_true", help="few samples, epochs, rates and seeds: two or three minutes"
+    )
+    command.add_argument("--tables", action="store_true", help="train nothing: tables and figure of the runs in --out")
+    _add_out(command)
+
+
+def _add_seed_options(parser: argparse.ArgumentParser, seeds: int) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=natural, default=0, help="the first seed (default: %(default)s)")
     group.add_argument("--seeds", type=positive_int, default=seeds, help="how many seeds (default: %(default)s)")
-    group.add_argument("--epochs", type=positive_int, help="epochs, or steps of booth and rosenbrock")
-    group.add_argument("--optimizer", choices=OPTIMIZERS)
     group.add_argument("--lr", type=positive_float, help="learning rate")
-    group.add_argument("--out", type=Path, default=Path("symtele_out"), help="results' folder (default: %(default)s)")
+    _add_out(group)
+
+
+def _add_out(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument("--out", type=Path, default=Path("symtele_out"), help="results' folder (default: %(default)s)")
 
 
 def _add_search_options(
@@ -242,8 +321,12 @@ def _add_schedule_options(parser: argparse.ArgumentParser) -> argparse._Argument
     group = _add_search_options(parser, epochs, step_size=auto_or(positive_float))
     group.add_argument("--teleports-per-epoch", type=positive_int)
     group.add_argument("--teleport-batch-size", type=auto_or(positive_int), help="a number of samples, or auto")
-    parser.add_argument("--device", type=device, default="auto", help="cpu, cuda, … (default: cuda if there is one)")
+    _add_device_option(parser)
     return group
+
+
+def _add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=device, default="auto", help="cpu, cuda, … (default: cuda if there is one)")
 
 
 def _add_teleport_options(parser: argparse.ArgumentParser) -> None:
@@ -263,6 +346,18 @@ def _add_data_options(parser: argparse.ArgumentParser, required: bool) -> None:
         "--data-dir", type=Path, required=required, help="folder with train-images-idx3-ubyte[.gz] and so on, or t10k-*"
     )
     group.add_argument("--batch-size", type=positive_int, help="samples of a mini-batch")
+
+
+def _add_algorithm_options(parser: argparse.ArgumentParser) -> None:
+    ours, published = (classification.OUR_ALGORITHM,), (classification.PUBLISHED_ALGORITHM,)
+    parser.set_defaults(algorithms=ours)
+    group = parser.add_mutually_exclusive_group()
+
+    def add(option: str, algorithms: tuple[str, ...], text: str) -> None:
+        group.add_argument(option, dest="algorithms", action="store_const", const=algorithms, help=text)
+
+    add("--published", published, "teleport by the published algorithm")
+    add("--both", ours + published, "one curve by this library's teleports, one by the published algorithm")
 
 
 def positive_int(text: str) -> int:

@@ -24,6 +24,7 @@ from symtele_cuda.experiments.training import (
     TrainingSettings,
     compare,
     make_mlp,
+    start,
     train,
 )
 
@@ -188,6 +189,20 @@ def test_a_diverging_run_ends_early() -> None:
     assert not np.isfinite(run.final.train_loss)
 
 
+def test_a_run_that_has_diverged_is_not_teleported_and_ends() -> None:
+    schedule = TeleportSettings(epochs=(0, 1, 2), batch_size=8, holdout_size=0)
+    run = train(small_task(0), TrainingSettings(3, 8, "sgd", lr=1e12), schedule, "run", seed=0)
+    assert not np.isfinite(run.final.train_loss) and run.final.epoch < 3
+    assert len(run.teleports) < schedule.teleports_per_epoch
+
+
+def test_other_errors_of_a_teleport_are_not_hidden() -> None:
+    trainee = start(small_task(0), SMALL, TeleportSettings(epochs=(0,), batch_size=8, holdout_size=0), seed=0)
+    trainee.model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="requires_grad"):
+        trainee.teleport_unless_diverged(trainee.batch(torch.arange(8)), epoch=0)
+
+
 def test_impossible_schedules_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must lie below the 3 epochs of the run, got \[1, 3\]"):
         compare(small_task, SMALL, {"run": TeleportSettings(epochs=(1, 3))}, range(1))
@@ -247,8 +262,11 @@ def test_presets_are_the_published_figures() -> None:
     for preset in classification.PRESETS.values():
         assert all(max(schedule) < preset.epochs for schedule in preset.schedules)
         assert len(preset.teleports()) == len(preset.schedules)
-    rates = [settings.step_size for settings in classification.PRESETS["batch-200"].published_teleports()]
-    assert rates == [1e-2, 3e-3]
+    both = classification.PRESETS["batch-200"].teleports(
+        (classification.OUR_ALGORITHM, classification.PUBLISHED_ALGORITHM)
+    )
+    assert [settings.step_size for settings in both] == ["auto", 1e-2, 3e-3]
+    assert [schedule for schedule in classification.PRESETS["six"].schedules if len(schedule) > 1] == []
 
 
 def ended(label: str, seed: int, train_loss: float, validation_loss: float) -> Run:
@@ -349,7 +367,7 @@ def test_regression_command(tmp_path: Path) -> None:
     assert run_command("regression", "--out", tmp_path, "--epochs", 8, "--seeds", 2) == 0
     document = results(tmp_path, "regression")
     assert_figures(tmp_path, "regression.png")
-    assert [run["label"] for run in document["runs"][::4]] == ["GD", "AdaGrad"]
+    assert [run["label"] for run in document["runs"][::8]] == ["GD", "AdaGrad"]
     assert document["settings"]["seeds"] == [0, 12345]
     for run in document["runs"]:
         assert len(run["epochs"]) == 9

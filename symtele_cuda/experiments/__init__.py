@@ -1,10 +1,12 @@
-"""The experiments of the command line: `python -m symtele_cuda {booth,rosenbrock,regression,mnist,minima,digits}`.
+"""The experiments of the command line: `python -m symtele_cuda EXPERIMENT`.
 
 planar          gradient descent on booth and rosenbrock, with and without teleports
 regression      a small multi-layer regression, GD and AdaGrad
 classification  MNIST and scikit-learn's digits
 minima          a narrow network on MNIST, teleported to flatter and sharper places of its level set
-training        the training loop that the last three share; data, records, tables, figures: in and out
+spike           the loss spike of a teleport, taken apart
+study           seven tuned optimizers without and with teleports
+training        the training loop that these five share; data, records, tables, figures: in and out
 """
 
 from __future__ import annotations

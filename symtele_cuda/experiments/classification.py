@@ -10,7 +10,7 @@ same split, start and mini-batches.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from symtele_cuda.experiments.tables import epoch_table, format_table, summary_t
 from symtele_cuda.experiments.training import Task, TeleportSettings, TrainingSettings, compare
 
 PLAIN = "plain"
+OUR_ALGORITHM, PUBLISHED_ALGORITHM = "ours", "published"
 
 DIGITS_WIDTHS = (128, 128)
 # Rate and teleports were chosen together, by train and validation loss over many seeds: several short searches on few
@@ -42,7 +43,8 @@ PUBLISHED = TeleportSettings(objective="grad_norm", action="paper", inverse="fir
 class Preset:
     """One figure of the published MNIST experiments: a curve for each schedule of the teleports.
 
-    The published algorithm, on mini-batches of training, also needs rates: it has a curve for each of them too.
+    Teleports are this library's ("ours") or the published algorithm's on mini-batches of training ("published"), which
+    also needs rates: it has a curve for each of them too.
     """
 
     schedules: tuple[tuple[int, ...], ...]
@@ -50,10 +52,14 @@ class Preset:
     batch_size: int = 20
     published_rates: tuple[float, ...] = (1e-2,)
 
-    def teleports(self) -> list[TeleportSettings]:
-        return [TeleportSettings(epochs=schedule) for schedule in self.schedules]
+    def teleports(self, algorithms: Collection[str] = (OUR_ALGORITHM,)) -> list[TeleportSettings]:
+        """The ways of teleporting of all curves but the plain one, for OUR_ALGORITHM, PUBLISHED_ALGORITHM or both."""
+        ours = [TeleportSettings(epochs=schedule) for schedule in self.schedules]
+        return (ours if OUR_ALGORITHM in algorithms else []) + (
+            self._published() if PUBLISHED_ALGORITHM in algorithms else []
+        )
 
-    def published_teleports(self) -> list[TeleportSettings]:
+    def _published(self) -> list[TeleportSettings]:
         return [
             replace(PUBLISHED, epochs=schedule, batch_size=self.batch_size, step_size=rate)
             for schedule in self.schedules
@@ -68,7 +74,7 @@ PRESETS = {
     "paper-one": Preset(schedules=((0,), (1,), (2,), (4,), (16,)), epochs=120),
     "paper-several": Preset(schedules=(*FROM_EPOCH_1, *FROM_EPOCH_4), epochs=120),
     "one": Preset(schedules=((1,), (2,), (4,), (16,))),
-    "six": Preset(schedules=((1, 7, 13, 19, 25, 31),)),
+    "six": Preset(schedules=((1,), (7,), (13,), (19,), (25,), (31,))),
     "several": Preset(schedules=FROM_EPOCH_1),
     "batch-200": Preset(schedules=((1, 7, 13, 19),), batch_size=200, published_rates=(1e-2, 3e-3)),
 }
@@ -144,14 +150,19 @@ def no_worse_at_end(teleported: Run, plain: Run) -> bool:
 
 def _labelled(teleports: list[TeleportSettings]) -> dict[str, TeleportSettings]:
     """Names that say what differs between the ways of teleporting."""
-    several_rates = len({settings.step_size for settings in teleports}) > 1
+    several_rules = len({settings.step_size for settings in teleports}) > 1
 
     def label(settings: TeleportSettings) -> str:
         epochs = ", ".join(str(epoch) for epoch in settings.epochs)
-        rate = f", rate {settings.step_size:g}" if several_rates else ""
-        return f"teleports in epoch{'s' if len(settings.epochs) > 1 else ''} {epochs}{rate}"
+        rule = f", {_rule(settings)}" if several_rules else ""
+        return f"teleports in epoch{'s' if len(settings.epochs) > 1 else ''} {epochs}{rule}"
 
     return {label(settings): settings for settings in teleports}
+
+
+def _rule(settings: TeleportSettings) -> str:
+    """The fixed rate of the ascent, or what the trust region searches for."""
+    return str(settings.objective) if isinstance(settings.step_size, str) else f"rate {settings.step_size:g}"
 
 
 def _draw(title: str, runs: list[Run], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Data for the experiments: IDX files (the format of MNIST) and scikit-learn's digits. Nothing is downloaded.
+"""Data for the experiments: IDX files (the format of MNIST), scikit-learn's tables. Nothing is downloaded.
 
 An IDX file is big-endian: two zero bytes, a type code (8: unsigned byte), the number of dimensions, the sizes as
 uint32, the data. `load_mnist` reads a folder of them, gzip-compressed or not.
@@ -24,7 +24,7 @@ LABELS = ("labels", 1)
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples: inputs (n, d) float32 in [0, 1] and targets (n,) int64, or (n, d_out) float32 in a regression."""
+    """Samples: inputs (n, d) float32, pixels in [0, 1]; targets (n,) int64, or (n, d_out) float32 in a regression."""
 
     name: str
     inputs: Tensor
@@ -51,6 +51,27 @@ def load_digits() -> Dataset:
     """scikit-learn's 1,797 digits of 8×8 pixels, which come with the package."""
     inputs, targets = require_extra("sklearn.datasets").load_digits(return_X_y=True)
     return Dataset("scikit-learn digits", torch.tensor(inputs / 16, dtype=torch.float32), torch.tensor(targets).long())
+
+
+def load_diabetes() -> Dataset:
+    """scikit-learn's 442 diabetes patients, ten measurements and the progress of the disease a year later, as they are.
+
+    It comes with the package; scikit-learn's larger regression tables are downloads.
+    """
+    inputs, targets = require_extra("sklearn.datasets").load_diabetes(return_X_y=True, scaled=False)
+    columns = (torch.tensor(values, dtype=torch.float32) for values in (inputs, targets[:, None]))
+    return Dataset("scikit-learn diabetes", *columns)
+
+
+def standardise(train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+    """Both with mean 0 and variance 1 of every column of inputs and targets on `train`, for a regression."""
+    moments = [(column.mean(dim=0), column.std(dim=0, correction=0)) for column in (train.inputs, train.targets)]
+
+    def scaled(part: Dataset) -> Dataset:
+        columns = zip((part.inputs, part.targets), moments, strict=True)
+        return Dataset(part.name, *((values - mean) / deviation for values, (mean, deviation) in columns))
+
+    return scaled(train), scaled(validation)
 
 
 def load_mnist(folder: str | Path) -> Dataset:

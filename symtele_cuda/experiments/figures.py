@@ -43,12 +43,17 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: ys holds one list a seed (drawn: their median, and their range as a band), marks the teleports' x."""
+    """One curve: ys holds one list a seed (drawn: their median, and their range as a band), marks the teleports' x.
+
+    Without a colour or dashes of its own it has those of its place in the panel.
+    """
 
     label: str
     x: Sequence[float]
     ys: Sequence[Sequence[float]]
     marks: Sequence[float] = ()
+    colour: str | None = None
+    dashes: Any = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Panel:
     x_label: str
     y_label: str
     series: Sequence[Series]
+    title: str = ""
+    x_scale: str = "linear"
 
 
 def epoch_series(runs: Sequence[Run], field: str) -> list[Series]:
@@ -74,16 +81,16 @@ def epoch_series(runs: Sequence[Run], field: str) -> list[Series]:
 
 
 def curves(path: Path, title: str, panels: Sequence[Panel]) -> Path:
-    """The panels side by side, one colour a series; triangles mark the teleports."""
+    """The panels side by side, four of them two by two, one colour a series; triangles mark the teleports."""
     with _styled():
-        figure, all_axes = _figure(len(panels), width=5.2, height=4.2)
+        figure, all_axes = _figure(len(panels), width=5.2, height=4.2, rows=2 if len(panels) == 4 else 1)
         for axes, panel in zip(all_axes, panels, strict=True):
-            axes.set_yscale("log")
-            axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
-            axes.set_xlabel(panel.x_label)
-            axes.set_ylabel(panel.y_label)
+            axes.set(xscale=panel.x_scale, yscale="log", xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
+            if panel.x_scale == "linear":
+                axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
             for index, series in enumerate(panel.series):
-                _draw_series(axes, series, COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)])
+                colour = series.colour or COLOURS[index % len(COLOURS)]
+                _draw_series(axes, series, colour, series.dashes or DASHES[index % len(DASHES)])
         if any(series.marks for panel in panels for series in panel.series):
             all_axes[0].plot([], [], "v", color="white", markeredgecolor="black", label="teleport")
         seeds = max(len(series.ys) for panel in panels for series in panel.series)
@@ -188,10 +195,12 @@ def _styled() -> Any:
     return require_extra("matplotlib").rc_context(STYLE)
 
 
-def _figure(columns: int, width: float, height: float) -> tuple[Any, Any]:
+def _figure(panels: int, width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
+    """A figure of equal panels, and their axes row by row."""
     figure_class = require_extra("matplotlib.figure").Figure
-    figure = figure_class(figsize=(width * columns, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    columns = panels // rows
+    figure = figure_class(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
 def _save(figure: Any, path: Path) -> Path:

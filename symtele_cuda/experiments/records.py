@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -64,9 +64,19 @@ class Run:
         return self.epochs[-1]
 
 
-def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+class Labelled(Protocol):
+    """A run of any experiment."""
+
+    @property
+    def label(self) -> str: ...
+
+
+LabelledRun = TypeVar("LabelledRun", bound=Labelled)
+
+
+def by_label(runs: Iterable[LabelledRun]) -> dict[str, list[LabelledRun]]:
     """The runs of each label, one a seed, in the order in which the labels first appear."""
-    grouped: dict[str, list[Run]] = {}
+    grouped: dict[str, list[LabelledRun]] = {}
     for run in runs:
         grouped.setdefault(run.label, []).append(run)
     return grouped

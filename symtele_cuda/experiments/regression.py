@@ -42,14 +42,26 @@ TELEPORT = TeleportSettings(
 
 @dataclass(frozen=True)
 class Baseline:
-    """One optimizer of the comparison, run without and with the teleport."""
+    """One optimizer of the comparison, run without and with the teleports; `teleports` is the published one."""
 
     name: str
     training: TrainingSettings
     teleports: TeleportSettings
 
     def arms(self) -> dict[str, TeleportSettings | None]:
-        return {self.name: None, f"{self.name} + teleport": self.teleports}
+        published = self.teleports
+        ours = TeleportSettings(
+            epochs=published.epochs,
+            teleports_per_epoch=published.teleports_per_epoch,
+            batch_size=published.batch_size,
+            holdout_size=0,  # there are no other samples
+        )
+        return {
+            self.name: None,
+            f"{self.name} + teleport": published,
+            f"{self.name} + teleport, exact g⁻¹": replace(published, inverse="exact"),
+            f"{self.name} + teleport, lookahead": ours,
+        }
 
 
 # The published settings of sgd and adagrad; the others take AdaGrad's teleport.

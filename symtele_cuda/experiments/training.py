@@ -125,6 +125,62 @@ def make_mlp(task: Task, generator: torch.Generator) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+@dataclass(frozen=True)
+class Trainee:
+    """What a run works on: the task, and the model, optimizer and teleporter (None: plain) that go through it.
+
+    `generator` has drawn the weights and draws the order of the batches.
+    """
+
+    task: Task
+    batch_size: int
+    model: nn.Sequential
+    optimizer: torch.optim.Optimizer
+    teleporter: Teleporter | None
+    generator: torch.Generator
+
+    def shuffled_batches(self) -> tuple[Tensor, ...]:
+        """The indices of one epoch's batches."""
+        order = torch.randperm(len(self.task.train), generator=self.generator)
+        return order.to(self.task.train.inputs.device).split(self.batch_size)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.task.train.inputs[indices], self.task.train.targets[indices]
+
+    def teleport(self, batch: tuple[Tensor, Tensor], epoch: int) -> TeleportReport | None:
+        return None if self.teleporter is None else self.teleporter.step(batch, epoch=epoch)
+
+    def teleport_unless_diverged(self, batch: tuple[Tensor, Tensor], epoch: int) -> TeleportReport | None:
+        """`teleport`, which is an error where the loss is not finite; there this does nothing."""
+        try:
+            return self.teleport(batch, epoch)
+        except ValueError:
+            if self._is_finite(batch):
+                raise
+            return None
+
+    @torch.no_grad()
+    def _is_finite(self, batch: tuple[Tensor, Tensor]) -> bool:
+        inputs, targets = batch
+        return bool(self.task.loss_fn(self.model(inputs), targets).isfinite())
+
+    def descend(self, batch: tuple[Tensor, Tensor]) -> None:
+        """One step of the optimizer."""
+        inputs, targets = batch
+        self.optimizer.zero_grad()
+        self.task.loss_fn(self.model(inputs), targets).backward()
+        self.optimizer.step()
+
+
+def start(task: Task, training: TrainingSettings, teleports: TeleportSettings | None, seed: int) -> Trainee:
+    """The beginning of the run of `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    model = make_mlp(task, generator).to(training.device)
+    optimizer = make_optimizer(training.optimizer, list(model.parameters()), training.lr)
+    teleporter = None if teleports is None else teleports.teleporter(model, optimizer, task.loss_fn)
+    return Trainee(task, training.batch_size, model, optimizer, teleporter, generator)
+
+
 def compare(
     make_task: Callable[[int], Task],
     training: TrainingSettings,
@@ -138,7 +194,7 @@ def compare(
         task = make_task(seed).to(training.device)
         for teleports in arms.values():
             _check_schedule(teleports, training, task)
-        _warm_up(task, training)
+        warm_up(task, training)
         runs += [train(task, training, teleports, label, seed, on_epoch) for label, teleports in arms.items()]
     return runs
 
@@ -152,18 +208,15 @@ def train(
     on_epoch: Callable[[Run], None] = lambda run: None,
 ) -> Run:
     """One run. A run whose train loss is no longer finite ends at that epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    model = make_mlp(task, generator).to(training.device)
-    optimizer = make_optimizer(training.optimizer, list(model.parameters()), training.lr)
-    teleporter = None if teleports is None else teleports.teleporter(model, optimizer, task.loss_fn)
-    run = Run(label, seed, (_evaluate(model, task, epoch=0, seconds=0.0),), ())
+    trainee = start(task, training, teleports, seed)
+    run = Run(label, seed, (_evaluate(trainee.model, task, epoch=0, seconds=0.0),), ())
     for epoch in range(training.epochs):
-        batches = torch.randperm(len(task.train), generator=generator).to(training.device).split(training.batch_size)
+        batches = trainee.shuffled_batches()
         started = time.perf_counter()
-        made = _train_epoch(model, optimizer, task, batches, teleporter, epoch)
+        made = _train_epoch(trainee, batches, epoch)
         _synchronize(training.device)
         seconds = run.final.seconds + time.perf_counter() - started
-        record = _evaluate(model, task, epoch + 1, seconds)
+        record = _evaluate(trainee.model, task, epoch + 1, seconds)
         run = Run(label, seed, (*run.epochs, record), (*run.teleports, *made))
         on_epoch(run)
         if not math.isfinite(record.train_loss):
@@ -171,23 +224,14 @@ def train(
     return run
 
 
-def _train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    task: Task,
-    batches: tuple[Tensor, ...],
-    teleporter: Teleporter | None,
-    epoch: int,
-) -> list[TeleportRecord]:
+def _train_epoch(trainee: Trainee, batches: tuple[Tensor, ...], epoch: int) -> list[TeleportRecord]:
     made = []
     for iteration, indices in enumerate(batches):
-        x, y = task.train.inputs[indices], task.train.targets[indices]
-        report = None if teleporter is None else teleporter.step((x, y), epoch=epoch)
+        batch = trainee.batch(indices)
+        report = trainee.teleport_unless_diverged(batch, epoch)
         if report is not None:
             made.append(_teleport_record(report, position=epoch + iteration / len(batches)))
-        optimizer.zero_grad()
-        task.loss_fn(model(x), y).backward()
-        optimizer.step()
+        trainee.descend(batch)
     return made
 
 
@@ -212,25 +256,26 @@ def _evaluate(model: nn.Module, task: Task, epoch: int, seconds: float) -> Epoch
     train_loss = task.loss_fn(model(task.train.inputs), task.train.targets)
     gradients = torch.autograd.grad(train_loss, list(model.parameters()))
     gradient_norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    validation_loss, accuracy = _validate(model, task)
+    validation_loss, accuracy = validate(model, task)
     return EpochRecord(epoch, train_loss.item(), gradient_norm.item(), validation_loss, accuracy, seconds)
 
 
 @torch.no_grad()
-def _validate(model: nn.Module, task: Task) -> tuple[float | None, float | None]:
+def validate(model: nn.Module, task: Task) -> tuple[float | None, float | None]:
+    """(loss, accuracy) on the validation set; None without one, and no accuracy in a regression."""
     if task.validation is None:
         return None, None
     outputs, targets = model(task.validation.inputs), task.validation.targets
-    accuracy = (outputs.argmax(dim=1) == targets).float().mean()
-    return task.loss_fn(outputs, targets).item(), accuracy.item()
+    loss = task.loss_fn(outputs, targets).item()
+    if targets.is_floating_point():
+        return loss, None
+    return loss, (outputs.argmax(dim=1) == targets).float().mean().item()
 
 
-def _warm_up(task: Task, training: TrainingSettings, iterations: int = 20) -> None:
+def warm_up(task: Task, training: TrainingSettings, iterations: int = 20) -> None:
     """A few discarded iterations, so that the first run does not pay for torch's own start in its wall-clock."""
-    model = make_mlp(task, torch.Generator().manual_seed(0)).to(training.device)
-    optimizer = make_optimizer(training.optimizer, list(model.parameters()), training.lr)
     batch = torch.arange(min(training.batch_size, len(task.train)), device=training.device)
-    _train_epoch(model, optimizer, task, (batch,) * iterations, teleporter=None, epoch=0)
+    _train_epoch(start(task, training, None, seed=0), (batch,) * iterations, epoch=0)
     _synchronize(training.device)
 
 

@@ -1,0 +1,253 @@
+"""Everything that docs/experiments.md shows, made again: each row is one command of `python -m symtele_cuda`.
+
+    python -m bench.evidence --data-dir DIR [--only NAME ...] [--again] [--processes 2] [--out DIR]
+    python -m bench.evidence --quick [--data-dir DIR] [--out DIR]
+
+DIR holds MNIST's IDX files; rows that need them are left out without it. Rows run as processes of their own with one
+thread each, the longest first, and those that use several processes themselves alone at the end. A row whose numbers
+are there, made with the same arguments on the same data, is not run again, so that an interrupted command can be given
+again; where the program has changed, --again forgets them first.
+
+Figures go to docs/figures, numbers, rounded to five digits, to bench/results/evidence, and the tables of
+docs/experiments.md are made from these. The quick profile runs every row for a few epochs to see that it runs, and
+leaves all that in --out. What a row prints is in its folder there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import evidence_tables
+from bench.evidence_files import as_text, read
+from bench.harness import RESULTS
+from symtele_cuda.experiments.data import load_mnist
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the page: a command and its options.
+
+    minutes: about how long it takes with a core for each process. data: whether it needs MNIST's files. alone: whether
+    it uses several processes itself. quick: its further options in the quick profile.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    minutes: float
+    data: bool = False
+    alone: bool = False
+    quick: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The name of the command, by which its JSON and its figures are called."""
+        return self.arguments[0]
+
+    def in_short(self) -> Row:
+        return Row(self.name, self.arguments + self.quick, self.minutes, self.data, self.alone)
+
+
+def _mnist(name: str, minutes: float, *options: str) -> Row:
+    quick = ("--epochs", "2", "--teleport-epochs", "1")
+    return Row(name, ("mnist", *options), minutes, data=True, quick=quick)
+
+
+def _spike(name: str, *options: str) -> Row:
+    return Row(name, ("spike", *options), 5, data=True, quick=("--seeds", "1", "--epochs", "1"))
+
+
+ROWS = (
+    Row("booth", ("booth",), 0.1),
+    Row("rosenbrock", ("rosenbrock",), 0.1),
+    Row("regression", ("regression",), 0.3, quick=("--seeds", "1", "--epochs", "10")),
+    _mnist("mnist-paper-one", 8, "--preset", "paper-one"),
+    _mnist("mnist-paper-one-published", 8, "--preset", "paper-one", "--published"),
+    _mnist("mnist-paper-several", 9, "--preset", "paper-several"),
+    _mnist("mnist-paper-several-published", 9, "--preset", "paper-several", "--published"),
+    _mnist("mnist-one", 5, "--preset", "one"),
+    _mnist("mnist-one-published", 5, "--preset", "one", "--published"),
+    _mnist("mnist-six", 6, "--preset", "six"),
+    _mnist("mnist-six-published", 6, "--preset", "six", "--published"),
+    _mnist("mnist-several", 4, "--preset", "several"),
+    _mnist("mnist-several-published", 4, "--preset", "several", "--published"),
+    _mnist("mnist-batch-200", 3, "--preset", "batch-200", "--both"),
+    _spike("spike", "--epochs", "6", "--step-size", "0.0001"),
+    _spike("spike-batch-200", "--epochs", "60", "--batch-size", "200"),
+    Row("trade", ("trade",), 6, data=True, quick=("--seeds", "1", "--epochs", "1")),
+    Row("minima", ("minima",), 5, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
+    Row("study", ("study",), 90, data=True, alone=True, quick=("--quick", "--problem", "digits", "--optimizer", "sgd")),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where rows run, where their figures and numbers go, and the data: a folder, and what it holds in words."""
+
+    work: Path
+    figures: Path
+    results: Path
+    data_dir: Path | None
+    data: str | None
+
+    @classmethod
+    def make(cls, work: Path, quick: bool, data_dir: Path | None) -> Place:
+        data = None
+        if data_dir is not None:
+            dataset = load_mnist(data_dir)
+            data = f"{dataset.name}, {len(dataset)} samples"
+        if quick:
+            return cls(work, work / "figures", work / "results", data_dir, data)
+        return cls(work, ROOT / "docs" / "figures", RESULTS / "evidence", data_dir, data)
+
+    def numbers(self, row: Row) -> Path:
+        return self.results / f"{row.name}.json"
+
+    def origin(self, row: Row) -> dict[str, Any]:
+        """What the numbers of a row depend on besides the program."""
+        return {"row": row.name, "arguments": list(row.arguments), "data": self.data if row.data else None}
+
+
+def is_done(row: Row, place: Place) -> bool:
+    """Whether the numbers are there, made with the same arguments on the same data."""
+    if not place.numbers(row).exists():
+        return False
+    found = read(place.numbers(row))
+    return {key: found.get(key) for key in place.origin(row)} == place.origin(row)
+
+
+def forget(rows: Sequence[Row], place: Place) -> None:
+    """Delete the numbers of the rows, so that they are run again, and what they have left where they ran."""
+    for row in rows:
+        place.numbers(row).unlink(missing_ok=True)
+        shutil.rmtree(place.work / row.name, ignore_errors=True)
+
+
+def execute(row: Row, place: Place) -> None:
+    """Run the command of the row; what it prints goes to files in the row's folder.
+
+    Raises:
+        RuntimeError: it failed; the text is the last line of its errors.
+    """
+    folder = place.work / row.name
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-m", "symtele_cuda", *row.arguments, "--out", str(folder)]
+    if row.data:
+        words += ["--data-dir", str(place.data_dir)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    printed, errors = folder / "printed.txt", folder / "errors.txt"
+    with printed.open("w", encoding="utf-8") as stdout, errors.open("w", encoding="utf-8") as stderr:
+        outcome = subprocess.run(words, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
+    if outcome.returncode != 0:
+        lines = errors.read_text(encoding="utf-8").splitlines()
+        raise RuntimeError(lines[-1] if lines else f"exit code {outcome.returncode}")
+
+
+def publish(row: Row, place: Place) -> None:
+    """Copy the figures of the row, and then, rounded, its numbers, which so say that all is there."""
+    folder = place.work / row.name
+    place.figures.mkdir(parents=True, exist_ok=True)
+    place.results.mkdir(parents=True, exist_ok=True)
+    for figure in sorted(folder.glob(f"{row.command}*.png")):
+        shutil.copyfile(figure, place.figures / figure.name.replace(row.command, row.name, 1))
+    document = json.loads((folder / f"{row.command}.json").read_text(encoding="utf-8"))
+    partial = place.numbers(row).with_suffix(".partial")
+    partial.write_text(as_text(place.origin(row) | document), encoding="utf-8")
+    partial.replace(place.numbers(row))
+
+
+def run(rows: Sequence[Row], place: Place, processes: int) -> list[str]:
+    """Run what is not done yet; the names of the rows that failed."""
+    waiting = [row for row in rows if not is_done(row, place) and (place.data is not None or not row.data)]
+    for row in rows:
+        if row.data and place.data is None:
+            _say(f"{row.name}: left out, it needs --data-dir")
+        elif row not in waiting:
+            _say(f"{row.name}: done before")
+    together = sorted((row for row in waiting if not row.alone), key=lambda row: -row.minutes)
+    progress = _Progress(len(waiting))
+    with ThreadPoolExecutor(processes) as pool:
+        futures = {pool.submit(_run_row, row, place): row for row in together}
+        try:
+            for future in as_completed(futures):
+                progress.ended(futures[future], future.result())
+        except KeyboardInterrupt:  # the running commands have got it too
+            pool.shutdown(cancel_futures=True)
+            raise
+    for row in (row for row in waiting if row.alone):
+        progress.ended(row, _run_row(row, place))
+    return progress.failed
+
+
+def _run_row(row: Row, place: Place) -> str | None:
+    """Run and publish; why it failed, or None."""
+    _say(f"{row.name}: {' '.join(row.arguments)}")
+    try:
+        execute(row, place)
+        publish(row, place)
+    except (RuntimeError, OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+class _Progress:
+    """How many of `total` rows have ended, said on stderr as they do."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.count, self.failed, self.started = total, 0, list[str](), time.perf_counter()
+
+    def ended(self, row: Row, error: str | None) -> None:
+        self.count += 1
+        if error is not None:
+            self.failed.append(row.name)
+        minutes = (time.perf_counter() - self.started) / 60
+        outcome = "done" if error is None else f"FAILED: {error}"
+        _say(f"{row.name}: {outcome} ({self.count} of {self.total}, {minutes:.1f} min)")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Make the evidence of docs/experiments.md again.")
+    parser.add_argument("--data-dir", type=Path, help="folder of MNIST's IDX files")
+    parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], metavar="NAME", help="these rows only")
+    parser.add_argument("--quick", action="store_true", help="a few epochs of every row, into --out only")
+    parser.add_argument("--again", action="store_true", help="forget the numbers of these rows first")
+    parser.add_argument("--processes", type=int, default=2, help="rows at a time, by default 2")
+    parser.add_argument(
+        "--out", type=Path, default=Path("symtele_out") / "evidence", help="where the rows run (default: %(default)s)"
+    )
+    return parser.parse_args(words)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    rows = [row for row in ROWS if arguments.only is None or row.name in arguments.only]
+    if arguments.quick:
+        rows = [row.in_short() for row in rows]
+    place = Place.make(arguments.out.resolve(), arguments.quick, arguments.data_dir)
+    if arguments.again:
+        forget(rows, place)
+    failed = run(rows, place, arguments.processes)
+    if not arguments.quick:
+        evidence_tables.write()
+    if failed:
+        _say(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse()))

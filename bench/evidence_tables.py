@@ -1,0 +1,239 @@
+"""The tables of docs/experiments.md, made from the files in bench/results/evidence.
+
+    python -m bench.evidence_tables
+
+A table stands between the lines `<!-- table NAME -->` and `<!-- end of table -->`; NAME.json is the file of its row.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.evidence_files import read
+from bench.harness import RESULTS
+from bench.tables import table
+from symtele_cuda.experiments import spike
+from symtele_cuda.experiments.classification import PLAIN
+from symtele_cuda.experiments.study import tables
+from symtele_cuda.experiments.study.summary import summaries_of
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "experiments.md"
+FOLDER = RESULTS / "evidence"
+NOT_RUN = "Not run yet."
+MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
+
+Document = dict[str, Any]
+Runs = list[dict[str, Any]]
+
+
+def write() -> None:
+    """Put the tables of today's files into the page."""
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), FOLDER), encoding="utf-8")
+
+
+def filled(page: str, folder: Path) -> str:
+    """The page with the table of each file between its markers, or a line that says that there is none yet."""
+
+    def fill(found: re.Match[str]) -> str:
+        path = folder / f"{found['name']}.json"
+        if not path.exists():
+            return f"{found[1]}\n{NOT_RUN}\n\n"
+        document = read(path)
+        return f"{found[1]}\n{TABLES[document['experiment']](document)}\n\n{_origin(document)}\n\n"
+
+    return MARKED.sub(fill, page)
+
+
+def planar_table(document: Document) -> str:
+    """A line a run: where gradient descent, with and without teleports, and Newton's method end."""
+    runs = document["runs"]
+    plain = runs[0]["losses"][-1]
+    rows = [
+        [
+            run["label"],
+            "" if run["seed"] is None else str(run["seed"]),
+            str(len(run["losses"]) - 1),
+            _number(run["losses"][-1]),
+            "0" if run["losses"][-1] == 0 else f"{plain / run['losses'][-1]:.3g}",
+            _range([jump["gradient_norm_after"] / jump["gradient_norm_before"] for jump in run["jumps"]], "×{:.2g}"),
+        ]
+        for run in runs
+    ]
+    header = ("method", "seed", "steps", "final loss", "plain / this", "‖∇L‖ at a teleport, median (range)")
+    return table(header, rows)
+
+
+def training_table(document: Document) -> str:
+    """A line a curve: how it ends, and what its teleports do; medians (ranges) over the seeds."""
+    rows = []
+    for label, runs in _by_label(document["runs"]).items():
+        finals = [run["epochs"][-1] for run in runs]
+        teleports = [teleport for run in runs for teleport in run["teleports"]]
+        rows.append(
+            [
+                label,
+                _range([final["epoch"] for final in finals], "{:g}"),
+                _range([_float(final["train_loss"]) for final in finals], "{:.3g}"),
+                *_validation(finals),
+                _range([teleport["gradient_norm_after"] / teleport["gradient_norm_before"] for teleport in teleports]),
+                _range([worst_rise(run) for run in runs if run["teleports"]], "{:+.1%}"),
+            ]
+        )
+    header = (
+        "run",
+        "epochs",
+        "train loss",
+        "validation loss",
+        "accuracy",
+        "‖∇L‖ at a teleport",
+        "worst change of the train loss over an epoch with teleports",
+    )
+    return table(header, rows)
+
+
+def worst_rise(run: dict[str, Any]) -> float:
+    """The largest relative rise of the train loss over an epoch in which the run teleports."""
+    epochs = run["epochs"]
+    return max(
+        _float(epochs[epoch + 1]["train_loss"]) / _float(epochs[epoch]["train_loss"]) - 1
+        for epoch in {int(teleport["position"]) for teleport in run["teleports"]}
+    )
+
+
+def spike_table(document: Document) -> str:
+    """A line a variant, medians over the seeds; what a rise adds to that of the variant it is compared with."""
+    rises = spike.rises_of([spike.restore(run) for run in document["runs"]])
+    rows = []
+    for variant in document["settings"]["variants"]:
+        own, base = rises[variant["label"]], rises[variant["base"]]
+        rows.append(
+            [
+                variant["label"],
+                variant["base"],
+                variant["change"],
+                f"{own.accepted} of {own.teleports}",
+                f"×{own.gradient_norm:.3g}",
+                f"{own.drift:.0e}",
+                _percent(own.first_train),
+                _percent(own.first_train - base.first_train),
+                _percent(own.first_validation),
+                f"{100 * own.first_accuracy:+.1f}",
+                _percent(own.all_train),
+                _number(own.end),
+            ]
+        )
+    plain = rises[PLAIN]
+    rows.insert(0, [PLAIN, *[""] * 10, _number(plain.end)])
+    header = (
+        "variant",
+        "as",
+        "but",
+        "accepted",
+        "‖∇L‖",
+        "drift",
+        "train",
+        "of that, the difference",
+        "validation",
+        "accuracy",
+        "train, all four",
+        "train loss at the end",
+    )
+    return table(header, rows)
+
+
+def trade_table(document: Document) -> str:
+    """A line for each rate and guard, over the seeds."""
+    header = (
+        "rate",
+        "holdout_tol",
+        "rise at a teleport, mean",
+        "largest",
+        "teleports",
+        "train loss",
+        "validation loss",
+    )
+    rows = []
+    for entry in document["trades"]:
+        rises = entry["rises"]
+        rows.append(
+            [
+                f"{entry['lr']:g}",
+                entry["guard"],
+                _percent(statistics.fmean(rises)) if rises else "",
+                _percent(max(rises)) if rises else "",
+                str(len(rises)),
+                _number(statistics.fmean(entry["train_losses"])),
+                _number(statistics.fmean(entry["validation_losses"])),
+            ]
+        )
+    return table(header, rows)
+
+
+def study_tables(document: Document) -> str:
+    """The study's own tables, their headings below that of the section."""
+    return re.sub("^#", "##", tables.page(summaries_of(document)), flags=re.MULTILINE)
+
+
+TABLES: dict[str, Callable[[Document], str]] = {
+    "booth": planar_table,
+    "rosenbrock": planar_table,
+    "regression": training_table,
+    "mnist": training_table,
+    "spike": spike_table,
+    "trade": trade_table,
+    "minima": training_table,
+    "study": study_tables,
+}
+
+
+def _origin(document: Document) -> str:
+    """What the numbers were made with."""
+    versions, seeds = document["versions"], document["settings"].get("seeds", [])
+    parts = [f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else "", document["data"]]
+    parts += [f"symtele_cuda {versions['symtele_cuda']}", f"torch {versions['torch']}"]
+    return ", ".join(part for part in parts if part) + "."
+
+
+def _by_label(runs: Runs) -> dict[str, Runs]:
+    labels = dict.fromkeys(run["label"] for run in runs)
+    return {label: [run for run in runs if run["label"] == label] for label in labels}
+
+
+def _validation(finals: Sequence[dict[str, Any]]) -> list[str]:
+    """Loss and accuracy, empty where there is no validation set."""
+    if all(final["validation_accuracy"] is None for final in finals):
+        return ["", ""]
+    return [
+        _range([_float(final["validation_loss"]) for final in finals], "{:.3g}"),
+        _range([final["validation_accuracy"] for final in finals], "{:.2%}"),
+    ]
+
+
+def _range(values: Sequence[float], form: str = "×{:.3g}") -> str:
+    """The median, and the smallest and largest value where they differ."""
+    if not values:
+        return ""
+    shown = [form.format(value) for value in (statistics.median(values), min(values), max(values))]
+    return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def _float(value: float | None) -> float:
+    """A loss of a JSON file; null, what is not finite, comes back as infinity."""
+    return math.inf if value is None else value
+
+
+def _number(value: float) -> str:
+    return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:+.1%}" if abs(share) < 100 else f"×{share + 1:.1e}"
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,183 @@
+"""The jobs of the study: which training runs a grid of rates, arms and seeds consists of, and what each is known by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+
+from symtele_cuda.experiments.study.problems import PROBLEMS, Problem
+from symtele_cuda.experiments.training import TeleportSettings, TrainingSettings
+
+PLAIN, TELEPORTED = "plain", "teleported"
+DEFAULTS = TeleportSettings()
+STATES = ("keep", "reset", "transport")
+
+MAIN_ARMS: dict[str, TeleportSettings | None] = {PLAIN: None, TELEPORTED: DEFAULTS}
+STATE_ARMS: dict[str, TeleportSettings | None] = {
+    PLAIN: None,
+    **{state: replace(DEFAULTS, optimizer_state=state) for state in STATES},
+}
+# The optimizers with momentum, whose state has a part that can be transported.
+STATE_OPTIMIZERS = ("momentum", "adam", "muon")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run. `key` stands for all that its result depends on but the data and the code."""
+
+    problem: Problem
+    optimizer: str
+    lr: float
+    teleports: TeleportSettings | None
+    seed: int
+
+    @property
+    def training(self) -> TrainingSettings:
+        return TrainingSettings(self.problem.epochs, self.problem.batch_size, self.optimizer, self.lr)
+
+    @property
+    def key(self) -> str:
+        """The beginning of a hash of all settings."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def __str__(self) -> str:
+        arm = PLAIN if self.teleports is None else f"teleported, state {self.teleports.optimizer_state}"
+        return f"{self.problem.name} {self.optimizer} {self.lr:g} {arm}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The part of the study that belongs to one problem.
+
+    rates: of every optimizer, rising. targets: the train losses, falling, whose time is compared. The rate of an arm is
+    chosen on `tuning_seed` and judged on `seeds`; what becomes of the optimizer's state is compared on `state_seeds`.
+    seconds: of about one run on one core, with Muon and with any other optimizer: for the order of the jobs and the
+    estimates of the time that is left.
+    """
+
+    problem: Problem
+    rates: Mapping[str, tuple[float, ...]]
+    targets: tuple[float, ...]
+    seconds: tuple[float, float]
+    tuning_seed: int = 0
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    state_seeds: tuple[int, ...] = (1, 2, 3)
+
+    def main_jobs(self) -> Iterator[Job]:
+        """All rates, without and with teleports, all seeds."""
+        for optimizer, rates in self.rates.items():
+            yield from self._jobs(optimizer, rates, MAIN_ARMS, (self.tuning_seed, *self.seeds))
+
+    def state_jobs(self) -> Iterator[Job]:
+        """The ways with the optimizer's state, at the rates in the middle; some of these jobs are main jobs too."""
+        for optimizer in STATE_OPTIMIZERS:
+            if optimizer in self.rates:
+                yield from self._jobs(optimizer, self.state_rates(optimizer), STATE_ARMS, self.state_seeds)
+
+    def state_rates(self, optimizer: str) -> tuple[float, ...]:
+        """The rates of `optimizer` without the smallest and the largest, or all if that leaves none."""
+        rates = self.rates[optimizer]
+        return rates[1:-1] or rates
+
+    def jobs(self) -> list[Job]:
+        """Each once."""
+        return list(dict.fromkeys((*self.main_jobs(), *self.state_jobs())))
+
+    def estimate(self, job: Job) -> float:
+        """Seconds of about one run on one core."""
+        muon, other = self.seconds
+        return muon if job.optimizer == "muon" else other
+
+    def only(self, optimizers: Iterable[str]) -> Study:
+        kept = set(optimizers)
+        return replace(self, rates={name: rates for name, rates in self.rates.items() if name in kept})
+
+    def _jobs(
+        self,
+        optimizer: str,
+        rates: Iterable[float],
+        arms: Mapping[str, TeleportSettings | None],
+        seeds: Iterable[int],
+    ) -> Iterator[Job]:
+        for lr, seed, teleports in product(rates, seeds, arms.values()):
+            yield Job(self.problem, optimizer, lr, teleports, seed)
+
+
+_TENTHS = (0.001, 0.003, 0.01, 0.03, 0.1)
+_ADAPTIVE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+_HIGH_ADAPTIVE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+# Rates around the best ones of short looks at the tuning seed. Seconds: measured.
+FULL = {
+    study.problem.name: study
+    for study in (
+        Study(
+            PROBLEMS["digits"],
+            rates={
+                "sgd": (0.03, 0.1, 0.2, 0.3, 0.6, 1.0),
+                "momentum": (0.003, 0.01, 0.03, 0.06, 0.1),
+                "adagrad": (0.003, 0.01, 0.03, 0.1, 0.3),
+                "rmsprop": _ADAPTIVE,
+                "adam": _HIGH_ADAPTIVE,
+                "adamw": _HIGH_ADAPTIVE,
+                "muon": _TENTHS,
+            },
+            targets=(0.1, 0.03, 0.01),
+            seconds=(7, 1.5),
+        ),
+        Study(
+            PROBLEMS["mnist-512"],
+            rates={
+                "sgd": (0.002, 0.01, 0.03, 0.1, 0.2, 0.3),
+                "momentum": _TENTHS,
+                "adagrad": _TENTHS,
+                "rmsprop": _ADAPTIVE,
+                "adam": _ADAPTIVE,
+                "adamw": _ADAPTIVE,
+                "muon": _TENTHS,
+            },
+            targets=(0.1, 0.03, 0.01),
+            seconds=(90, 14),
+        ),
+        Study(
+            PROBLEMS["mnist-128"],
+            rates={
+                "sgd": (0.03, 0.1, 0.3, 0.6, 1.0),
+                "momentum": (0.01, 0.03, 0.1, 0.2, 0.3),
+                "adagrad": (0.003, 0.01, 0.03, 0.1, 0.3),
+                "rmsprop": _ADAPTIVE,
+                "adam": _HIGH_ADAPTIVE,
+                "adamw": _HIGH_ADAPTIVE,
+                "muon": _TENTHS,
+            },
+            targets=(0.1, 0.03, 0.01),
+            seconds=(10, 6),
+        ),
+        Study(
+            PROBLEMS["diabetes"],
+            rates={
+                "sgd": (0.01, 0.03, 0.1, 0.3, 0.6),
+                "momentum": (0.003, 0.01, 0.03, 0.1, 0.3),
+                "adagrad": (0.003, 0.01, 0.03, 0.1, 0.3),
+                "rmsprop": _ADAPTIVE,
+                "adam": _HIGH_ADAPTIVE,
+                "adamw": _HIGH_ADAPTIVE,
+                "muon": _TENTHS,
+            },
+            targets=(0.4, 0.3, 0.2),  # of the variance of the target on the training set
+            seconds=(2.5, 0.6),
+        ),
+    )
+}
+
+
+def _quick(study: Study) -> Study:
+    """A small study of the same problem: a few samples, two epochs, two rates, two seeds."""
+    problem = replace(study.problem, samples=500, epochs=2, check_every=5)
+    rates = {name: ladder[len(ladder) // 2 - 1 :][:2] for name, ladder in study.rates.items()}
+    return replace(study, problem=problem, rates=rates, seconds=(1.5, 0.5), seeds=(1, 2), state_seeds=(1,))
+
+
+QUICK = {name: _quick(study) for name, study in FULL.items()}

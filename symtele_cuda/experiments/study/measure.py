@@ -1,0 +1,144 @@
+"""One run of the study: training as in the other experiments, with the clock stopped wherever something is measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from symtele_cuda.errors import TeleportError
+from symtele_cuda.experiments.study.jobs import Job
+from symtele_cuda.experiments.study.records import Check, Record, Teleport, Validation
+from symtele_cuda.experiments.training import Task, Trainee, start, validate, warm_up
+
+LATER = 100  # iterations after a teleport at which its rise of the loss is looked at again
+CHUNK = 1000  # samples of one forward pass over the training set: more do not fit a core's cache
+
+
+class Diverged(Exception):
+    """The training loss is no longer finite."""
+
+
+def measure(job: Job, task: Task) -> Record:
+    """Train as `job` says. A run whose training loss is no longer finite ends at the check that sees it."""
+    training = job.training
+    warm_up(task, training)
+    run = _Run(job, start(task, training, job.teleports, job.seed))
+    try:
+        run.check()
+        for epoch in range(training.epochs):
+            run.train_epoch(epoch)
+    except Diverged:
+        pass
+    return run.record()
+
+
+def train_loss(trainee: Trainee, parameters: Mapping[str, Tensor] | None = None) -> float:
+    """The loss on the whole training set, of the model or with other values of its parameters."""
+    model, train, loss_fn = trainee.model, trainee.task.train, trainee.task.loss_fn
+    values: dict[str, Tensor] = dict(model.named_parameters() if parameters is None else parameters)
+    with torch.no_grad():
+        parts = [
+            len(x) * loss_fn(functional_call(model, values, (x,)), y).item()
+            for x, y in zip(train.inputs.split(CHUNK), train.targets.split(CHUNK), strict=True)
+        ]
+    return sum(parts) / len(train)
+
+
+@dataclass
+class _Clock:
+    seconds: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+@dataclass
+class _Run:
+    """A run on its way: what it works on and what has been measured."""
+
+    job: Job
+    trainee: Trainee
+    clock: _Clock = field(default_factory=_Clock)
+    iteration: int = 0
+    checks: list[Check] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
+    teleports: list[Teleport] = field(default_factory=list)
+    refused: int = 0
+
+    def record(self) -> Record:
+        per_epoch = math.ceil(len(self.trainee.task.train) / self.trainee.batch_size)
+        return Record(per_epoch, tuple(self.checks), tuple(self.validations), tuple(self.teleports), self.refused)
+
+    def train_epoch(self, epoch: int) -> None:
+        with self.clock.running():
+            batches = self.trainee.shuffled_batches()
+        for indices in batches:
+            with self.clock.running():
+                batch = self.trainee.batch(indices)
+            self.teleport(batch, epoch)
+            with self.clock.running():
+                self.trainee.descend(batch)
+            self.iteration += 1
+            self.look_back()
+            if self.iteration % self.job.problem.check_every == 0:
+                self.check()
+        if self.checks[-1].iteration != self.iteration:
+            self.check()
+        loss, accuracy = validate(self.trainee.model, self.trainee.task)
+        self.validations.append(Validation(*(math.nan if value is None else value for value in (loss, accuracy))))
+
+    def check(self) -> None:
+        """Append a check.
+
+        Raises:
+            Diverged: its loss is not finite.
+        """
+        loss = train_loss(self.trainee)
+        self.checks.append(Check(self.iteration, self.clock.seconds, loss))
+        if not math.isfinite(loss):
+            raise Diverged
+
+    def teleport(self, batch: tuple[Tensor, Tensor], epoch: int) -> None:
+        """Hand `batch` to the teleporter if there may be a teleport, and measure the one that it makes."""
+        if not self.may_teleport(epoch):
+            return
+        old = {name: parameter.detach().clone() for name, parameter in self.trainee.model.named_parameters()}
+        started = self.clock.seconds
+        try:
+            with self.clock.running():
+                report = self.trainee.teleport(batch, epoch)
+        except TeleportError:
+            self.refused += 1
+            return
+        except ValueError:
+            self.check()  # a loss or a weight that is not finite is an error for the teleporter, an end for the run
+            raise
+        if report is not None:
+            before, after = train_loss(self.trainee, old), train_loss(self.trainee)
+            seconds = self.clock.seconds - started
+            self.teleports.append(Teleport(self.iteration, seconds, report.accepted, before, after, math.nan))
+
+    def may_teleport(self, epoch: int) -> bool:
+        """Whether the schedule has a teleport left in `epoch`."""
+        settings = self.job.teleports
+        if settings is None or epoch not in settings.epochs:
+            return False
+        return len(self.teleports) < settings.teleports_per_epoch * (1 + settings.epochs.index(epoch))
+
+    def look_back(self) -> None:
+        """Measure the loss for the teleports that are `LATER` iterations old."""
+        for index, teleport in enumerate(self.teleports):
+            if teleport.iteration + LATER == self.iteration:
+                self.teleports[index] = replace(teleport, loss_later=train_loss(self.trainee))

@@ -1,0 +1,126 @@
+"""The study from its beginning to its end: train what has no record yet, then make tables, figure and summary."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from symtele_cuda.experiments import require_extra
+from symtele_cuda.experiments.study import figure, tables
+from symtele_cuda.experiments.study.jobs import Job, Study
+from symtele_cuda.experiments.study.problems import fingerprint, load
+from symtele_cuda.experiments.study.results import Records, complete
+from symtele_cuda.experiments.study.runner import run_jobs
+from symtele_cuda.experiments.study.store import Store
+from symtele_cuda.experiments.study.summary import save_summaries, summarise
+
+PROGRESS = "{desc}{percentage:.0f}%|{bar}| {elapsed}<{remaining}"
+
+
+class StudyError(RuntimeError):
+    """Runs of the study failed; the records of the others are kept."""
+
+
+def select(
+    studies: Mapping[str, Study],
+    problems: Collection[str] | None,
+    optimizers: Collection[str] | None,
+    data_dir: Path | None,
+) -> list[Study]:
+    """The studies of the problems that are named, with the optimizers that are named; None: of all.
+
+    Problems that nobody named and that need a folder of data are left out, with a message, if there is none.
+    """
+    chosen = [studies[name] for name in (studies if problems is None else problems)]
+    if problems is None and data_dir is None:
+        absent = [study.problem.name for study in chosen if study.problem.needs_folder]
+        chosen = [study for study in chosen if not study.problem.needs_folder]
+        _say(f"left out without --data-dir: {', '.join(absent)}")
+    return chosen if optimizers is None else [study.only(optimizers) for study in chosen]
+
+
+def train(studies: Sequence[Study], data_dir: Path | None, out: Path, processes: int) -> None:
+    """Run every job of the studies that has no record in `out`, the longest first; append its record there at once.
+
+    Raises:
+        StudyError: runs failed; all others have been done.
+        ValueError, FileNotFoundError: the data cannot be loaded, or a file in `out` holds something else.
+    """
+    stores = {study.problem: _open(out, study) for study in studies}
+    data = {study.problem: fingerprint(load(study.problem, data_dir)) for study in studies}
+    seconds = _todo(studies, stores, data)
+    made = f"torch {torch.__version__}, {processes} processes of one thread"
+    failed = []
+    with _progress(seconds, processes) as bar:
+        for job, outcome in run_jobs(seconds, data_dir, processes):
+            if isinstance(outcome, Exception):
+                failed.append((job, outcome))
+            else:
+                stores[job.problem].append(job, data[job.problem], made, outcome)
+            bar.set_description(str(job), refresh=False)
+            bar.update(seconds[job])
+    if failed:
+        job, error = failed[0]
+        raise StudyError(f"{len(failed)} of {len(seconds)} runs failed, the first ({job}) with: {error}") from error
+
+
+def report(studies: Iterable[Study], out: Path) -> str:
+    """Tables, figure and summary of the problems and optimizers of which `out` holds every run; returns the tables.
+
+    Writes study.md, study.png and, last, study.json.
+
+    Raises:
+        ValueError: there is none.
+    """
+    parts: list[tuple[Study, Records]] = []
+    summaries, missing = [], []
+    for study in studies:
+        lines = _open(out, study).of(study.jobs())
+        records = {job: line.record for job, line in lines.items()}
+        whole = complete(study, records)
+        lacking = ", ".join(optimizer for optimizer in study.rates if optimizer not in whole.rates)
+        missing += [f"{study.problem.name} ({lacking})"] if lacking else []
+        if whole.rates:
+            parts.append((whole, records))
+            summaries.append(summarise(whole, lines))
+    if missing:
+        _say(f"not in the tables, because runs are missing: {', '.join(missing)}")
+    if not parts:
+        raise ValueError(f"--out must hold all runs of at least one problem and optimizer, got none in {out}")
+    text = tables.page(summaries)
+    (out / "study.md").write_text(text + "\n", encoding="utf-8")
+    figure.draw(out / "study.png", parts)
+    save_summaries(out / "study.json", [study for study, _ in parts], summaries)
+    return text
+
+
+def _todo(studies: Iterable[Study], stores: Mapping[Any, Store], data: Mapping[Any, str]) -> dict[Job, float]:
+    """The jobs without a record, the longest first, with their estimated seconds."""
+    estimates = {
+        job: study.estimate(job)
+        for study in studies
+        for job in stores[study.problem].missing(study.jobs(), data[study.problem])
+    }
+    return dict(sorted(estimates.items(), key=lambda entry: -entry[1]))
+
+
+def _progress(seconds: Mapping[Job, float], processes: int) -> Any:
+    """A bar over the estimated seconds of all runs, so that its own estimate knows the long from the short."""
+    total = sum(seconds.values())
+    _say(f"{len(seconds)} runs to do, about {total / processes / 60:.0f} minutes with {processes} processes")
+    return require_extra("tqdm").tqdm(total=total, bar_format=PROGRESS, dynamic_ncols=True, delay=0.1)
+
+
+def _open(out: Path, study: Study) -> Store:
+    store = Store(out, study.problem.name)
+    if store.cut:
+        _say(f"{store.path}: dropped the last line, which an interruption has cut off")
+    return store
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)

@@ -1,0 +1,136 @@
+"""What one training run of the study leaves: a `Record`, and the line of a file that holds it.
+
+A line is {key, data, made, problem, optimizer, lr, arm, seed, …} and the numbers as lists, rounded to five digits; NaN
+and Inf are null there and NaN when read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from symtele_cuda.experiments.study.jobs import PLAIN, Job
+
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """After `iteration` steps of the optimizer (0: the start): the training time so far in seconds, teleports included
+    and measurements not, and the loss on the whole training set, NaN at the end of a run that is no longer finite.
+    """
+
+    iteration: int
+    seconds: float
+    train_loss: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """After an epoch, on the validation set; accuracy is NaN in a regression."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Teleport:
+    """A teleport after `iteration` steps of the optimizer, the seconds of the call that made it, and the loss on the
+    whole training set: right before, right after, and `measure.LATER` steps later (NaN if the run has ended by then).
+    """
+
+    iteration: int
+    seconds: float
+    accepted: bool
+    loss_before: float
+    loss_after: float
+    loss_later: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run.
+
+    refused: how often a teleport could not be done with the model and its batch (TeleportError), and the run went on.
+    """
+
+    iterations_per_epoch: int
+    checks: tuple[Check, ...]
+    validations: tuple[Validation, ...]
+    teleports: tuple[Teleport, ...]
+    refused: int
+
+    @property
+    def final(self) -> Check:
+        return self.checks[-1]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the train loss ended above its start, or not finite."""
+        return not self.final.train_loss <= self.checks[0].train_loss
+
+
+@dataclass(frozen=True)
+class Line:
+    """A record with what it is known by: the key of its job, the fingerprint of its data, and what has computed it."""
+
+    key: str
+    data: str
+    made: str
+    record: Record
+
+
+def write_line(job: Job, data: str, made: str, record: Record) -> str:
+    """The line, without its end."""
+    head = {
+        "key": job.key,
+        "data": data,
+        "made": made,
+        "problem": job.problem.name,
+        "optimizer": job.optimizer,
+        "lr": job.lr,
+        "arm": PLAIN if job.teleports is None else job.teleports.optimizer_state,
+        "seed": job.seed,
+        "iterations_per_epoch": record.iterations_per_epoch,
+        "refused": record.refused,
+    }
+    body = {name: _columns(kind, getattr(record, name)) for name, kind in _LISTS.items()}
+    return json.dumps(head | body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def read_line(text: str) -> Line:
+    """The inverse of `write_line`, up to rounding.
+
+    Raises:
+        ValueError: `text` is not what `write_line` writes.
+    """
+    try:
+        entry = json.loads(text)
+        lists: dict[str, Any] = {name: _rows(kind, entry[name]) for name, kind in _LISTS.items()}
+        record = Record(entry["iterations_per_epoch"], refused=entry["refused"], **lists)
+        return Line(entry["key"], entry["data"], entry["made"], record)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"expected the record of a run, got {text[:40]!r} ({error})") from error
+
+
+_LISTS: dict[str, type] = {"checks": Check, "validations": Validation, "teleports": Teleport}
+Entry = TypeVar("Entry", Check, Validation, Teleport)
+
+
+def _columns(kind: type[Entry], entries: Sequence[Entry]) -> dict[str, list[Any]]:
+    return {field.name: [rounded(getattr(entry, field.name)) for entry in entries] for field in fields(kind)}
+
+
+def _rows(kind: Any, columns: Mapping[str, Sequence[Any]]) -> tuple[Any, ...]:
+    rows = zip(*(columns[field.name] for field in fields(kind)), strict=True)
+    return tuple(kind(*(math.nan if value is None else value for value in row)) for row in rows)
+
+
+def rounded(value: Any) -> Any:
+    """A float to five digits, or None if it is not finite; anything else as it is."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

@@ -1,0 +1,203 @@
+"""The study's results as Markdown: every table a function of the results, and the page of them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from symtele_cuda.experiments.study.jobs import PLAIN, STATES, TELEPORTED
+from symtele_cuda.experiments.study.results import Best, Choice, Harm, Outcome, Rate, Spread, States, Target, Verdict
+from symtele_cuda.experiments.study.summary import Summary
+
+NONE = "-"
+HEAD = """# Is it worth it?
+
+Training without and with teleports, the defaults of `Teleporter`: four in epoch 0. The rate of every optimizer is
+chosen by the train loss at the end on a seed of its own, without and with teleports separately; all numbers are of the
+other seeds, mean ± standard deviation, where a share such as (3 of 5) says that the others did not get there. Seconds
+are of training with its teleports, without the measurements; losses are looked at every so many iterations, and a time
+to a loss is that of the first look at which it was no larger. ≤ and ≥: the rate is the lowest or the highest tried.
+"""
+EDGES = {"": "", "lowest": "≤ ", "highest": "≥ "}
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A GitHub-flavoured table, numbers to the right."""
+    lines = [header, ["---", *("--:" for _ in header[1:])], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def page(summaries: Iterable[Summary]) -> str:
+    """All tables, problem by problem."""
+    return "\n\n".join([HEAD.rstrip(), *(section(summary) for summary in summaries)])
+
+
+def section(summary: Summary) -> str:
+    """The tables of one problem."""
+    made = ", ".join(f"{count} runs: {by}" for by, count in summary.made.items())
+    parts = [
+        f"## {summary.problem}",
+        f"Data: {summary.data}. Seeds {_list(summary.seeds)}. Made by {made}.",
+        verdict_table(summary.verdicts),
+        "### Every optimizer at its best rate",
+        worth_table(summary.worth),
+        "### Harm",
+        harm_sentence(summary.harm),
+        harm_table(summary.harm),
+    ]
+    if summary.sgd:
+        parts += ["### SGD, rate by rate", rate_table(summary.sgd)]
+    if summary.states:
+        parts += [f"### The optimizer's state, seeds {_list(summary.state_seeds)}", state_table(summary.states)]
+    return "\n\n".join(parts)
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    rows = [
+        [verdict.quantity, _best(verdict.plain), _best(verdict.teleported), _number(verdict.ratio, ".2f")]
+        for verdict in verdicts
+    ]
+    return markdown(("best of all optimizers", PLAIN, TELEPORTED, "teleported / plain"), rows)
+
+
+def worth_table(outcomes: Sequence[Outcome]) -> str:
+    """A row for each optimizer and arm; ≤ or ≥ before a rate: it is the lowest or highest tried."""
+    targets = [target.loss for target in outcomes[0].targets]
+    header = (
+        "optimizer",
+        "rate",
+        *(f"s (epochs) to {loss:g}" for loss in targets),
+        "train loss",
+        "validation loss",
+        "accuracy",
+        "s in all",
+    )
+    rows = [
+        [
+            f"{outcome.optimizer}, {outcome.arm}",
+            _rate(outcome.choice),
+            *(_target(target) for target in outcome.targets),
+            _spread(outcome.train_loss),
+            _spread(outcome.validation_loss),
+            _spread(outcome.accuracy, percent=True),
+            _spread(outcome.seconds),
+        ]
+        for outcome in outcomes
+    ]
+    return markdown(header, rows)
+
+
+def harm_table(harms: Sequence[Harm]) -> str:
+    """A row for each optimizer and rate; harm is in bold."""
+    header = (
+        "optimizer, rate",
+        "plain runs diverged",
+        "teleported",
+        "worst train loss, teleported / plain",
+        "at epoch",
+        "plain loss there",
+    )
+    rows = [
+        [
+            f"{harm.optimizer}, {harm.lr:g}",
+            f"{harm.plain_diverged} of {harm.seeds}",
+            _bold(f"{harm.teleported_diverged} of {harm.seeds}", harm.harmed_seeds > 0),
+            _bold(_number(harm.ratio, ".3f"), harm.curve_is_higher),
+            _number(harm.epoch, ".3g"),
+            _number(harm.plain_loss, ".2g"),
+        ]
+        for harm in harms
+    ]
+    return markdown(header, rows)
+
+
+def harm_sentence(harms: Sequence[Harm]) -> str:
+    """How many of the rates did harm."""
+    diverged = sum(harm.harmed_seeds for harm in harms)
+    higher = sum(harm.curve_is_higher for harm in harms)
+    return (
+        f"{diverged} of {sum(harm.seeds for harm in harms)} runs diverged only with teleports; at {higher} of "
+        f"{len(harms)} rates the mean train loss was somewhere after the teleports more than 2 % above the plain one."
+    )
+
+
+def rate_table(rates: Sequence[Rate]) -> str:
+    """A row for each rate of one optimizer."""
+    header = (
+        "rate",
+        "train loss, plain",
+        "teleported",
+        "time to plain's last loss, share of plain's",
+        "accuracy, plain",
+        "teleported",
+        "rise at a teleport, mean",
+        "largest",
+        "gone 100 iterations later",
+    )
+    rows = [
+        [
+            f"{rate.lr:g}",
+            _spread(rate.plain_loss),
+            _spread(rate.teleported_loss),
+            _spread(rate.share, percent=True),
+            _spread(rate.plain_accuracy, percent=True),
+            _spread(rate.teleported_accuracy, percent=True),
+            _number(rate.mean_rise, ".1%"),
+            _number(rate.largest_rise, ".1%"),
+            f"{rate.gone} of {rate.teleports}",
+        ]
+        for rate in rates
+    ]
+    return markdown(header, rows)
+
+
+def state_table(states: Sequence[States]) -> str:
+    """A row for each optimizer and rate: the train loss at the end."""
+    rows = [
+        [f"{entry.optimizer}, {entry.lr:g}", *(_spread(entry.losses[arm]) for arm in (PLAIN, *STATES))]
+        for entry in states
+    ]
+    return markdown(("optimizer, rate", PLAIN, *STATES), rows)
+
+
+def _list(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _best(best: Best | None) -> str:
+    return "not reached" if best is None else f"{_spread(best.value)} ({best.optimizer}, {best.lr:g})"
+
+
+def _rate(choice: Choice) -> str:
+    if choice.lr is None:
+        return NONE
+    return f"{EDGES[choice.edge]}{choice.lr:g}"
+
+
+def _target(target: Target) -> str:
+    if target.seconds.count == 0:
+        return NONE
+    return f"{_spread(target.seconds)} ({target.epochs.mean:.3g})"
+
+
+def _spread(spread: Spread, percent: bool = False) -> str:
+    """mean ± deviation, and over how many of the seeds if not all."""
+    if spread.count == 0:
+        return NONE
+    scale, unit = (100, " %") if percent else (1, "")
+    mean, deviation = _digits(scale * spread.mean, 3), _digits(scale * spread.deviation, 1)
+    share = "" if spread.count == spread.of else f" ({spread.count} of {spread.of})"
+    return f"{mean} ± {deviation}{unit}{share}"
+
+
+def _digits(value: float, digits: int) -> str:
+    """To so many significant digits, or all those before the point."""
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def _number(value: float, form: str) -> str:
+    return NONE if math.isnan(value) else format(value, form)
+
+
+def _bold(text: str, condition: bool) -> str:
+    return f"**{text}**" if condition else text

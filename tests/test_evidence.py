@@ -1,0 +1,206 @@
+"""The page of experiments says what the committed numbers say, and the script that makes them runs what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import evidence, evidence_tables
+from bench.evidence import ROWS, Place, Row
+from bench.evidence_files import as_text, read
+from symtele_cuda import __main__ as command_line
+from symtele_cuda.experiments import planar
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = evidence_tables.PAGE.read_text(encoding="utf-8")
+LARGEST = 300_000  # bytes of one file of numbers
+# Empty once every row has been run; a name that is here though its numbers are there fails as well.
+NOT_RUN_YET = {
+    "mnist-paper-one-published",
+    "mnist-paper-several",
+    "mnist-paper-several-published",
+    "mnist-one",
+    "mnist-one-published",
+    "mnist-six",
+    "mnist-six-published",
+    "mnist-several",
+    "mnist-several-published",
+    "spike-batch-200",
+    "trade",
+    "minima",
+    "study",
+}
+needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs symtele_cuda[demo]")
+
+
+def numbers(name: str) -> dict:
+    return read(evidence_tables.FOLDER / f"{name}.json")
+
+
+def run_rows() -> list[Row]:
+    return [row for row in ROWS if row.name not in NOT_RUN_YET]
+
+
+def place_at(folder: Path) -> Place:
+    return Place(folder, folder / "figures", folder / "results", data_dir=None, data=None)
+
+
+# --- the page and the committed numbers ------------------------------------------------------------------------------
+
+
+def test_the_page_s_tables_are_made_from_the_numbers() -> None:
+    assert evidence_tables.filled(PAGE, evidence_tables.FOLDER) == PAGE
+
+
+def test_every_row_has_its_command_its_table_and_its_figures_on_the_page() -> None:
+    for row in ROWS:
+        assert f"python -m symtele_cuda {row.command}" in PAGE
+        assert f"<!-- table {row.name} -->" in PAGE, row.name
+        assert re.search(rf"\(figures/{row.name}[\w-]*\.png\)", PAGE), row.name
+        arguments = [*row.arguments, *(["--data-dir", "DIR"] if row.data else [])]
+        assert command_line.make_parser().parse_args(arguments).command == row.command
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+def test_every_row_that_was_run_has_its_numbers_made_by_its_command() -> None:
+    made = {path.stem for path in evidence_tables.FOLDER.glob("*.json")}
+    assert made == {row.name for row in run_rows()}
+    for row in run_rows():
+        document = numbers(row.name)
+        assert document["row"] == row.name and document["arguments"] == list(row.arguments)
+        assert (document["data"] is not None) == row.data
+        assert (evidence_tables.FOLDER / f"{row.name}.json").stat().st_size < LARGEST, row.name
+
+
+def test_every_figure_on_the_page_exists() -> None:
+    named = set(re.findall(r"\(figures/([\w-]+)\.png\)", PAGE))
+    pending = {name for name in named if name in NOT_RUN_YET}
+    assert len(named) > len(ROWS)
+    missing = {name for name in named - pending if not (ROOT / "docs" / "figures" / f"{name}.png").is_file()}
+    assert missing == set()
+
+
+def test_the_stand_in_for_the_full_set_is_named() -> None:
+    for row in run_rows():
+        if row.data and row.name != "study":
+            assert numbers(row.name)["settings"]["data"] in numbers(row.name)["data"]
+
+
+def test_rosenbrock_and_booth_show_what_they_must() -> None:
+    for name, bound in (("rosenbrock", 1e-6), ("booth", None)):
+        runs = numbers(name)["runs"]
+        (plain,) = [run["losses"][-1] for run in runs if run["label"] == planar.PLAIN]
+        teleported = [run["losses"][-1] for run in runs if run["label"] == planar.ASCENT]
+        assert len(teleported) == 5
+        assert max(teleported) < (plain / 10 if bound is None else bound)
+
+
+def test_the_run_that_diverges_in_the_source_completes_here() -> None:
+    document = numbers("mnist-batch-200")
+    ends = {run["label"]: run["epochs"][-1] for run in document["runs"]}
+    lost = [label for label, end in ends.items() if end["train_loss"] is None]
+    assert len(lost) == 1 and lost[0].endswith("rate 0.01")
+    ours = next(end for label, end in ends.items() if label.endswith("lookahead"))
+    assert ours["epoch"] == document["settings"]["training"]["epochs"]
+    assert ours["train_loss"] < ends["plain"]["train_loss"]
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_comes_back_rounded(tmp_path: Path) -> None:
+    point = {"at": [1, 2], "loss": math.pi, "note": None, "seen": True}
+    runs = [
+        {"label": "a", "points": [{"epoch": epoch, **point} for epoch in (3, 4, 5)], "ends": [[1.0, 2.0], [3.0, 4.0]]},
+        {"label": "b", "points": [{"epoch": epoch, **point} for epoch in (3, 3, 4)], "ends": []},
+        {"label": "c", "points": [{"epoch": 0, **point, "inner": [point, point]}] * 2, "ends": [{}, {}]},
+    ]
+    document = {"row": "x", "settings": {"rates": [1e-12, 0.1234567]}, "runs": runs, "data": None}
+    path = tmp_path / "x.json"
+    path.write_text(as_text(document), encoding="utf-8")
+    expected = json.loads(json.dumps(document).replace(str(math.pi), "3.1416").replace("0.1234567", "0.12346"))
+    assert read(path) == expected
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 10  # one for each entry and each run
+    with pytest.raises(ValueError, match="Out of range float values"):
+        as_text({"loss": math.nan})
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+
+
+@needs_matplotlib
+def test_a_row_is_run_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row, place = Row("other-name", ("booth", "--seeds", "1"), minutes=0.1), place_at(tmp_path)
+    assert evidence.run([row], place, processes=1) == []
+    document = read(place.numbers(row))
+    assert document["arguments"] == ["booth", "--seeds", "1"] and len(document["runs"]) == 3
+    assert {path.name for path in place.figures.iterdir()} == {"other-name_curves.png", "other-name_trajectory.png"}
+    assert evidence.is_done(row, place) and not evidence.is_done(replace(row, arguments=("booth",)), place)
+    assert "(1 of 1" in capsys.readouterr().err
+    assert evidence.run([row], place, processes=1) == []
+    assert "done before" in capsys.readouterr().err
+    evidence.forget([row], place)
+    assert not evidence.is_done(row, place) and not (place.work / row.name).exists()
+
+
+def test_a_row_that_fails_says_why_and_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(words: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        folder = Path(words[words.index("--out") + 1])
+        if "bad" in words:
+            (folder / "errors.txt").write_text("progress\nerror: no such thing\n", encoding="utf-8")
+            return subprocess.CompletedProcess(words, 2)
+        (folder / f"{words[3]}.json").write_text('{"runs": []}', encoding="utf-8")
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", command)
+    rows = [
+        Row("wrong", ("bad",), minutes=2),
+        Row("right", ("good",), minutes=1),
+        Row("alone", ("good",), minutes=9, alone=True),
+        Row("digits", ("good",), minutes=1, data=True),
+    ]
+    place = place_at(tmp_path)
+    assert evidence.run(rows, place, processes=2) == ["wrong"]
+    said = capsys.readouterr().err
+    assert "wrong: FAILED: error: no such thing" in said
+    assert "digits: left out, it needs --data-dir" in said
+    assert {path.stem for path in place.results.iterdir()} == {"right", "alone"}
+    assert said.index("alone: good") > said.index("right: done")
+
+
+def test_rows_made_on_other_data_are_run_again(tmp_path: Path) -> None:
+    row = Row("mnist", ("mnist",), minutes=1, data=True)
+    small = replace(place_at(tmp_path), data="t10k, 10000 samples")
+    small.results.mkdir()
+    small.numbers(row).write_text(as_text(small.origin(row)), encoding="utf-8")
+    assert evidence.is_done(row, small)
+    assert not evidence.is_done(row, replace(small, data="train, 60000 samples"))
+
+
+def test_the_quick_profile_stays_in_its_folder(tmp_path: Path) -> None:
+    quick = Place.make(tmp_path, quick=True, data_dir=None)
+    assert quick.results.parent == quick.figures.parent == tmp_path
+    for row in ROWS:
+        short = row.in_short()
+        arguments = [*short.arguments, *(["--data-dir", "DIR"] if row.data else [])]
+        assert command_line.make_parser().parse_args(arguments).command == row.command
+
+
+def test_the_table_of_a_run_that_diverges() -> None:
+    epochs = [
+        {"epoch": e, "train_loss": loss, "validation_loss": loss, "validation_accuracy": 0.5}
+        for e, loss in ((0, 1.0), (1, None))
+    ]
+    teleport = {"position": 0.5, "gradient_norm_before": 1.0, "gradient_norm_after": 3.0}
+    run = {"label": "plain", "epochs": epochs, "teleports": [teleport]}
+    line = evidence_tables.training_table({"runs": [run]}).splitlines()[-1]
+    assert line == "| plain | 1 | inf | inf | 50.00% | ×3 | +inf% |"
