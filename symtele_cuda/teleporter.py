@@ -65,7 +65,7 @@ class _Progress:
 class Teleporter:
     """Teleports a model in its training loop, with one line at the top of the loop's body:
 
-        teleporter = Teleporter(model, optimizer, schedule=Schedule(epochs=[1], teleports_per_epoch=4))
+        teleporter = Teleporter(model, optimizer)
         for epoch in range(epochs):
             for batch in loader:
                 teleporter.step(batch, epoch=epoch)
