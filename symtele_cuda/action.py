@@ -588,16 +588,32 @@ def input_gradient(
     return linear(by_residual, formed, source=through_weight, alpha=-1.0)
 
 
-def predict(network: Network, plan: Plan, state: State, inputs: Tensor) -> Tensor:
-    """The logits of other `inputs` (N×d_0) under the state's weights, without forming them.
+@dataclass(frozen=True)
+class OtherSamples:
+    """Samples Q (N×d_0) that are not the batch's, with what no step changes of them: Q W_0ᵀ + b_0 and Q Xᵀ + 1."""
 
-    z_l = q_l R_lᵀ + r_l + (q_l B_lᵀ + 1) A_l, q_{l+1} = σ_l(z_l), q_0 = inputs.
+    inputs: Tensor
+    image: Tensor
+    overlap: Tensor
+
+    @classmethod
+    def make(cls, network: Network, inputs: Tensor, batch: Tensor) -> OtherSamples:
+        bias = network.biases[0]
+        return cls(inputs, F.linear(inputs, network.weights[0], bias), kernel(inputs, batch, bias is not None))
+
+
+def predict(network: Network, plan: Plan, state: State, others: OtherSamples) -> Tensor:
+    """The logits of `others` under the state's weights, without forming them.
+
+    z_l = q_l R_lᵀ + r_l + (q_l B_lᵀ + 1) A_l, q_{l+1} = σ_l(z_l), q_0 = Q.
     """
-    hidden = inputs
+    hidden = others.inputs
     for layer in range(len(network)):
-        output = reference_image(state, layer, hidden)
+        unchanged = layer == 0 and state.references[0] is network.weights[0]
+        output = others.image if unchanged else reference_image(state, layer, hidden)
         if (coefficients := coefficients_of(plan, state, layer)) is not None:
-            overlap = kernel(hidden, state.inputs[layer], network.biases[layer] is not None)
+            bias = network.biases[layer] is not None
+            overlap = others.overlap if layer == 0 else kernel(hidden, state.inputs[layer], bias)
             output = network.products.linear(overlap, coefficients, source=output)
         if layer < len(network) - 1:
             hidden = network.activations[layer].forward(output)

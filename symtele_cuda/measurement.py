@@ -58,7 +58,7 @@ def measure(
         loss, squared, value, ahead = _measure_with_autograd(problem, objective, network)
         if held is not None:
             networks = [network] if ahead is None else [network, network.with_parameters(ahead)]
-            on_holdout = [each.forward(held.samples)[-1] for each in networks]
+            on_holdout = [each.forward(held.others.inputs)[-1] for each in networks]
     else:
         inputs = layer_inputs(network, problem.samples, outputs)
         deltas = _backpropagate(network, outputs, output_delta)
@@ -66,13 +66,13 @@ def measure(
         loss = data_loss
         value = squared = _squared_gradient_norm(network, inputs, deltas, first_kernel)
         if held is not None:
-            held_outputs = network.forward(held.samples)
+            held_outputs = network.forward(held.others.inputs)
             on_holdout = [held_outputs[-1]]
         if isinstance(objective, Lookahead):
             steps = [delta * -objective.rate for delta in deltas]
             value = problem.loss.value(_logits_after_step(network, inputs, steps, outputs[0], first_kernel))
             if held is not None:
-                overlap = kernel(held.samples, problem.samples, network.biases[0] is not None)
+                overlap = held.others.overlap
                 on_holdout.append(_logits_after_step(network, inputs, steps, held_outputs[0], overlap))
     values = [loss, data_loss, value, squared.sqrt()]
     if held is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import products as torch_products
-from .action import Network, parameter_list
+from .action import Network, OtherSamples, parameter_list
 from .kernels import Products
 from .loss import BatchLoss, LossFunction, check_default_targets, default_loss, examine
 from .mlp import Chain, check_batch
@@ -75,7 +75,7 @@ class Problem:
 class Holdout:
     """A second batch: its samples and its loss."""
 
-    samples: Tensor
+    others: OtherSamples
     loss: BatchLoss
 
     @classmethod
@@ -94,7 +94,7 @@ class Holdout:
                 raise ValueError(f"the loss must be finite, got {value}")
         except (TypeError, ValueError) as error:
             raise type(error)(f"holdout: {error}") from error
-        return cls(samples, loss)
+        return cls(OtherSamples.make(problem.network, samples, problem.samples), loss)
 
 
 def _prepare(chain: Chain, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from .action import (
     Hindrance,
     Match,
     Network,
+    OtherSamples,
     Plan,
     State,
     Waypoint,
@@ -72,7 +73,8 @@ class Task:
         for match in self.matches:
             tensors += [match.inputs, match.gram, *([] if match.gram_inverse is None else [match.gram_inverse])]
         if self.held is not None:
-            tensors += [self.held.samples, self.held.loss.targets]
+            others = self.held.others
+            tensors += [others.inputs, others.image, others.overlap, self.held.loss.targets]
         if isinstance(objective := self.options.objective, Lookahead):
             rate = objective.rate
             tensors.append(rate if isinstance(rate, Tensor) else problem.samples.new_full((), rate))
@@ -102,7 +104,8 @@ class Task:
             for match in self.matches
         )
         if held is not None:
-            held = replace(held, samples=next(rest), loss=replace(held.loss, targets=next(rest)))
+            others = OtherSamples(next(rest), next(rest), next(rest))
+            held = replace(held, others=others, loss=replace(held.loss, targets=next(rest)))
         if isinstance(options.objective, Lookahead):
             options = replace(options, objective=Lookahead(next(rest)))
         return replace(self, problem=problem, held=held, matches=matches, options=options)
@@ -187,7 +190,7 @@ class Task:
 
     def _holdout_loss(self, state: State) -> Tensor:
         assert self.held is not None
-        return self.held.loss.value(predict(self.problem.network, self.plan, state, self.held.samples)).double()
+        return self.held.loss.value(predict(self.problem.network, self.plan, state, self.held.others)).double()
 
 
 def describe_backend(network: Network, how: str) -> str:

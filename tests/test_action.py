@@ -9,6 +9,7 @@ from networks import make_batch, make_mlp
 from symtele_cuda.action import (
     Direction,
     LayerStep,
+    OtherSamples,
     Plan,
     State,
     advance,
@@ -146,7 +147,8 @@ def test_the_state_s_weights_its_predictions_and_the_formed_weights_agree():
     for first, second in zip(parameter_list(quick), parameter_list(formed), strict=True):
         assert torch.allclose(first, second, rtol=0, atol=1e-9)
     others = make_batch(30, 20, 5, seed=9)[0]
-    assert torch.allclose(predict(problem.network, plan, moved, others), formed.forward(others)[-1], rtol=0, atol=1e-9)
+    predicted = predict(problem.network, plan, moved, OtherSamples.make(problem.network, others, problem.samples))
+    assert torch.allclose(predicted, formed.forward(others)[-1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [10.0, -10.0])

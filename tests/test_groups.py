@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import symtele_cuda as st
 from symtele_cuda import device_search
 from symtele_cuda.action import (
+    OtherSamples,
     State,
     advance,
     domain_limit,
@@ -175,7 +176,8 @@ def test_a_state_its_weights_and_its_predictions_agree(case, action, bias):
     for first, second in zip(parameter_list(weights_of(network, plan, state)), parameter_list(formed), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-8, atol=1e-9)
     others = make_batch(30, network.weights[0].shape[1], 5, seed=9)[0]
-    assert relative(predict(network, plan, state, others), formed.forward(others)[-1]) <= 1e-8
+    predicted = predict(network, plan, state, OtherSamples.make(network, others, task.problem.samples))
+    assert relative(predicted, formed.forward(others)[-1]) <= 1e-8
 
 
 # --- the gradient -------------------------------------------------------------------------------------------------
