@@ -26,7 +26,6 @@ NOT_RUN_YET = {
     "mnist-paper-one-published",
     "mnist-paper-several",
     "mnist-paper-several-published",
-    "mnist-one",
     "mnist-one-published",
     "mnist-six",
     "mnist-six-published",
@@ -34,7 +33,6 @@ NOT_RUN_YET = {
     "mnist-several-published",
     "spike-batch-200",
     "trade",
-    "minima",
     "study",
 }
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs symtele_cuda[demo]")
