@@ -80,7 +80,7 @@ def training_table(document: Document) -> str:
                 _range([final["epoch"] for final in finals], "{:g}"),
                 _range([_float(final["train_loss"]) for final in finals], "{:.3g}"),
                 *_validation(finals),
-                _range([teleport["gradient_norm_after"] / teleport["gradient_norm_before"] for teleport in teleports]),
+                _range([growth(teleport) for teleport in teleports if teleport["gradient_norm_before"] is not None]),
                 _range([worst_rise(run) for run in runs if run["teleports"]], "{:+.1%}"),
             ]
         )
@@ -94,6 +94,11 @@ def training_table(document: Document) -> str:
         "worst change of the train loss over an epoch with teleports",
     )
     return table(header, rows)
+
+
+def growth(teleport: dict[str, Any]) -> float:
+    """‖∇L‖ after a teleport over that before it."""
+    return _float(teleport["gradient_norm_after"]) / teleport["gradient_norm_before"]
 
 
 def worst_rise(run: dict[str, Any]) -> float:

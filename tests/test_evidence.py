@@ -26,12 +26,10 @@ NOT_RUN_YET = {
     "mnist-paper-one-published",
     "mnist-paper-several",
     "mnist-paper-several-published",
-    "mnist-one-published",
     "mnist-six",
     "mnist-six-published",
     "mnist-several",
     "mnist-several-published",
-    "spike-batch-200",
     "trade",
     "study",
 }
