@@ -190,6 +190,7 @@ def _schedule(options: argparse.Namespace, defaults: TeleportSettings) -> Telepo
         epochs=options.teleport_epochs,
         teleports_per_epoch=options.teleports_per_epoch,
         batch_size=options.teleport_batch_size,
+        holdout_size=options.holdout_size,
         steps=options.teleport_steps,
         step_size=options.step_size,
     )
@@ -321,6 +322,7 @@ def _add_schedule_options(parser: argparse.ArgumentParser) -> argparse._Argument
     group = _add_search_options(parser, epochs, step_size=auto_or(positive_float))
     group.add_argument("--teleports-per-epoch", type=positive_int)
     group.add_argument("--teleport-batch-size", type=auto_or(positive_int), help="a number of samples, or auto")
+    group.add_argument("--holdout-size", type=auto_or(natural), help="further samples that guard them, or auto")
     _add_device_option(parser)
     return group
 

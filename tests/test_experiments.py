@@ -380,6 +380,7 @@ def test_mnist_command(tmp_path: Path, extra: tuple[str, ...]) -> None:
     write_mnist(tmp_path, "t10k", compress=True)
     out = tmp_path / "out"
     options = ("--epochs", 2, "--teleport-epochs", "0,1", "--teleport-batch-size", 20, "--teleports-per-epoch", 1)
+    options += ("--holdout-size", 20)
     assert run_command("mnist", "--data-dir", tmp_path, "--out", out, *options, *extra) == 0
     document = results(out, "mnist")
     assert_figures(out, "mnist.png")

@@ -26,6 +26,7 @@ from symtele_cuda.experiments.study.jobs import (
     DEFAULTS,
     FULL,
     MAIN_ARMS,
+    NUDGE,
     PLAIN,
     QUICK,
     STATE_ARMS,
@@ -275,9 +276,12 @@ def test_harm_counts_what_diverged_only_with_teleports() -> None:
     assert third.ratio == pytest.approx(1.03) and third.curve_is_higher
     text = tables.harm_table([first, second, third])
     assert "**1 of 2**" in text and "**1.030**" in text and "**1.010**" not in text
-    assert tables.harm_sentence([first, second, third]).startswith(
-        "1 of 6 runs diverged only with teleports; at 1 of 3"
-    )
+    assert third.by_chance == pytest.approx(1.01) and third.beyond_chance
+    lucky = replace(third, by_chance=1.04)
+    assert lucky.curve_is_higher and not lucky.beyond_chance and "**1.030**" not in tables.harm_table([lucky])
+    sentence = tables.harm_sentence([first, second, lucky])
+    assert sentence.startswith("1 of 6 runs diverged only with teleports. At 1 of 3")
+    assert "next to nothing, it was at 1. At 0 it was higher than both." in sentence
 
 
 def test_the_rate_table_has_share_rises_and_what_is_left_of_them() -> None:
@@ -457,17 +461,18 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 @needs_extras
 def test_study_command(tmp_path: Path, in_process: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_study("--quick", "--problem", "digits", "--out", tmp_path) == 0
-    assert len(in_process) == 4
-    assert {(job.teleports, job.seed) for job in in_process} == {(t, s) for t in MAIN_ARMS.values() for s in (0, 1)}
+    assert len(in_process) == 5
+    main = {(teleports, seed) for teleports in MAIN_ARMS.values() for seed in (0, 1)}
+    assert {(job.teleports, job.seed) for job in in_process} == main | {(NUDGE, 1)}
     printed = capsys.readouterr().out
     page = (tmp_path / "study.md").read_text()
     assert page.strip() in printed and tables.page(load_summaries(tmp_path / "study.json")) == page.strip()
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert len((tmp_path / "study-digits.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "study-digits.jsonl").read_text().splitlines()) == 5
 
     (tmp_path / "study.md").unlink()
     assert run_study("--quick", "--tables", "--out", tmp_path) == 0
-    assert (tmp_path / "study.md").read_text() == page and len(in_process) == 4
+    assert (tmp_path / "study.md").read_text() == page and len(in_process) == 5
 
 
 @needs_extras
@@ -481,7 +486,7 @@ def test_study_resumes(tmp_path: Path, in_process: list[Job], capsys: pytest.Cap
     assert in_process[done:] == in_process[done - 1 : done]
     assert "dropped the last line, which an interruption has cut off" in capsys.readouterr().err
     keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
-    assert len(set(keys)) == len(keys) == 4
+    assert len(set(keys)) == len(keys) == 5
 
 
 @needs_extras
@@ -497,8 +502,8 @@ def test_failed_runs_do_not_stop_the_others(
     monkeypatch.setattr(program, "run_jobs", run_jobs)
     assert run_study("--quick", "--out", tmp_path) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "1 of 4 runs failed, the first (digits sgd 0.1 plain, seed 0) with: no way" in message
-    assert len((tmp_path / "study-digits.jsonl").read_text().splitlines()) == 3
+    assert "1 of 5 runs failed, the first (digits sgd 0.1 plain, seed 0) with: no way" in message
+    assert len((tmp_path / "study-digits.jsonl").read_text().splitlines()) == 4
 
 
 @needs_extras

@@ -15,6 +15,10 @@ PLAIN, TELEPORTED = "plain", "teleported"
 DEFAULTS = TeleportSettings()
 STATES = ("keep", "reset", "transport")
 
+# Teleports of a thousandth of the length: nothing to speak of, but two runs that differ by it part within some epochs,
+# so that it shows how far a teleported run comes from the plain one by chance.
+NUDGE = replace(DEFAULTS, steps=1, first_radius=1e-3)
+
 MAIN_ARMS: dict[str, TeleportSettings | None] = {PLAIN: None, TELEPORTED: DEFAULTS}
 STATE_ARMS: dict[str, TeleportSettings | None] = {
     PLAIN: None,
@@ -43,9 +47,15 @@ class Job:
         """The beginning of a hash of all settings."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
+    @property
+    def arm(self) -> str:
+        """What is done with the weights and the optimizer's state, in words."""
+        if self.teleports is None:
+            return PLAIN
+        return "nudged" if self.teleports == NUDGE else f"teleported, state {self.teleports.optimizer_state}"
+
     def __str__(self) -> str:
-        arm = PLAIN if self.teleports is None else f"teleported, state {self.teleports.optimizer_state}"
-        return f"{self.problem.name} {self.optimizer} {self.lr:g} {arm}, seed {self.seed}"
+        return f"{self.problem.name} {self.optimizer} {self.lr:g} {self.arm}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,11 @@ class Study:
         for optimizer, rates in self.rates.items():
             yield from self._jobs(optimizer, rates, MAIN_ARMS, (self.tuning_seed, *self.seeds))
 
+    def nudged_jobs(self) -> Iterator[Job]:
+        """All rates, with the teleports that are none, on the seeds on which harm is judged."""
+        for optimizer, rates in self.rates.items():
+            yield from self._jobs(optimizer, rates, {"": NUDGE}, self.seeds)
+
     def state_jobs(self) -> Iterator[Job]:
         """The ways with the optimizer's state, at the rates in the middle; some of these jobs are main jobs too."""
         for optimizer in STATE_OPTIMIZERS:
@@ -84,7 +99,7 @@ class Study:
 
     def jobs(self) -> list[Job]:
         """Each once."""
-        return list(dict.fromkeys((*self.main_jobs(), *self.state_jobs())))
+        return list(dict.fromkeys((*self.main_jobs(), *self.nudged_jobs(), *self.state_jobs())))
 
     def estimate(self, job: Job) -> float:
         """Seconds of about one run on one core."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from symtele_cuda.experiments.study.jobs import PLAIN, Job
+from symtele_cuda.experiments.study.jobs import Job
 
 DIGITS = 5
 
@@ -92,7 +92,7 @@ def write_line(job: Job, data: str, made: str, record: Record) -> str:
         "problem": job.problem.name,
         "optimizer": job.optimizer,
         "lr": job.lr,
-        "arm": PLAIN if job.teleports is None else job.teleports.optimizer_state,
+        "arm": job.arm,
         "seed": job.seed,
         "iterations_per_epoch": record.iterations_per_epoch,
         "refused": record.refused,

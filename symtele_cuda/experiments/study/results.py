@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from symtele_cuda.experiments.study.jobs import MAIN_ARMS, PLAIN, STATE_ARMS, STATE_OPTIMIZERS, TELEPORTED, Job, Study
+from symtele_cuda.experiments.study.jobs import (
+    MAIN_ARMS,
+    NUDGE,
+    PLAIN,
+    STATE_ARMS,
+    STATE_OPTIMIZERS,
+    TELEPORTED,
+    Job,
+    Study,
+)
 from symtele_cuda.experiments.study.records import Check, Record, Teleport
 from symtele_cuda.experiments.training import TeleportSettings
 
@@ -95,6 +104,7 @@ class Harm:
     train-loss curve is worst.
 
     ratio: of the means over the seeds that diverged in neither arm, NaN without one; epoch, plain_loss: at that check.
+    by_chance: the ratio of runs with teleports that are none, `jobs.NUDGE`, in the place of the teleported ones.
     """
 
     optimizer: str
@@ -106,11 +116,17 @@ class Harm:
     ratio: float
     epoch: float
     plain_loss: float
+    by_chance: float
 
     @property
     def curve_is_higher(self) -> bool:
         """Whether the mean train-loss curve is somewhere more than 2 % above the plain one."""
         return self.ratio > HARMLESS_RATIO
+
+    @property
+    def beyond_chance(self) -> bool:
+        """Whether it is, and higher than the curve of runs that differ from the plain ones by a nudge."""
+        return self.curve_is_higher and not self.ratio <= self.by_chance
 
 
 @dataclass(frozen=True)
@@ -307,9 +323,10 @@ def _outcome(study: Study, records: Records, optimizer: str, arm: str) -> Outcom
 
 def _harm(study: Study, records: Records, optimizer: str, lr: float) -> Harm:
     plain, teleported = _arms(study, records, optimizer, lr)
+    nudged = _select(study, records, optimizer, lr, NUDGE, study.seeds)
     pairs = list(zip(plain, teleported, strict=True))
-    sound = [(theirs, ours) for theirs, ours in pairs if not (theirs.diverged or ours.diverged)]
-    ratio, epoch, loss = worst_ratio([theirs for theirs, _ in sound], [ours for _, ours in sound])
+    ratio, epoch, loss = _worst_of_sound(plain, teleported)
+    by_chance, *_ = _worst_of_sound(plain, nudged)
     return Harm(
         optimizer,
         lr,
@@ -320,7 +337,14 @@ def _harm(study: Study, records: Records, optimizer: str, lr: float) -> Harm:
         ratio=ratio,
         epoch=epoch,
         plain_loss=loss,
+        by_chance=by_chance,
     )
+
+
+def _worst_of_sound(plain: Sequence[Record], others: Sequence[Record]) -> tuple[float, float, float]:
+    """`worst_ratio` over the seeds that diverged in neither arm."""
+    sound = [pair for pair in zip(plain, others, strict=True) if not any(record.diverged for record in pair)]
+    return worst_ratio([theirs for theirs, _ in sound], [ours for _, ours in sound])
 
 
 def _rate(study: Study, records: Records, optimizer: str, lr: float) -> Rate:

@@ -6,7 +6,18 @@ import math
 from collections.abc import Iterable, Sequence
 
 from symtele_cuda.experiments.study.jobs import PLAIN, STATES, TELEPORTED
-from symtele_cuda.experiments.study.results import Best, Choice, Harm, Outcome, Rate, Spread, States, Target, Verdict
+from symtele_cuda.experiments.study.results import (
+    HARMLESS_RATIO,
+    Best,
+    Choice,
+    Harm,
+    Outcome,
+    Rate,
+    Spread,
+    States,
+    Target,
+    Verdict,
+)
 from symtele_cuda.experiments.study.summary import Summary
 
 NONE = "-"
@@ -88,12 +99,13 @@ def worth_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def harm_table(harms: Sequence[Harm]) -> str:
-    """A row for each optimizer and rate; harm is in bold."""
+    """A row for each optimizer and rate; harm, and what is worse than chance makes it, is in bold."""
     header = (
         "optimizer, rate",
         "plain runs diverged",
         "teleported",
         "worst train loss, teleported / plain",
+        "by chance",
         "at epoch",
         "plain loss there",
     )
@@ -102,7 +114,8 @@ def harm_table(harms: Sequence[Harm]) -> str:
             f"{harm.optimizer}, {harm.lr:g}",
             f"{harm.plain_diverged} of {harm.seeds}",
             _bold(f"{harm.teleported_diverged} of {harm.seeds}", harm.harmed_seeds > 0),
-            _bold(_number(harm.ratio, ".3f"), harm.curve_is_higher),
+            _bold(_number(harm.ratio, ".3f"), harm.beyond_chance),
+            _number(harm.by_chance, ".3f"),
             _number(harm.epoch, ".3g"),
             _number(harm.plain_loss, ".2g"),
         ]
@@ -115,9 +128,13 @@ def harm_sentence(harms: Sequence[Harm]) -> str:
     """How many of the rates did harm."""
     diverged = sum(harm.harmed_seeds for harm in harms)
     higher = sum(harm.curve_is_higher for harm in harms)
+    by_chance = sum(harm.by_chance > HARMLESS_RATIO for harm in harms)
+    beyond = sum(harm.beyond_chance for harm in harms)
     return (
-        f"{diverged} of {sum(harm.seeds for harm in harms)} runs diverged only with teleports; at {higher} of "
-        f"{len(harms)} rates the mean train loss was somewhere after the teleports more than 2 % above the plain one."
+        f"{diverged} of {sum(harm.seeds for harm in harms)} runs diverged only with teleports. "
+        f"At {higher} of {len(harms)} rates the mean train loss was somewhere after the teleports more than 2 % above "
+        "the plain one; with teleports of a thousandth of the length, which change next to nothing, it was at "
+        f"{by_chance}. At {beyond} it was higher than both."
     )
 
 
