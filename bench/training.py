@@ -84,12 +84,12 @@ SHAPES = {
         _MNIST,
         TrainingSettings(8, 20, "sgd", 0.01),
         must_loss_ratio=0.4,
-        published_rate=1e-3,
+        published_rate=1e-2,
         target_loss=0.3,
         must_seconds_ratio=1.0,
     ),
     "mnist-0.1": Shape(
-        _MNIST, TrainingSettings(8, 20, "sgd", 0.1), must_loss_ratio=0.6, published_rate=3e-4, target_loss=0.05
+        _MNIST, TrainingSettings(8, 20, "sgd", 0.1), must_loss_ratio=0.6, published_rate=3e-3, target_loss=0.05
     ),
 }
 # 50 samples are what the always dark pixels of these images allow.
@@ -98,7 +98,7 @@ DIGITS = {
         (64, 128, 128, 10),
         TrainingSettings(20, 20, "sgd", 0.05),
         must_loss_ratio=0.4,
-        published_rate=3e-3,
+        published_rate=1e-2,
         target_loss=0.1,
         must_seconds_ratio=1.0,
         data="digits",
