@@ -25,7 +25,6 @@ TELEPORT_TEXT = """## A teleport of ten steps
 measured right before in the same run; set-up and the writing of the weights included. The published algorithm (SVD
 pseudo-inverse per layer and step, first-order inverse, double backward) is written in `bench/baselines.py` in two
 readings: as its authors' program differentiates, through everything, and leaner, with ∇L taken at fixed weights.
-Measured before the search was rewritten on the fused operations of the CUDA kernels; to be measured again.
 """
 TRAINING_TEXT = """## Training on MNIST digits
 
