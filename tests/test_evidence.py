@@ -29,7 +29,6 @@ NOT_RUN_YET = {
     "mnist-six-published",
     "mnist-several-published",
     "trade",
-    "study",
 }
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs symtele_cuda[demo]")
 
