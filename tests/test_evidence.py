@@ -28,7 +28,6 @@ NOT_RUN_YET = {
     "mnist-paper-several-published",
     "mnist-six-published",
     "mnist-several-published",
-    "trade",
 }
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs symtele_cuda[demo]")
 
