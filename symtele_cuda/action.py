@@ -26,8 +26,9 @@ Nothing here reads a value back from the device: what may hinder a step comes as
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from torch import Tensor
 from . import products as torch_products
 from .activations import Activation
 from .kernels import Products
-from .pinv import MAX_CONDITION, factorize, is_thin
+from .pinv import MAX_CONDITION, Factorization, factorize, factorize_by_inverse, is_thin
 
 # A step towards the edge of σ⁻¹'s domain goes at most this share of the way there.
 DOMAIN_SHARE = 0.5
@@ -69,12 +70,19 @@ class Network:
         pairs = [(next(tensors), None if bias is None else next(tensors)) for bias in self.biases]
         return replace(self, weights=tuple(weight for weight, _ in pairs), biases=tuple(bias for _, bias in pairs))
 
-    def forward(self, inputs: Tensor) -> list[Tensor]:
-        """The pre-activations Y_0, …, Y_{M−1} of `inputs` (n×d_0)."""
-        outputs = [F.linear(inputs, self.weights[0], self.biases[0])]
-        for weight, bias, activation in zip(self.weights[1:], self.biases[1:], self.activations, strict=True):
-            outputs.append(F.linear(activation.forward(outputs[-1]), weight, bias))
+    def forward(self, inputs: Tensor, known: Sequence[Tensor] = ()) -> list[Tensor]:
+        """The pre-activations Y_0, …, Y_{M−1} of `inputs` (n×d_0); `known` are the first of them."""
+        outputs = list(known)
+        for layer in range(len(known), len(self)):
+            batch = inputs if layer == 0 else self.activations[layer - 1].forward(outputs[-1])
+            outputs.append(F.linear(batch, self.weights[layer], self.biases[layer]))
         return outputs
+
+    def layers_in_common(self, other: Network) -> int:
+        """How many of the first layers have the very tensors of `other`."""
+        pairs = zip(self.weights, other.weights, strict=True), zip(self.biases, other.biases, strict=True)
+        same = (w is v and b is c for (w, v), (b, c) in zip(*pairs, strict=True))
+        return next((layer for layer, equal in enumerate(same) if not equal), len(self))
 
 
 def parameter_list(network: Network, requires_grad: bool = False) -> list[Tensor]:
@@ -151,6 +159,11 @@ class Plan:
         """Whether a step changes R_l."""
         return self.carried[layer] or self.scales_reference(layer)
 
+    def keeps_image(self, layer: int) -> bool:
+        """Whether no step changes B_l R_lᵀ + r_l. With the first-order inverse an input may drift that is not moved."""
+        keeps_input = layer == 0 or not (self.moved[layer - 1] or self.first_order_inverse)
+        return keeps_input and not self.changes_reference(layer)
+
     def changes_offset(self, layer: int) -> bool:
         """Whether a step changes r_l, where the layer has one."""
         return self.scaled[layer] and not self.zero_reference[layer]
@@ -162,8 +175,8 @@ class State:
 
     inputs B_l, targets Y_l, references R_l and offsets r_l (None is zero), grams K_l, gram_inverses K_l⁻¹, coefficients
     A_l, slopes σ_l'(Y_l), and formed: W_l' itself for thin layers (with fewer outputs than half the samples), where
-    products with it are cheaper than those with n×n matrices. first_image: X R_0ᵀ + r_0 of the start, which no step
-    changes where layer 0 absorbs.
+    products with it are cheaper than those with n×n matrices. images: B_l R_lᵀ + r_l of the layers where no step
+    changes it.
     """
 
     inputs: tuple[Tensor, ...]
@@ -175,7 +188,7 @@ class State:
     coefficients: tuple[Tensor | None, ...]
     slopes: tuple[Tensor, ...]
     formed: tuple[Tensor | None, ...]
-    first_image: Tensor
+    images: tuple[Tensor | None, ...]
 
     @property
     def logits(self) -> Tensor:
@@ -207,6 +220,12 @@ class Match:
     gram_inverse: Tensor | None = None
     rank: int | None = None
     condition: float | None = None
+
+    def factorization(self, bias: bool, products: Products) -> Factorization | None:
+        """What `factorize` would work out again; None where the input is not matched, and for float64."""
+        if self.gram_inverse is None or self.inputs.dtype != torch.float32:
+            return None
+        return factorize_by_inverse(self.inputs, bias, products, self.gram, self.gram_inverse)
 
 
 @dataclass(frozen=True)
@@ -273,7 +292,10 @@ def initial_state(network: Network, plan: Plan, outputs: Sequence[Tensor], match
         coefficients=tuple(coefficients),
         slopes=tuple(a.derivative(y) for a, y in zip(network.activations, outputs, strict=False)),
         formed=tuple(_form_thin(network, *parts) for parts in zip(inputs, references, coefficients, strict=True)),
-        first_image=torch.zeros_like(outputs[0]) if plan.zero_reference[0] else outputs[0],
+        images=tuple(
+            None if not plan.keeps_image(layer) else torch.zeros_like(output) if plan.zero_reference[layer] else output
+            for layer, output in enumerate(outputs)
+        ),
     )
 
 
@@ -438,7 +460,7 @@ def advance(
         _let_drift(network, plan, inputs, targets, references, offsets, slopes)
     hindrances += _factorize_moved(network, plan, state, inputs, grams, inverses)
     coefficients = [
-        _coefficients(network, plan, layer, inputs, targets, references, offsets, inverses)
+        _coefficients(network, plan, layer, inputs, targets, references, offsets, inverses, state.images)
         for layer in range(len(network))
     ]
     trial = State(
@@ -451,7 +473,7 @@ def advance(
         coefficients=tuple(coefficients),
         slopes=tuple(slopes),
         formed=tuple(_form_thin(network, *parts) for parts in zip(inputs, references, coefficients, strict=True)),
-        first_image=state.first_image,
+        images=state.images,
     )
     return trial, tuple(hindrances)
 
@@ -477,7 +499,11 @@ def _scale(
 
 
 def form_weights(
-    network: Network, plan: Plan, start: State, goal: Waypoint
+    network: Network,
+    plan: Plan,
+    start: State,
+    goal: Waypoint,
+    known: Mapping[int, Factorization] = MappingProxyType({}),
 ) -> tuple[Network, list[Tensor], tuple[Hindrance, ...]]:
     """The weights [R, r] + Eᵀ P(B) that turn the batch of `start` into the targets of `goal` layer by layer, and what
     they produce.
@@ -485,28 +511,32 @@ def form_weights(
     B is the activation that the new weights really produce, so that a layer mends the rounding of those before it,
     and an output layer that absorbs is corrected once more: then the logits keep the precision of the arithmetic, not
     of P. The pre-activations returned are those of the weights returned, not the targets. Where a hindrance holds,
-    neither is of use.
+    neither is of use. `known` are factorizations of the inputs at the start, by layer.
     """
     weights, biases = list(network.weights), list(network.biases)
-    inputs = start.inputs[0]
-    image: Tensor | None = start.first_image  # B Rᵀ + r where it is known
     outputs: list[Tensor] = []
     hindrances: list[Hindrance] = []
+    as_at_start = True  # whether all layers so far have kept their weights, and so this one its input
     for layer, (target, reference, offset) in enumerate(zip(goal.targets, goal.references, goal.offsets, strict=True)):
-        if layer > 0:
-            inputs, image = network.activations[layer - 1].forward(outputs[-1]), None
         weight, bias = weights[layer], biases[layer]
+        keeps_weight = not plan.absorbs[layer] and reference is weight and offset is bias
+        if as_at_start and keeps_weight:
+            outputs.append(start.targets[layer])
+            continue
+        inputs = start.inputs[layer] if as_at_start else network.activations[layer - 1].forward(outputs[-1])
+        image = start.images[layer] if as_at_start else None  # B Rᵀ + r where it is known
         weight = torch.zeros_like(weight) if reference is None else reference
         if bias is not None:
             bias = torch.zeros_like(bias) if offset is None else offset
         if plan.absorbs[layer]:
-            found = factorize(inputs, bias is not None, network.products)
+            found = known.get(layer) if as_at_start else None
+            found = factorize(inputs, bias is not None, network.products) if found is None else found
             hindrances.append((found.info != 0, "the activations of the batch lost their full row rank"))
             for _ in range(2 if layer == len(network) - 1 else 1):
                 image = F.linear(inputs, weight, bias) if image is None else image
                 (weight, bias), image = found.update(weight, bias, target - image), None
-        weights[layer], biases[layer] = weight, bias
-        outputs.append(F.linear(inputs, weights[layer], biases[layer]))
+        weights[layer], biases[layer], as_at_start = weight, bias, False
+        outputs.append(F.linear(inputs, weight, bias))
     return replace(network, weights=tuple(weights), biases=tuple(biases)), outputs, tuple(hindrances)
 
 
@@ -514,9 +544,9 @@ def coefficients_of(plan: Plan, state: State, layer: int) -> Tensor | None:
     """A_l, None where the layer does not absorb; that of layer 0, for which the search has no use, is worked out
     here."""
     if layer == 0 and plan.absorbs[0]:
-        inverse = state.gram_inverses[0]
-        assert inverse is not None
-        return inverse @ (state.targets[0] - state.first_image)
+        inverse, image = state.gram_inverses[0], state.images[0]
+        assert inverse is not None and image is not None
+        return inverse @ (state.targets[0] - image)
     return state.coefficients[layer]
 
 
@@ -590,16 +620,16 @@ def input_gradient(
 
 @dataclass(frozen=True)
 class OtherSamples:
-    """Samples Q (N×d_0) that are not the batch's, with what no step changes of them: Q W_0ᵀ + b_0 and Q Xᵀ + 1."""
+    """Samples Q (N×d_0) that are not the batch's, their pre-activations at the start, and Q Xᵀ + 1."""
 
     inputs: Tensor
-    image: Tensor
+    outputs: tuple[Tensor, ...]
     overlap: Tensor
 
     @classmethod
     def make(cls, network: Network, inputs: Tensor, batch: Tensor) -> OtherSamples:
-        bias = network.biases[0]
-        return cls(inputs, F.linear(inputs, network.weights[0], bias), kernel(inputs, batch, bias is not None))
+        overlap = kernel(inputs, batch, network.biases[0] is not None)
+        return cls(inputs, tuple(network.forward(inputs)), overlap)
 
 
 def predict(network: Network, plan: Plan, state: State, others: OtherSamples) -> Tensor:
@@ -607,14 +637,14 @@ def predict(network: Network, plan: Plan, state: State, others: OtherSamples) ->
 
     z_l = q_l R_lᵀ + r_l + (q_l B_lᵀ + 1) A_l, q_{l+1} = σ_l(z_l), q_0 = Q.
     """
-    hidden = others.inputs
+    hidden, as_at_start = others.inputs, True
     for layer in range(len(network)):
-        unchanged = layer == 0 and state.references[0] is network.weights[0]
-        output = others.image if unchanged else reference_image(state, layer, hidden)
+        as_at_start = as_at_start and state.references[layer] is network.weights[layer]
+        output = others.outputs[layer] if as_at_start else reference_image(state, layer, hidden)
         if (coefficients := coefficients_of(plan, state, layer)) is not None:
             bias = network.biases[layer] is not None
             overlap = others.overlap if layer == 0 else kernel(hidden, state.inputs[layer], bias)
-            output = network.products.linear(overlap, coefficients, source=output)
+            output, as_at_start = network.products.linear(overlap, coefficients, source=output), False
         if layer < len(network) - 1:
             hidden = network.activations[layer].forward(output)
     return output
@@ -679,14 +709,17 @@ def _coefficients(
     references: Sequence[Tensor | None],
     offsets: Sequence[Tensor | None],
     inverses: Sequence[Tensor | None],
+    images: Sequence[Tensor | None],
 ) -> Tensor | None:
     """A_l = K_l⁻¹ E_l, E_l = Y_l − B_l R_lᵀ − r_l; None where the layer does not absorb or is the first (nothing asks
     for it)."""
-    inverse, reference = inverses[layer], references[layer]
+    inverse, reference, image = inverses[layer], references[layer], images[layer]
     if layer == 0 or not plan.absorbs[layer] or inverse is None:
         return None
     linear, residual = network.products.linear, targets[layer]
-    if reference is not None:
+    if image is not None:
+        residual = residual - image
+    elif reference is not None:
         residual = linear(inputs[layer], reference.T, source=residual, row=offsets[layer], alpha=-1.0)
     return linear(inverse, residual)
 

@@ -193,14 +193,14 @@ def _pull_back_wide(
     by_target, by_inputs, by_gram = seeds.targets.get(layer), seeds.inputs.get(layer), seeds.grams.get(layer)
     if coefficients is not None and mixing is not None:
         by_mixing = products.linear(by_back, batch.T)
-        by_residual, overlap, image = _through_residual(network, state, backward, seeds, layer, by_mixing)
+        by_residual, overlap, image = _through_residual(network, state, backward, seeds, layer, by_mixing, moved)
         by_target = add(by_target, by_residual)
         if not last:
             seed = seeds.deltas[layer]
             if reference is not None:
                 seed = products.linear(by_back, reference.T, source=seed)
             by_delta = products.masked(by_mixing, coefficients, seed, state.slopes[layer])
-        if moved:
+        if overlap is not None:
             symmetric = overlap + overlap.T
             by_gram = symmetric.mul_(-0.5) if by_gram is None else torch.sub(by_gram, symmetric, alpha=0.5)
             by_inputs = products.linear(mixing.T, by_back, source=by_inputs)
@@ -214,9 +214,15 @@ def _pull_back_wide(
 
 
 def _through_residual(
-    network: Network, state: State, backward: Backpropagation, seeds: Seeds, layer: int, by_mixing: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """∂f/∂E = K⁻¹ ∂f/∂A, the overlap ∂f/∂E Aᵀ = −∂f/∂K, and ∂f/∂E R (None where R is zero).
+    network: Network,
+    state: State,
+    backward: Backpropagation,
+    seeds: Seeds,
+    layer: int,
+    by_mixing: Tensor,
+    moved: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """∂f/∂E = K⁻¹ ∂f/∂A; and if the layer's input is moved the overlap ∂f/∂E Aᵀ = −∂f/∂K, and ∂f/∂E R unless R is zero.
 
     ∂f/∂A = ∂f/∂Sᵀ δ + the seed, and S = δAᵀ. Without a seed all three follow from the n×n matrix C = K⁻¹ ∂f/∂Sᵀ, as
     C δ, C S and C (δR). A product with R is the dearest of all where the batch is small, and δR is at hand.
@@ -225,10 +231,12 @@ def _through_residual(
     seed, coefficients, reference = seeds.coefficients.get(layer), state.coefficients[layer], state.references[layer]
     delta, mixing, through = backward.deltas[layer], backward.mixings[layer], backward.through_references[layer]
     assert coefficients is not None and mixing is not None
-    if seed is None:
+    if seed is None and moved:
         carrier = residual_gradient(network, state, layer, by_mixing.T)
         return linear(carrier, delta), linear(carrier, mixing), None if through is None else linear(carrier, through)
     by_residual = residual_gradient(network, state, layer, linear(by_mixing.T, delta, source=seed))
+    if not moved:
+        return by_residual, None, None
     seed_image = seeds.coefficient_images.get(layer)
     overlap = linear(by_residual, coefficients.T)
     if seed_image is not None and through is not None:

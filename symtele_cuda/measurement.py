@@ -66,7 +66,8 @@ def measure(
         loss = data_loss
         value = squared = _squared_gradient_norm(network, inputs, deltas, first_kernel)
         if held is not None:
-            held_outputs = network.forward(held.others.inputs)
+            known = held.others.outputs[: network.layers_in_common(problem.network)]
+            held_outputs = network.forward(held.others.inputs, known)
             on_holdout = [held_outputs[-1]]
         if isinstance(objective, Lookahead):
             steps = [delta * -objective.rate for delta in deltas]

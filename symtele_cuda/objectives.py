@@ -155,8 +155,9 @@ def _seeds(network: Network, plan: Plan, state: State, trial: _TrialStep, output
     seeds, adjoint = Seeds(), output_gradient
     for layer in range(len(network) - 1, 0, -1):
         overlap, reference = trial.overlaps[layer], state.references[layer]
-        by_hidden, by_change, by_inputs = overlap.pull_back(adjoint)
-        if reference is not None and IMAGE_PRODUCTS * len(adjoint) <= len(reference):
+        moved = plan.moved[layer - 1]
+        by_hidden, by_change, by_inputs = overlap.pull_back(adjoint, moved)
+        if reference is not None and moved and IMAGE_PRODUCTS * len(adjoint) <= len(reference):
             through_reference = linear(adjoint, reference)
             seeds.coefficient_images[layer] = linear(overlap.inner.T, through_reference)
             by_hidden = by_hidden.add_(through_reference)
@@ -164,7 +165,7 @@ def _seeds(network: Network, plan: Plan, state: State, trial: _TrialStep, output
             by_hidden = linear(adjoint, reference, source=by_hidden)
         seeds.coefficients[layer] = by_change
         seeds.deltas[layer] = by_change
-        if plan.moved[layer - 1]:
+        if by_inputs is not None:
             seeds.inputs[layer] = by_inputs
         if plan.changes_reference(layer):
             seeds.references[layer] = (adjoint, overlap.hidden)
@@ -204,12 +205,13 @@ class KernelProduct:
         row = self.change.sum(0) if self.bias else None
         return self.products.linear(self.hidden, self.inner.T, source=base, row=row)
 
-    def pull_back(self, adjoint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """∂f/∂q = (adjoint Cᵀ) B,  ∂f/∂C = (B qᵀ + 1) adjoint,  ∂f/∂B = (C adjointᵀ) q."""
+    def pull_back(self, adjoint: Tensor, to_inputs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """∂f/∂q = (adjoint Cᵀ) B,  ∂f/∂C = (B qᵀ + 1) adjoint, and if asked for ∂f/∂B = (C adjointᵀ) q."""
         linear = self.products.linear
         if not self.thin:
             by_kernel = linear(adjoint, self.change.T)
-            return linear(by_kernel, self.inputs), linear(self.inner.T, adjoint), linear(by_kernel.T, self.hidden)
+            by_inputs = linear(by_kernel.T, self.hidden) if to_inputs else None
+            return linear(by_kernel, self.inputs), linear(self.inner.T, adjoint), by_inputs
         outer = linear(adjoint.T, self.hidden)
         by_change = linear(self.inputs, outer.T, row=adjoint.sum(0) if self.bias else None)
-        return linear(adjoint, self.inner), by_change, linear(self.change, outer)
+        return linear(adjoint, self.inner), by_change, linear(self.change, outer) if to_inputs else None

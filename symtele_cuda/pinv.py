@@ -120,6 +120,13 @@ def factorize(inputs: Tensor, bias: bool, products: Products = torch_products) -
     return _ByFactor(inputs, bias, products, gram, info, factor)
 
 
+def factorize_by_inverse(
+    inputs: Tensor, bias: bool, products: Products, gram: Tensor, inverse: Tensor
+) -> Factorization:
+    """What `factorize` makes of a float32 batch, from K and K⁻¹ (float64) that are known already."""
+    return _ByInverse(inputs, bias, products, gram, torch.zeros((), dtype=torch.int32, device=gram.device), inverse)
+
+
 def absorb(
     products: Products, factor: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, share: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:

@@ -25,10 +25,12 @@ TELEPORTED = "teleported"
 
 @dataclass(frozen=True)
 class _Batches:
-    """The inputs B_l of all weight layers, whether these have biases, and the products that compute with them."""
+    """The inputs B_l of all weight layers, whether these have biases, which are to be matched, and the products that
+    compute with them."""
 
     inputs: tuple[Tensor, ...]
     biased: tuple[bool, ...]
+    wanted: tuple[bool, ...]
     products: Products
 
     def tensors(self) -> list[Tensor]:
@@ -38,14 +40,14 @@ class _Batches:
         return replace(self, inputs=tuple(tensors))
 
     def signature(self) -> Hashable:
-        return self.biased, id(self.products)
+        return self.biased, self.wanted, id(self.products)
 
     def obstacle(self) -> str | None:
         return graphs.solver_obstacle(self.products, len(self.inputs[0]))
 
     def fitting(self) -> list[int]:
-        """The layers whose input has no more rows than columns, the bias's among them."""
-        return [k for k, b in enumerate(self.inputs) if len(b) <= b.shape[1] + self.biased[k]]
+        """The layers whose input is wanted and has no more rows than columns, the bias's among them."""
+        return [k for k, b in enumerate(self.inputs) if self.wanted[k] and len(b) <= b.shape[1] + self.biased[k]]
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,14 @@ class _Factors:
     figures: Tensor
 
 
-def match_inputs(problem: Problem) -> list[Match]:
-    """Gram matrix, inverse, rank and condition of every layer's input."""
+def match_inputs(problem: Problem, layers: Sequence[int] | None = None) -> list[Match]:
+    """Gram matrix of every layer's input; inverse, rank and condition of those on both sides of the hidden `layers`
+    (1..m; None: all)."""
     network = problem.network
     biased = tuple(bias is not None for bias in network.biases)
-    batches = _Batches(tuple(layer_inputs(network, problem.samples, problem.outputs)), biased, network.products)
+    wanted = tuple(layers is None or k in layers or k + 1 in layers for k in range(len(network)))
+    inputs = tuple(layer_inputs(network, problem.samples, problem.outputs))
+    batches = _Batches(inputs, biased, wanted, network.products)
     factors, _ = graphs.run(batches, _factorize)
     estimates, infos = factors.figures.tolist()
     found = {
@@ -71,7 +76,9 @@ def match_inputs(problem: Problem) -> list[Match]:
     matches = []
     for layer, (batch, gram) in enumerate(zip(batches.inputs, factors.grams, strict=True)):
         inverse, condition = found.get(layer, (None, math.inf))
-        if condition <= MAX_CONDITION[batch.dtype]:
+        if not wanted[layer]:
+            matches.append(Match(batch, gram))
+        elif condition <= MAX_CONDITION[batch.dtype]:
             matches.append(Match(batch, gram, inverse, len(batch), condition))
         else:
             factor = pinv_factor(batch, biased[layer])

@@ -82,7 +82,8 @@ class Holdout:
     def make(cls, chain: Chain, batch: tuple[Tensor, Tensor], problem: Problem) -> Holdout:
         try:
             samples, targets = _prepare(chain, batch, problem.samples.dtype)
-            logits = problem.network.forward(samples)[-1]
+            others = OtherSamples.make(problem.network, samples, problem.samples)
+            logits = others.outputs[-1]
             if problem.loss.default:
                 if targets.is_floating_point() != problem.loss.targets.is_floating_point():
                     raise TypeError(
@@ -94,7 +95,7 @@ class Holdout:
                 raise ValueError(f"the loss must be finite, got {value}")
         except (TypeError, ValueError) as error:
             raise type(error)(f"holdout: {error}") from error
-        return cls(OtherSamples.make(problem.network, samples, problem.samples), loss)
+        return cls(others, loss)
 
 
 def _prepare(chain: Chain, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ class Task:
             tensors += [match.inputs, match.gram, *([] if match.gram_inverse is None else [match.gram_inverse])]
         if self.held is not None:
             others = self.held.others
-            tensors += [others.inputs, others.image, others.overlap, self.held.loss.targets]
+            tensors += [others.inputs, *others.outputs, others.overlap, self.held.loss.targets]
         if isinstance(objective := self.options.objective, Lookahead):
             rate = objective.rate
             tensors.append(rate if isinstance(rate, Tensor) else problem.samples.new_full((), rate))
@@ -104,7 +104,8 @@ class Task:
             for match in self.matches
         )
         if held is not None:
-            others = OtherSamples(next(rest), next(rest), next(rest))
+            inputs, outputs = next(rest), tuple(next(rest) for _ in held.others.outputs)
+            others = OtherSamples(inputs, outputs, next(rest))
             held = replace(held, others=others, loss=replace(held.loss, targets=next(rest)))
         if isinstance(options.objective, Lookahead):
             options = replace(options, objective=Lookahead(next(rest)))
@@ -184,7 +185,13 @@ class Task:
 
     def candidate(self, start: State, goal: Waypoint) -> Candidate:
         """The weights of an accepted state, formed, rounded to the dtype of the model's parameters, and measured."""
-        formed, outputs, hindrances = form_weights(self.problem.network, self.plan, start, goal)
+        network = self.problem.network
+        factors = [
+            match.factorization(bias is not None, network.products)
+            for match, bias in zip(self.matches, network.biases, strict=True)
+        ]
+        known = {layer: factor for layer, factor in enumerate(factors) if factor is not None}
+        formed, outputs, hindrances = form_weights(network, self.plan, start, goal, known)
         written, outputs = _round(formed, outputs, self.problem)
         return Candidate(written, self.measure(written, outputs), hindrances)
 

@@ -144,7 +144,7 @@ def teleport_mlp(
 
 def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple[TeleportReport, Network]:
     """Plan, search and check; the report (without its time) and the weights to write if it is accepted."""
-    matches = observe_inputs(problem) if options.group == POSITIVE_DIAGONAL else match_inputs(problem)
+    matches = observe_inputs(problem) if options.group == POSITIVE_DIAGONAL else match_inputs(problem, options.layers)
     plan, layer_reports = make_plan(
         problem,
         matches,

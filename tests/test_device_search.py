@@ -162,7 +162,7 @@ def test_nothing_is_read_back_and_everything_stays_on_the_device(case, activatio
 def test_the_layers_inputs_are_factorized_without_a_read_back_too():
     with FakeTensorMode(), torch.no_grad():
         inputs = tuple(torch.empty(12, width, device="cuda") for width in (20, 24, 9))
-        factors = planning._factorize(planning._Batches(inputs, (True, True, True), products))
+        factors = planning._factorize(planning._Batches(inputs, (True, True, True), (True, True, True), products))
     assert factors.figures.shape == (2, 2) and factors.figures.device.type == "cuda"
     assert [len(gram) for gram in factors.grams] == [12, 12, 12]
 
