@@ -30,7 +30,7 @@ TRAINING_TEXT = """## Training on MNIST digits
 
 `python -m bench.training --data-dir DIR`, file `bench/results/training.json`. 10,000 digits, 8,000 of them for
 training, 784-512-512-10, LeakyReLU 0.1, no bias, batch 20, plain SGD, 8 epochs; the teleports of `Teleporter` by
-default, four of 200 samples at the start of epoch 0, with 200 more each as their holdout; means over five seeds,
+default, three of 200 samples at the start of epoch 0, with 200 more each as their holdout; means over five seeds,
 wall-clock with teleports and with two processes at a time. The published rule teleports as often on as many samples, at
 the largest of four fixed rates that overflowed on no seed.
 """

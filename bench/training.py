@@ -1,4 +1,4 @@
-"""Training with four early teleports against training without: 10,000 MNIST digits, five seeds.
+"""Training with early teleports against training without: 10,000 MNIST digits, five seeds.
 
     python -m bench.training --data-dir DIR [--shape NAME ...] [--seeds 1 2 3 4 5] [--processes 2] [--out FILE]
     python -m bench.training --device cuda --shape digits-0.05 ...
@@ -56,7 +56,7 @@ class Shape:
     must_seconds_ratio: float | None = None
     data: str = "mnist"
     teleport_epoch: int = 0
-    teleports: int = 4
+    teleports: int = 3
     teleport_samples: int = 200
     holdout_samples: int = 200
 

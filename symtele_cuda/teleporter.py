@@ -18,7 +18,7 @@ from .mlp import Chain, check_batch, read_chain
 from .momentum import check_first_moment_known, with_momentum
 from .objectives import Objective
 from .optimizer_step import OptimizerLookahead, read_step
-from .options import Options, make_options
+from .options import GL, Options, make_options
 from .report import LayerReport, TeleportReport
 from .sampling import input_columns, layers_to_match, matched_samples
 from .search import StepRecord
@@ -50,7 +50,8 @@ class Schedule:
         object.__setattr__(self, "teleports_per_epoch", count)
 
 
-EARLY = Schedule(epochs=(0,), teleports_per_epoch=4)
+EARLY = Schedule(epochs=(0,), teleports_per_epoch=3)
+LAST = "last"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Teleporter:
             place.
         optimizer: holds all trainable parameters of the model.
         loss_fn: loss_fn(outputs, y) → scalar; default as for `teleport_mlp`.
-        schedule: a Schedule; the default is four teleports at the start of epoch 0.
+        schedule: a Schedule; the default is three teleports at the start of epoch 0.
         batch_size: samples of one teleport. "auto" gathers the smaller of 200 and the number of columns of the inputs
             of the layers that GL is to move (the bias' column included), and teleports on those of them that all these
             layers can tell apart well, `matched_samples`; `report.layers[0].n` says how many. With
@@ -99,8 +100,11 @@ class Teleporter:
         holdout_size: so many further samples of the stream, those behind the teleport's own, are gathered as its
             `holdout`, the guard on samples that the search does not see. "auto" is 200 (none where a `holdout` is
             given), 0 is none.
-        steps, first_radius, holdout_tol: as for `teleport_mlp`; few and large steps, since several teleports follow one
-            another.
+        layers: as for `teleport_mlp`, or "last": with group="gl" the last hidden layer that has an invertible
+            activation, with the other groups all. One layer costs less than all, and mostly gains more: the narrow
+            inputs of the others do not limit the batch, and they keep their effect on samples outside it.
+        steps, first_radius, margin, holdout_tol: as for `teleport_mlp`; few and large steps, since several teleports
+            follow one another.
         **options: the other keyword arguments of `teleport_mlp`.
 
     Attributes:
@@ -123,8 +127,10 @@ class Teleporter:
         optimizer_state: str = "keep",
         objective: str | Objective = "lookahead",
         holdout_size: int | str = "auto",
-        steps: int = 4,
+        layers: Sequence[int] | str | None = LAST,
+        steps: int = 3,
         first_radius: float = 0.2,
+        margin: float = 8.0,
         holdout_tol: float = 0.03,
         **options: Any,
     ) -> None:
@@ -139,7 +145,14 @@ class Teleporter:
             check_first_moment_known(optimizer)
         if objective == "lookahead":
             _check_minimises(optimizer, model)
-        options |= {"objective": objective, "steps": steps, "first_radius": first_radius, "holdout_tol": holdout_tol}
+        options |= {
+            "objective": objective,
+            "layers": _choose_layers(chain, layers, options.get("group", _OPTION_DEFAULTS["group"])),
+            "steps": steps,
+            "first_radius": first_radius,
+            "margin": margin,
+            "holdout_tol": holdout_tol,
+        }
         self._reads_step = objective == "lookahead" and options.get("lr") is None
         # A scheduler may start at lr = 0: an lr that is read counts at the teleports only.
         checked = _check_options(options | {"lr": 1.0} if self._reads_step else options, chain)
@@ -253,7 +266,7 @@ class Teleporter:
         if _steps_plainly(self.optimizer, self.model):
             return {"lr": _largest_lr(self.optimizer, self.model)}
         step = read_step(self.optimizer, _parameters(read_chain(self.model)))
-        return {"objective": OptimizerLookahead(step, self._options.get("margin", _OPTION_DEFAULTS["margin"]))}
+        return {"objective": OptimizerLookahead(step, self._options["margin"])}
 
 
 def _restore_batches(batches: object, model: nn.Module) -> tuple[Batch, ...]:
@@ -320,6 +333,16 @@ def _groups_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[
     """The optimizer's parameter groups that hold parameters of the model."""
     own = set(map(id, model.parameters()))
     return [group for group in optimizer.param_groups if any(id(parameter) in own for parameter in group["params"])]
+
+
+def _choose_layers(chain: Chain, layers: Sequence[int] | str | None, group: object) -> Sequence[int] | None:
+    """The hidden layers (1..m) that `layers` stands for; None is all."""
+    if not isinstance(layers, str):
+        return layers
+    if layers != LAST:
+        raise ValueError(f'layers must be "last", a sequence of hidden layer numbers or None, got {layers!r}')
+    invertible = [k for k, activation in enumerate(chain.activations, start=1) if activation.invertible]
+    return invertible[-1:] if group == GL and invertible else None
 
 
 def _most_matched(chain: Chain, layers: Sequence[int]) -> int:

@@ -41,7 +41,7 @@ def teleport(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *
         batch_size=len(batch[0]),
         optimizer_state="transport",
         holdout_size=0,
-        **options,
+        **{"layers": None, **options},
     )
     report = teleporter.step(batch, epoch=0)
     assert report is not None
@@ -257,7 +257,7 @@ def test_without_a_first_moment_the_state_stays(make_optimizer: Callable[..., to
     optimizer = make_optimizer(list(model.parameters()), lr=0.01)
     optimizer_step(model, optimizer, batch)
     before, twin = saved_state(optimizer), copy.deepcopy(model)
-    search = {"lr": 0.05, "steps": 6, "first_radius": 0.05}
+    search = {"lr": 0.05, "margin": 4.0, "steps": 6, "first_radius": 0.05}
     assert teleport(model, optimizer, batch, **search).accepted
     for old, new in zip(before, saved_state(optimizer), strict=True):
         assert old.keys() == new.keys()

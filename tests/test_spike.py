@@ -64,7 +64,7 @@ def test_every_variant_differs_in_one_thing_from_its_base(ladder: dict[str, spik
 def test_the_last_rung_is_the_teleporter_s_defaults(ladder: dict[str, spike.Variant]) -> None:
     parameters = inspect.signature(Teleporter).parameters
     options = ladder[spike.DEFAULTS].options
-    for name in ("objective", "batch_size", *spike.LARGE_STEPS):
+    for name in ("objective", "batch_size", "layers", *spike.LARGE_STEPS):
         assert options[name] == parameters[name].default
 
 

@@ -97,7 +97,8 @@ def test_the_teleported_arm_has_the_defaults_of_the_library() -> None:
 
 @pytest.mark.parametrize("study", [*FULL.values(), *QUICK.values()], ids=lambda study: study.problem.name)
 def test_the_grid_has_every_optimizer_rate_arm_and_seed_once(study: Study) -> None:
-    assert set(study.rates) == set(OPTIMIZERS)
+    left_out = {"muon"} if study.problem.name == "mnist-512" else set()
+    assert set(study.rates) == set(OPTIMIZERS) - left_out
     jobs = study.jobs()
     keys = [job.key for job in jobs]
     assert len(set(keys)) == len(keys)

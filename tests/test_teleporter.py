@@ -19,7 +19,7 @@ from symtele_cuda.teleporter import Batch
 
 EVERY_EPOCH = st.Schedule(epochs=range(10), teleports_per_epoch=100)
 # A step on so many samples is then what `teleport_mlp` does on them by its own defaults.
-AS_MLP = {"holdout_size": 0, "holdout_tol": 0.05, "steps": 10, "first_radius": 0.02}
+AS_MLP = {"holdout_size": 0, "holdout_tol": 0.05, "layers": None, "margin": 4.0, "steps": 10, "first_radius": 0.02}
 
 
 def make_model(bias: bool = True) -> nn.Sequential:
@@ -197,6 +197,43 @@ def test_auto_without_an_independent_sample_is_an_error() -> None:
     model = make_model(bias=False)
     with pytest.raises(st.TeleportError, match="x: expected a sample that is finite and not zero"):
         make_teleporter(model, batch_size="auto").step((torch.zeros(6, 6).double(), torch.zeros(6).long()), epoch=0)
+
+
+# --- layers="last" ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("activations", "options", "moved"),
+    [
+        ([nn.LeakyReLU(0.1), nn.Tanh()], {}, [2]),
+        ([nn.LeakyReLU(0.1), nn.ReLU()], {}, [1]),
+        ([nn.LeakyReLU(0.1), nn.ReLU()], {"group": "positive_diagonal"}, [1, 2]),
+        ([nn.LeakyReLU(0.1), nn.Tanh()], {"group": "auto"}, [1, 2]),
+    ],
+)
+def test_by_default_gl_moves_the_last_hidden_layer_that_it_can(
+    activations: list[nn.Module], options: dict[str, str], moved: list[int]
+) -> None:
+    torch.manual_seed(0)
+    linears = (nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 3))
+    model = nn.Sequential(linears[0], activations[0], linears[1], activations[1], linears[2]).double()
+    (batch,) = make_batches(1, size=6)
+    report = st.Teleporter(model, make_sgd(model), batch_size=6, holdout_size=0, **options).step(batch, epoch=0)
+    assert report is not None and report.accepted
+    assert [layer.index for layer in report.layers if layer.teleported] == moved
+
+
+def test_by_default_the_inputs_of_layers_that_stay_do_not_limit_the_batch() -> None:
+    model, batches = make_model(), make_batches(17, size=1)
+    teleporter = st.Teleporter(model, make_sgd(model), schedule=EVERY_EPOCH, holdout_size=0)
+    reports = [teleporter.step(batch, epoch=0) for batch in batches]  # 16 columns and that of the bias; 7 in layer 1
+    assert [report is not None for report in reports] == [False] * 16 + [True]
+
+
+def test_without_an_invertible_activation_the_last_layer_is_an_error_at_the_teleport() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    with pytest.raises(st.TeleportError, match="positive_diagonal"):
+        st.Teleporter(model, make_sgd(model), batch_size=4, holdout_size=0).step(make_batches(1)[0], epoch=0)
 
 
 # --- a holdout from the stream ------------------------------------------------------------------------------------
@@ -518,7 +555,7 @@ def test_the_objective_is_the_loss_after_the_optimizers_own_step(name: str, take
     model, (batch,) = make_model(), make_batches(1)
     optimizer = OWN_STEPS[name](model)
     take_steps(model, optimizer, taken)
-    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP, margin=1.0)
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **(AS_MLP | {"margin": 1.0}))
     report = teleporter.step(batch, epoch=0)
     assert report is not None
     assert report.accepted
@@ -805,6 +842,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[nn.Module], object], dict, type[Exceptio
     "negative lr": (make_sgd, {"lr": -1.0}, ValueError, "lr must be .* got -1.0"),
     "NaN margin": (make_sgd, {"margin": float("nan")}, ValueError, "margin must be .* got nan"),
     "layers": (make_sgd, {"layers": [3]}, ValueError, r"layers must be .* 1..2, got \[3\]"),
+    "layers, a word": (make_sgd, {"layers": "first"}, ValueError, "layers must be \"last\", .* got 'first'"),
     "model": (lambda model: make_sgd(model), {"model": nn.Linear(2, 2)}, ValueError, "at least two Linear"),
 }
 

@@ -59,5 +59,5 @@ def test_a_run_leaves_table_figure_and_numbers(tmp_path: Path) -> None:
     trades = {entry["guard"]: entry for entry in json.loads((tmp_path / "trade.json").read_text())["trades"]}
     assert trades[trade.PLAIN]["rises"] == []
     free, strict = (trades[guard] for guard in (trade.UNGUARDED, "0.003"))
-    assert len(free["rises"]) == 4 and max(free["rises"]) > max(strict["rises"], default=0.0)
+    assert len(free["rises"]) == 3 and max(free["rises"]) > max(strict["rises"], default=0.0)
     assert free["train_losses"] != trades[trade.PLAIN]["train_losses"]

@@ -36,7 +36,9 @@ MNIST_WIDTHS = (512, 512)
 MNIST_TRAINING = TrainingSettings(epochs=80, batch_size=20, optimizer="sgd", lr=2e-3)
 
 # The published algorithm: ten steps of fixed rate up ‖∇L‖², with the published action and g⁻¹ to first order.
-PUBLISHED = TeleportSettings(objective="grad_norm", action="paper", inverse="first_order", steps=10, holdout_size=0)
+PUBLISHED = TeleportSettings(
+    objective="grad_norm", action="paper", inverse="first_order", layers=None, steps=10, holdout_size=0
+)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ TELEPORT = TeleportSettings(
     objective="grad_norm",
     action="paper",
     inverse="first_order",
+    layers=None,
     steps=8,
     step_size=1e-7,
     holdout_size=0,

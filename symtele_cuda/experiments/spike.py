@@ -26,12 +26,12 @@ from symtele_cuda.experiments.records import by_label, save_json
 from symtele_cuda.experiments.tables import format_table
 from symtele_cuda.experiments.training import Task, Trainee, TrainingSettings, make_optimizer, start, validate
 from symtele_cuda.report import TeleportReport
-from symtele_cuda.teleporter import AUTO_BATCH_SIZE, Schedule, Teleporter
+from symtele_cuda.teleporter import AUTO_BATCH_SIZE, LAST, Schedule, Teleporter
 
 TRAINING = replace(MNIST_TRAINING, epochs=1)  # before the epoch with teleports
 TELEPORTS = 4
-STEPS, FIRST_RADIUS = 10, 0.02
-LARGE_STEPS = {"steps": 4, "first_radius": 0.2}  # the Teleporter's defaults
+STEPS, FIRST_RADIUS, MARGIN = 10, 0.02, 4.0
+LARGE_STEPS = {"steps": 3, "first_radius": 0.2, "margin": 8.0}  # the Teleporter's defaults
 PUBLISHED_RATE = 1e-2
 NO_ASCENT = 1e-12  # a rate at which g is the identity to rounding
 POINT_EVERY = 20  # iterations
@@ -47,6 +47,7 @@ LOOKAHEAD = "lookahead"
 LOOKAHEAD_GUARDED = "lookahead, holdout guard"
 MORE_SAMPLES = "lookahead, 200 samples"
 MORE_SAMPLES_GUARDED = "lookahead, 200 samples, holdout guard"
+LAST_LAYER = "lookahead, last hidden layer"
 DEFAULTS = "lookahead, the defaults"
 PUBLISHED_TRUST_REGION = "published in a trust region"
 PUBLISHED_GUARDED = "published in a trust region, drift guard"
@@ -116,6 +117,8 @@ def variants(batch_size: int, rate: float) -> tuple[Variant, ...]:
         "step_size": rate,
         "batch_size": batch_size,
         "first_radius": FIRST_RADIUS,
+        "margin": MARGIN,
+        "layers": None,
         "holdout_size": 0,
     }
     exact = published | {"inverse": "exact"}
@@ -123,7 +126,8 @@ def variants(batch_size: int, rate: float) -> tuple[Variant, ...]:
     trust_region = least_change | {"step_size": "auto"}
     lookahead = trust_region | {"objective": "lookahead"}
     more_samples = lookahead | {"batch_size": "auto"}
-    defaults = more_samples | LARGE_STEPS
+    last_layer = more_samples | {"layers": LAST}
+    defaults = last_layer | LARGE_STEPS
     unguarded = published | {"step_size": "auto", "drift_tol": math.inf}
     guarded = published | {"step_size": "auto"}
     return (
@@ -136,7 +140,8 @@ def variants(batch_size: int, rate: float) -> tuple[Variant, ...]:
         Variant(LOOKAHEAD_GUARDED, LOOKAHEAD, "holdout guard", lookahead, guarded=True, drawn=False),
         Variant(MORE_SAMPLES, LOOKAHEAD, "up to 200 samples", more_samples),
         Variant(MORE_SAMPLES_GUARDED, MORE_SAMPLES, "holdout guard", more_samples, guarded=True, drawn=False),
-        Variant(DEFAULTS, MORE_SAMPLES_GUARDED, "four large steps in place of ten small ones", defaults, guarded=True),
+        Variant(LAST_LAYER, MORE_SAMPLES_GUARDED, "the last hidden layer alone", last_layer, guarded=True, drawn=False),
+        Variant(DEFAULTS, LAST_LAYER, "three large steps, a longer lookahead", defaults, guarded=True),
         Variant(PUBLISHED_TRUST_REGION, PUBLISHED, "trust region, drift guard off", unguarded, drawn=False),
         Variant(PUBLISHED_GUARDED, PUBLISHED_TRUST_REGION, "drift guard on", guarded, drawn=False),
     )

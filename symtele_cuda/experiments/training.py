@@ -66,17 +66,18 @@ class TeleportSettings:
     """When and how a run teleports; the options are those of `Teleporter` and `teleport_mlp`."""
 
     epochs: tuple[int, ...] = (0,)
-    teleports_per_epoch: int = 4
+    teleports_per_epoch: int = 3
     batch_size: int | str = "auto"
     objective: str | Objective = "lookahead"
     action: str = "least_change"
     inverse: str = "exact"
     group: str = "gl"
-    steps: int = 4
+    layers: tuple[int, ...] | str | None = "last"
+    steps: int = 3
     step_size: float | str = "auto"
     first_radius: float = 0.2
     lr: float | None = None
-    margin: float = 4.0
+    margin: float = 8.0
     holdout_size: int | str = "auto"
     holdout_tol: float = 0.03
     optimizer_state: str = "keep"
@@ -97,6 +98,7 @@ class TeleportSettings:
             action=self.action,
             inverse=self.inverse,
             group=self.group,
+            layers=self.layers,
             steps=self.steps,
             step_size=self.step_size,
             first_radius=self.first_radius,

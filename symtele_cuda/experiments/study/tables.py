@@ -23,7 +23,7 @@ from symtele_cuda.experiments.study.summary import Summary
 NONE = "-"
 HEAD = """# Is it worth it?
 
-Training without and with teleports, the defaults of `Teleporter`: four in epoch 0. The rate of every optimizer is
+Training without and with teleports, the defaults of `Teleporter`: three in epoch 0. The rate of every optimizer is
 chosen by the train loss at the end on a seed of its own, without and with teleports separately; all numbers are of the
 other seeds, mean ± standard deviation, where a share such as (3 of 5) says that the others did not get there. Seconds
 are of training with its teleports, without the measurements; losses are looked at every so many iterations, and a time
