@@ -9,8 +9,9 @@ are there, made with the same arguments on the same data, is not run again, so t
 again; where the program has changed, --again forgets them first.
 
 Figures go to docs/figures, numbers, rounded to five digits, to bench/results/evidence, and the tables of
-docs/experiments.md are made from these. The quick profile runs every row for a few epochs to see that it runs, and
-leaves all that in --out. What a row prints is in its folder there.
+docs/experiments.md are made from these. The study's records of single runs, a line each, are kept there too: without
+study.json beside them only the runs that have no record are trained. The quick profile runs every row for a few epochs
+to see that it runs, and leaves all that in --out. What a row prints is in its folder there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Row:
     """One row of the page: a command and its options.
 
     minutes: about how long it takes with a core for each process. data: whether it needs MNIST's files. alone: whether
-    it uses several processes itself. quick: its further options in the quick profile.
+    it uses several processes itself. quick: its further options in the quick profile. records: a pattern of files from
+    which the command goes on where they are in its folder.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Row:
     data: bool = False
     alone: bool = False
     quick: tuple[str, ...] = ()
+    records: str | None = None
 
     @property
     def command(self) -> str:
@@ -57,7 +60,7 @@ class Row:
         return self.arguments[0]
 
     def in_short(self) -> Row:
-        return Row(self.name, self.arguments + self.quick, self.minutes, self.data, self.alone)
+        return replace(self, arguments=self.arguments + self.quick)
 
 
 def _mnist(name: str, minutes: float, *options: str) -> Row:
@@ -86,9 +89,17 @@ ROWS = (
     _mnist("mnist-batch-200", 3, "--preset", "batch-200", "--both"),
     _spike("spike", "--epochs", "6", "--step-size", "0.0001"),
     _spike("spike-batch-200", "--epochs", "60", "--batch-size", "200"),
-    Row("trade", ("trade",), 6, data=True, quick=("--seeds", "1", "--epochs", "1")),
+    Row("trade", ("trade",), 10, data=True, quick=("--seeds", "1", "--epochs", "1")),
     Row("minima", ("minima",), 5, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
-    Row("study", ("study",), 90, data=True, alone=True, quick=("--quick", "--problem", "digits", "--optimizer", "sgd")),
+    Row(
+        "study",
+        ("study",),
+        105,
+        data=True,
+        alone=True,
+        quick=("--quick", "--problem", "digits", "--optimizer", "sgd"),
+        records="study-*.jsonl",
+    ),
 )
 
 
@@ -132,6 +143,8 @@ def forget(rows: Sequence[Row], place: Place) -> None:
     """Delete the numbers of the rows, so that they are run again, and what they have left where they ran."""
     for row in rows:
         place.numbers(row).unlink(missing_ok=True)
+        for path in _records(row, place.results):
+            path.unlink()
         shutil.rmtree(place.work / row.name, ignore_errors=True)
 
 
@@ -143,6 +156,9 @@ def execute(row: Row, place: Place) -> None:
     """
     folder = place.work / row.name
     folder.mkdir(parents=True, exist_ok=True)
+    for kept in _records(row, place.results):
+        if not (folder / kept.name).exists():
+            shutil.copyfile(kept, folder / kept.name)
     words = [sys.executable, "-m", "symtele_cuda", *row.arguments, "--out", str(folder)]
     if row.data:
         words += ["--data-dir", str(place.data_dir)]
@@ -156,16 +172,22 @@ def execute(row: Row, place: Place) -> None:
 
 
 def publish(row: Row, place: Place) -> None:
-    """Copy the figures of the row, and then, rounded, its numbers, which so say that all is there."""
+    """Copy the figures and the records of the row, and then, rounded, its numbers, which so say that all is there."""
     folder = place.work / row.name
     place.figures.mkdir(parents=True, exist_ok=True)
     place.results.mkdir(parents=True, exist_ok=True)
     for figure in sorted(folder.glob(f"{row.command}*.png")):
         shutil.copyfile(figure, place.figures / figure.name.replace(row.command, row.name, 1))
+    for path in _records(row, folder):
+        shutil.copyfile(path, place.results / path.name)
     document = json.loads((folder / f"{row.command}.json").read_text(encoding="utf-8"))
     partial = place.numbers(row).with_suffix(".partial")
     partial.write_text(as_text(place.origin(row) | document), encoding="utf-8")
     partial.replace(place.numbers(row))
+
+
+def _records(row: Row, folder: Path) -> list[Path]:
+    return sorted(folder.glob(row.records)) if row.records is not None else []
 
 
 def run(rows: Sequence[Row], place: Place, processes: int) -> list[str]:

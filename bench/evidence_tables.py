@@ -152,13 +152,14 @@ def spike_table(document: Document) -> str:
 
 
 def trade_table(document: Document) -> str:
-    """A line for each rate and guard, over the seeds."""
+    """A line for each rate and variant, over the seeds."""
     header = (
         "rate",
-        "holdout_tol",
+        "but for",
         "rise at a teleport, mean",
         "largest",
-        "teleports",
+        "accepted",
+        "time of the run",
         "train loss",
         "validation loss",
     )
@@ -168,10 +169,11 @@ def trade_table(document: Document) -> str:
         rows.append(
             [
                 f"{entry['lr']:g}",
-                entry["guard"],
+                entry["variant"],
                 _percent(statistics.fmean(rises)) if rises else "",
                 _percent(max(rises)) if rises else "",
                 str(len(rises)),
+                f"{statistics.fmean(entry['time_shares']):.1%}",
                 _number(statistics.fmean(entry["train_losses"])),
                 _number(statistics.fmean(entry["validation_losses"])),
             ]
@@ -180,8 +182,9 @@ def trade_table(document: Document) -> str:
 
 
 def study_tables(document: Document) -> str:
-    """The study's own tables, their headings below that of the section."""
-    return re.sub("^#", "##", tables.page(summaries_of(document)), flags=re.MULTILINE)
+    """The study's own tables without their title, their headings below that of the section."""
+    _, _, text = tables.page(summaries_of(document)).partition("\n\n")
+    return re.sub("^#", "##", text, flags=re.MULTILINE)
 
 
 TABLES: dict[str, Callable[[Document], str]] = {

@@ -129,7 +129,7 @@ def run_spike(options: argparse.Namespace) -> str:
 def run_trade(options: argparse.Namespace) -> str:
     dataset, seeds = load_mnist(options.data_dir), _seeds(options)
     problem = override(trade.PROBLEM, epochs=options.epochs)
-    with _bar(len(trade.RATES) * len(trade.guards()) * len(seeds), "run") as bar:
+    with _bar(len(trade.RATES) * len(trade.variants()) * len(seeds), "run") as bar:
 
         def on_run(name: str) -> None:
             bar.set_description(name, refresh=False)
@@ -263,7 +263,7 @@ def make_parser() -> argparse.ArgumentParser:
     rate = "of the published ascent (default: %(default)s)"
     command.add_argument("--step-size", type=positive_float, default=spike.PUBLISHED_RATE, help=rate)
     _add_device_option(command)
-    command = add_with_seeds(run_trade, 3, "what a stricter or looser holdout guard costs and allows, on MNIST")
+    command = add_with_seeds(run_trade, 3, "what the holdout guard and the other defaults cost and gain, on MNIST")
     command.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST-format files")
     command.add_argument("--epochs", type=positive_int, help="epochs (default: 8)")
     command = add(

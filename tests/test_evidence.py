@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,26 @@ def test_a_row_is_run_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "done before" in capsys.readouterr().err
     evidence.forget([row], place)
     assert not evidence.is_done(row, place) and not (place.work / row.name).exists()
+
+
+def test_a_row_goes_on_from_the_records_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(words: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        folder = Path(words[words.index("--out") + 1])
+        with (folder / "study-a.jsonl").open("a") as file:
+            file.write("one more run\n")
+        (folder / "study.json").write_text('{"runs": []}', encoding="utf-8")
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", command)
+    row, place = Row("study", ("study",), minutes=1, records="study-*.jsonl"), place_at(tmp_path)
+    kept = place.results / "study-a.jsonl"
+    assert evidence.run([row], place, processes=1) == []
+    place.numbers(row).unlink()
+    shutil.rmtree(place.work / row.name)
+    assert evidence.run([row], place, processes=1) == []
+    assert kept.read_text() == 2 * "one more run\n"
+    evidence.forget([row], place)
+    assert not kept.exists()
 
 
 def test_a_row_that_fails_says_why_and_stops_no_other(

@@ -1,8 +1,8 @@
 // matmul ORDER INPUT OUTPUT: runs the products that INPUT describes (tests/test_kernels_on_cpu.py writes it) with the
 // kernels of csrc/matmul.cuh and epilogue.cuh on the CPU, the threads in ORDER (cuda_on_cpu::set_order), and writes for
 // each the launcher's error code and the two results.
-#include "buffers.h"
 #include "matmul.cu"
+#include "products.h"
 
 namespace {
 
@@ -28,59 +28,6 @@ cudaError_t run(int64_t launcher, const Product& product) {
   return product.dtype == Dtype::f32 ? launch_tile<float>(launcher, product) : launch_tile<double>(launcher, product);
 }
 
-struct Strided {
-  Matrix matrix;
-  harness::Buffer buffer;
-};
-
-// A matrix that begins `offset` elements behind the beginning of its buffer.
-Strided read_matrix(harness::Reader& in, size_t element_bytes) {
-  const int64_t offset = in.number(), row_stride = in.number(), column_stride = in.number();
-  harness::Buffer buffer = in.buffer();
-  const unsigned char* bytes = buffer.get<unsigned char>();
-  const void* data = bytes ? bytes + offset * element_bytes : nullptr;
-  return {{data, row_stride, column_stride}, std::move(buffer)};
-}
-
-void run_case(harness::Reader& in, harness::Writer& out) {
-  const int64_t launcher = in.number();
-  Product product{};
-  product.dtype = static_cast<Dtype>(in.number());
-  product.rows = in.number();
-  product.columns = in.number();
-  product.inner = in.number();
-  Epilogue& epilogue = product.epilogue;
-  epilogue.kind = static_cast<EpilogueKind>(in.number());
-  epilogue.activation.kind = static_cast<ActivationKind>(in.number());
-  epilogue.activation.parameter = in.number<double>();
-  epilogue.alpha = in.number<double>();
-  epilogue.beta = in.number<double>();
-  epilogue.column_stride = in.number();
-  epilogue.row_stride = in.number();
-
-  const size_t element_bytes = product.dtype == Dtype::f32 ? 4 : 8;
-  const Strided a = read_matrix(in, element_bytes), b = read_matrix(in, element_bytes);
-  const harness::Buffer source = in.buffer(), at = in.buffer(), column = in.buffer(), row = in.buffer();
-  const harness::Buffer first = in.buffer(), second(in.number());  // as `first` is before the launch; the size only
-  product.a = a.matrix;
-  product.b = b.matrix;
-  epilogue.source = source.get();
-  epilogue.at = at.get();
-  epilogue.column = column.get();
-  epilogue.row = row.get();
-  epilogue.first = first.get();
-  epilogue.second = second.get();
-
-  out.number(run(launcher, product));
-  out.buffer(first);
-  out.buffer(second);
-}
-
 }  // namespace
 
-int main(int, char** arguments) {
-  cuda_on_cpu::set_order(arguments[1]);
-  harness::Reader in(arguments[2]);
-  harness::Writer out(arguments[3]);
-  for (int64_t left = in.number(); left > 0; --left) run_case(in, out);
-}
+int main(int, char** arguments) { harness::run_products(arguments, run); }
