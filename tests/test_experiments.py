@@ -266,6 +266,8 @@ def test_presets_are_the_published_figures() -> None:
         (classification.OUR_ALGORITHM, classification.PUBLISHED_ALGORITHM)
     )
     assert [settings.step_size for settings in both] == ["auto", 1e-2, 3e-3]
+    assert all(settings.teleports_per_epoch == 4 for settings in both[1:])
+    assert all(settings.layers is None for settings in (*both[1:], regression.TELEPORT))
     assert [schedule for schedule in classification.PRESETS["six"].schedules if len(schedule) > 1] == []
 
 
