@@ -103,7 +103,7 @@ def run_minima(options: argparse.Namespace) -> str:
 
 def run_digits(options: argparse.Namespace) -> str:
     dataset = load_digits() if options.data_dir is None else load_mnist(options.data_dir)
-    teleports = [_teleports(options, classification.DIGITS_TELEPORTS)]
+    teleports = [_teleports(options, TeleportSettings())]
     return _classify(options, dataset, classification.DIGITS_WIDTHS, classification.DIGITS_TRAINING, teleports)
 
 

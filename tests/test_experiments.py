@@ -433,7 +433,7 @@ def test_the_demo_gains_by_teleporting() -> None:
     plain, teleported = compare(
         lambda seed: classification.make_task(dataset, classification.DIGITS_WIDTHS, seed),
         classification.DIGITS_TRAINING,
-        {"plain": None, "teleported": classification.DIGITS_TELEPORTS},
+        {"plain": None, "teleported": TeleportSettings()},
         range(2, 3),
     )
     assert classification.lower_after_teleports(teleported, plain)

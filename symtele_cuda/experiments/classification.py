@@ -26,12 +26,7 @@ PLAIN = "plain"
 OUR_ALGORITHM, PUBLISHED_ALGORITHM = "ours", "published"
 
 DIGITS_WIDTHS = (128, 128)
-# Rate and teleports were chosen together, by train and validation loss over many seeds: several short searches on few
-# samples disturb the samples outside the teleport's batch less than fewer, longer ones on as many as can be matched.
 DIGITS_TRAINING = TrainingSettings(epochs=20, batch_size=20, optimizer="sgd", lr=0.02)
-DIGITS_TELEPORTS = TeleportSettings(
-    epochs=(1,), teleports_per_epoch=8, batch_size=32, steps=5, first_radius=0.02, holdout_size=0
-)
 MNIST_WIDTHS = (512, 512)
 MNIST_TRAINING = TrainingSettings(epochs=80, batch_size=20, optimizer="sgd", lr=2e-3)
 
