@@ -5,6 +5,7 @@ matplotlib is imported when a figure is drawn, and through its object interface:
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PATH_COLOUR, JUMP_COLOUR, MINIMUM_COLOUR = "#111111", "#D55E00", "#009E73"
 DASHES = ("-", "-", (0, (4, 2)), "-")
+MARKERS = "os^DvPX*<>"
 LANDING_MARK = {"marker": "v", "markevery": [1], "markeredgecolor": "black", "markersize": 7, "zorder": 5}
 DPI = 150
+CHARACTER_WIDTH, HANDLE_WIDTH = 0.095, 0.7  # inches, of a title or a label of average letters, and of a legend's line
 WINDOW_MARGIN = 0.2
 STYLE = {
     "font.size": 11,
@@ -67,6 +70,23 @@ class Panel:
     x_scale: str = "linear"
 
 
+@dataclass(frozen=True)
+class Point:
+    """One labelled point: ys holds a value a seed (drawn: their mean, and their range as a bar)."""
+
+    label: str
+    x: float
+    ys: Sequence[float]
+
+
+@dataclass(frozen=True)
+class PointPanel:
+    """One pair of axes with a logarithmic vertical scale."""
+
+    title: str
+    points: Sequence[Point]
+
+
 def epoch_series(runs: Sequence[Run], field: str) -> list[Series]:
     """One series for each label of the runs: the field of their epoch records over the epochs."""
     return [
@@ -94,7 +114,25 @@ def curves(path: Path, title: str, panels: Sequence[Panel]) -> Path:
         if any(series.marks for panel in panels for series in panel.series):
             all_axes[0].plot([], [], "v", color="white", markeredgecolor="black", label="teleport")
         seeds = max(len(series.ys) for panel in panels for series in panel.series)
-        figure.suptitle(title if seeds == 1 else f"{title} (median and range of {seeds} seeds)")
+        _set_title(figure, title if seeds == 1 else f"{title} (median and range of {seeds} seeds)")
+        _shared_legend(figure, all_axes)
+        return _save(figure, path)
+
+
+def points(path: Path, title: str, x_label: str, y_label: str, panels: Sequence[PointPanel]) -> Path:
+    """The panels side by side, a marker a label."""
+    with _styled():
+        figure, all_axes = _figure(len(panels), width=5.2, height=4.6)
+        for axes, panel in zip(all_axes, panels, strict=True):
+            axes.set(yscale="log", xlabel=x_label, ylabel=y_label, title=panel.title)
+            for index, point in enumerate(panel.points):
+                mean = float(np.mean(point.ys))
+                reach = [[mean - min(point.ys)], [max(point.ys) - mean]]
+                style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+                axes.plot(point.x, mean, linestyle="", markersize=8, zorder=3, label=point.label, **style)
+                axes.errorbar(point.x, mean, yerr=reach, color=style["color"], elinewidth=0.8)
+        seeds = max(len(point.ys) for panel in panels for point in panel.points)
+        _set_title(figure, title if seeds == 1 else f"{title} (mean and range of {seeds} seeds)")
         _shared_legend(figure, all_axes)
         return _save(figure, path)
 
@@ -118,7 +156,7 @@ def trajectories(
         decades = [level for level in filled.levels if np.isclose(np.log10(level) % 1, (0, 1)).any()]
         figure.colorbar(filled, ax=list(all_axes), label="$L(x)$", ticks=decades)
         _shared_legend(figure, all_axes)
-        figure.suptitle(function.name)
+        _set_title(figure, function.name)
         return _save(figure, path)
 
 
@@ -164,11 +202,18 @@ def _pieces(run: PlanarRun) -> list[list[tuple[float, float]]]:
     return pieces
 
 
+def _set_title(figure: Any, title: str) -> None:
+    """In as many lines as the figure's width takes."""
+    figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() / CHARACTER_WIDTH)))
+
+
 def _shared_legend(figure: Any, all_axes: Any) -> None:
-    """One legend below the panels, with each label once."""
+    """One legend below the panels, with each label once, in as many columns as the figure's width takes."""
     entries = (entry for axes in all_axes for entry in zip(*axes.get_legend_handles_labels(), strict=True))
     handles = {label: handle for handle, label in entries}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(handles), 6))
+    widest = HANDLE_WIDTH + CHARACTER_WIDTH * max(map(len, handles))
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / widest)))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
 
 
 def _including(

@@ -74,7 +74,7 @@ def run(
                 records.append(measure(Job(problem, "sgd", lr, teleports, seed), make_task(problem, dataset, seed)))
                 on_run(f"lr {lr:g}, {variant}, seed {seed}")
             trades.append(_trade(lr, variant, records))
-    _draw(f"{dataset.name}: what the holdout guard allows", trades, out / "trade.png")
+    _draw(f"{dataset.name}: what a teleport gains and costs", trades, out / "trade.png")
     settings = {"data": dataset.name, "problem": problem, "teleports": DEFAULTS, "seeds": list(seeds)}
     save_json(out / "trade.json", "trade", settings, trades=trades)
     return trade_table(trades)
@@ -130,13 +130,17 @@ def _trade(lr: float, variant: str, records: Sequence[Record]) -> Trade:
 
 
 def _draw(title: str, trades: Sequence[Trade], path: Path) -> None:
-    """The train loss at the end over the largest rise, a curve of the guards for each rate, from no teleports on."""
-    trades = [trade for trade in trades if trade.variant == PLAIN or trade.variant in guards()]
-    rates = list(dict.fromkeys(trade.lr for trade in trades))
-    series = []
-    for lr in rates:
-        own = sorted((trade for trade in trades if trade.lr == lr), key=lambda trade: trade.worst_rise)
-        ys = [list(losses) for losses in zip(*(trade.train_losses for trade in own), strict=True)]
-        series.append(figures.Series(f"lr {lr:g}", [100 * trade.worst_rise for trade in own], ys))
-    label = "largest rise of the train loss at a teleport (%)"
-    figures.curves(path, title, [figures.Panel(label, "train loss at the end", series)])
+    """The train loss at the end over the largest rise, a panel for each rate; of the guards the default."""
+    shown = {PLAIN: PLAIN, _name(DEFAULTS.holdout_tol): "the defaults", **{name: name for name in OTHERS}}
+    panels = [
+        figures.PointPanel(
+            f"lr {lr:g}",
+            [
+                figures.Point(shown[trade.variant], 100 * trade.worst_rise, trade.train_losses)
+                for trade in trades
+                if trade.lr == lr and trade.variant in shown
+            ],
+        )
+        for lr in dict.fromkeys(trade.lr for trade in trades)
+    ]
+    figures.points(path, title, "largest rise of the train loss at a teleport (%)", "train loss at the end", panels)
