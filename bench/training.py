@@ -92,7 +92,7 @@ SHAPES = {
         _MNIST, TrainingSettings(8, 20, "sgd", 0.1), must_loss_ratio=0.6, published_rate=3e-3, target_loss=0.05
     ),
 }
-# 50 samples are what the always dark pixels of these images allow.
+# The published rule moves all layers, and 50 samples are what the always dark pixels allow the first of them.
 DIGITS = {
     "digits-0.05": Shape(
         (64, 128, 128, 10),
