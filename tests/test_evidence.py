@@ -27,8 +27,6 @@ NOT_RUN_YET = {
     "mnist-paper-one-published",
     "mnist-paper-several",
     "mnist-paper-several-published",
-    "mnist-six-published",
-    "mnist-several-published",
 }
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs symtele_cuda[demo]")
 
