@@ -26,9 +26,8 @@ Nothing here reads a value back from the device: what may hinder a step comes as
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -499,11 +498,7 @@ def _scale(
 
 
 def form_weights(
-    network: Network,
-    plan: Plan,
-    start: State,
-    goal: Waypoint,
-    known: Mapping[int, Factorization] = MappingProxyType({}),
+    network: Network, plan: Plan, start: State, goal: Waypoint, matches: Sequence[Match] = ()
 ) -> tuple[Network, list[Tensor], tuple[Hindrance, ...]]:
     """The weights [R, r] + Eᵀ P(B) that turn the batch of `start` into the targets of `goal` layer by layer, and what
     they produce.
@@ -511,7 +506,7 @@ def form_weights(
     B is the activation that the new weights really produce, so that a layer mends the rounding of those before it,
     and an output layer that absorbs is corrected once more: then the logits keep the precision of the arithmetic, not
     of P. The pre-activations returned are those of the weights returned, not the targets. Where a hindrance holds,
-    neither is of use. `known` are factorizations of the inputs at the start, by layer.
+    neither is of use. `matches` of the inputs at the start spare their factorization.
     """
     weights, biases = list(network.weights), list(network.biases)
     outputs: list[Tensor] = []
@@ -529,8 +524,10 @@ def form_weights(
         if bias is not None:
             bias = torch.zeros_like(bias) if offset is None else offset
         if plan.absorbs[layer]:
-            found = known.get(layer) if as_at_start else None
-            found = factorize(inputs, bias is not None, network.products) if found is None else found
+            known = (
+                matches[layer].factorization(bias is not None, network.products) if as_at_start and matches else None
+            )
+            found = factorize(inputs, bias is not None, network.products) if known is None else known
             hindrances.append((found.info != 0, "the activations of the batch lost their full row rank"))
             for _ in range(2 if layer == len(network) - 1 else 1):
                 image = F.linear(inputs, weight, bias) if image is None else image

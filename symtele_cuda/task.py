@@ -185,13 +185,7 @@ class Task:
 
     def candidate(self, start: State, goal: Waypoint) -> Candidate:
         """The weights of an accepted state, formed, rounded to the dtype of the model's parameters, and measured."""
-        network = self.problem.network
-        factors = [
-            match.factorization(bias is not None, network.products)
-            for match, bias in zip(self.matches, network.biases, strict=True)
-        ]
-        known = {layer: factor for layer, factor in enumerate(factors) if factor is not None}
-        formed, outputs, hindrances = form_weights(network, self.plan, start, goal, known)
+        formed, outputs, hindrances = form_weights(self.problem.network, self.plan, start, goal, self.matches)
         written, outputs = _round(formed, outputs, self.problem)
         return Candidate(written, self.measure(written, outputs), hindrances)
 

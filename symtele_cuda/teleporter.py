@@ -341,8 +341,7 @@ def _choose_layers(chain: Chain, layers: Sequence[int] | str | None, group: obje
         return layers
     if layers != LAST:
         raise ValueError(f'layers must be "last", a sequence of hidden layer numbers or None, got {layers!r}')
-    invertible = [k for k, activation in enumerate(chain.activations, start=1) if activation.invertible]
-    return invertible[-1:] if group == GL and invertible else None
+    return layers_to_match(chain, None, GL)[-1:] or None if group == GL else None
 
 
 def _most_matched(chain: Chain, layers: Sequence[int]) -> int:
