@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from symtele_cuda.info import processor
+
 T = TypeVar("T")
 
 RESULTS = Path(__file__).parent / "results"
@@ -128,7 +130,7 @@ def in_turn(original: T, copy: Callable[[T], T], size: int, device: torch.device
 
 def machine_line(device: torch.device, dtype: torch.dtype) -> str:
     """One line that says where the numbers come from; no host name and no path."""
-    parts = [_processor(), f"{os.cpu_count()} logical cores", f"{torch.get_num_threads()} thread(s)"]
+    parts = [processor(), f"{os.cpu_count()} logical cores", f"{torch.get_num_threads()} thread(s)"]
     if device.type == "cuda":
         parts.insert(0, f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}")
     parts += [f"torch {torch.__version__}", f"python {platform.python_version()}", str(dtype).removeprefix("torch.")]
@@ -304,13 +306,3 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
         return (values[0], values[0])
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return (low, high)
-
-
-def _processor() -> str:
-    """The processor's model, as the kernel tells it on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import torch
 
@@ -60,3 +61,13 @@ def kernels_on(capability: tuple[int, int]) -> str:
     """What is to be said of the kernels on such a device, if there are any."""
     obstacle = extension.device_obstacle(capability) if extension.library_path() else None
     return f"; {obstacle}" if obstacle else ""
+
+
+def processor() -> str:
+    """The processor's model, as the kernel tells it on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .action import Network, kernel, parameter_list, squared_norm
-from .objectives import Lookahead, LooksAhead, Objective, has_fast_path
+from .objectives import GradNorm, Lookahead, LooksAhead, Objective, has_fast_path
 from .problem import Holdout, Problem, layer_inputs
 
 # ⟨δ, K δ⟩ below this share of ‖K‖ ‖δ‖² has lost more than three of float32's seven digits.
@@ -84,6 +84,13 @@ def measure(
 def read(values: Tensor) -> Measurement:
     """The numbers that `measure` took, in one transfer."""
     return Measurement(*values.tolist())
+
+
+def gradient_norm(problem: Problem) -> float:
+    """‖∇L‖ at the problem's own weights."""
+    samples, biased = problem.samples, problem.network.biases[0] is not None
+    measured = measure(problem, GradNorm(), None, problem.network, problem.outputs, kernel(samples, samples, biased))
+    return read(measured).gradient_norm
 
 
 def _backpropagate(network: Network, outputs: Sequence[Tensor], output_delta: Tensor) -> list[Tensor]:

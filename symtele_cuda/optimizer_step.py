@@ -2,6 +2,7 @@
 
 `read_step(optimizer, parameters)` gives u(θ, g), with the settings and the state as they stand, such that the next
 `optimizer.step()` with the gradients g is θ ← θ − u. `OptimizerLookahead` is the objective that goes with it.
+`sgd_rate` and `muon_length` say how long the steps of SGD and Muon come to be, whatever their state.
 
 The formulas are those of the reference code of torch.optim (its `_single_tensor_*` functions and `_muon.py`); foreach,
 fused, capturable and differentiable change their rounding only. With maximize=True −g stands for g. What a training
@@ -104,6 +105,37 @@ def read_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) ->
     if missing:
         raise ValueError(f"parameters must be held by the optimizer, got others at the positions {missing}")
     return OptimizerStep(tuple(_read_update(read, optimizer, p, groups[id(p)]) for p in parameters))
+
+
+def sgd_rate(settings: Mapping[str, Any]) -> float:
+    """η = γ(1 − τ)/(1 − μ) of a group of torch.optim.SGD with momentum μ and dampening τ, γ without momentum: under a
+    constant gradient g its steps, weight decay aside, come to η g (Polyak 1964), with nesterov too.
+
+    Raises:
+        ValueError: they come to nothing or grow without bound, as μ or τ is 1 or more.
+    """
+    momentum, dampening = _as_float(settings["momentum"]), _as_float(settings["dampening"])
+    if momentum == 0:
+        return _as_float(settings["lr"])
+    if not (momentum < 1 and dampening < 1):
+        raise ValueError(
+            f"optimizer must have momentum and dampening below 1, got momentum={momentum:g} and "
+            f"dampening={dampening:g}: pass lr=, the rate of a plain gradient step, instead"
+        )
+    return _as_float(settings["lr"]) * (1 - dampening) / (1 - momentum)
+
+
+def muon_length(settings: Mapping[str, Any], shapes: Sequence[torch.Size]) -> float:
+    """√Σ (γ s)² min(rows, columns), the norm of a step of torch.optim.Muon for matrices of these shapes, weight decay
+    aside, with γ and s as for `read_step`, were each X orthogonal: the iteration leaves it about a quarter shorter."""
+    squares = (_muon_scale(settings, *shape) ** 2 * min(shape) for shape in shapes)
+    return _as_float(settings["lr"]) * math.sqrt(sum(squares))
+
+
+def _muon_scale(settings: Mapping[str, Any], rows: int, columns: int) -> float:
+    if settings["adjust_lr_fn"] == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns))
 
 
 @dataclass(frozen=True)
@@ -295,11 +327,9 @@ class _Muon:
 
     @classmethod
     def read(cls, slot: _Slot) -> _Muon:
-        rows, columns = slot.parameter.shape
-        by_rms = slot.settings["adjust_lr_fn"] == "match_rms_adamw"
         return cls(
             lr=slot.number("lr"),
-            scale=0.2 * math.sqrt(max(rows, columns)) if by_rms else math.sqrt(max(1, rows / columns)),
+            scale=_muon_scale(slot.settings, *slot.parameter.shape),
             weight_decay=slot.number("weight_decay"),
             momentum=slot.number("momentum"),
             nesterov=slot.settings["nesterov"],
@@ -312,19 +342,20 @@ class _Muon:
     def __call__(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         buffer = self.momentum * self.buffer + (1 - self.momentum) * gradient
         direction = self.momentum * buffer + (1 - self.momentum) * gradient if self.nesterov else buffer
-        update = self.lr * self.scale * self._orthogonalized(direction)
+        update = self.lr * self.scale * orthogonalized(direction, self.coefficients, self.iterations, self.eps)
         return _with_decay(update, parameter, self.lr * self.weight_decay)
 
-    def _orthogonalized(self, matrix: Tensor) -> Tensor:
-        """Newton-Schulz, on the side of the smaller Gram matrix."""
-        tall = matrix.shape[0] > matrix.shape[1]
-        image = matrix.T if tall else matrix
-        image = image / _root(image.square().sum()).clamp(min=self.eps)
-        a, b, c = self.coefficients
-        for _ in range(self.iterations):
-            gram = image @ image.T
-            image = a * image + (b * gram + c * gram @ gram) @ image
-        return image.T if tall else image
+
+def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
+    """Muon's X of the matrix G, in its dtype: Newton-Schulz, on the side of the smaller Gram matrix."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    image = matrix.T if tall else matrix
+    image = image / _root(image.square().sum()).clamp(min=eps)
+    a, b, c = coefficients
+    for _ in range(iterations):
+        gram = image @ image.T
+        image = a * image + (b * gram + c * gram @ gram) @ image
+    return image.T if tall else image
 
 
 _UPDATES: dict[type, Callable[[_Slot], Update]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +13,10 @@ from torch.func import functional_call
 
 from . import products as torch_products
 from .action import Network, OtherSamples, parameter_list
+from .errors import TeleportError
 from .kernels import Products
 from .loss import BatchLoss, LossFunction, check_default_targets, default_loss, examine
-from .mlp import Chain, check_batch
+from .mlp import Chain, check_batch, check_parameters
 from .objectives import LossOfParameters
 
 
@@ -104,6 +105,25 @@ def _prepare(chain: Chain, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> 
     if targets.is_floating_point() and targets.dtype == samples.dtype:
         targets = targets.to(dtype)
     return samples.detach().to(dtype), targets.detach()
+
+
+@contextmanager
+def at_work(chain: Chain) -> Iterator[None]:
+    """Around all that computes with the model: on its device, without gradients and autocast, its parameters kept.
+
+    Raises:
+        TeleportError: inside torch.inference_mode().
+        TypeError, ValueError: as `check_parameters`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise TeleportError(
+            "teleport_mlp cannot run inside torch.inference_mode(), expected torch.no_grad() or neither"
+        )
+    check_parameters(chain)
+    device = chain.linears[0].weight.device
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, torch.no_grad(), torch.autocast(device.type, enabled=False), parameters_kept(chain):
+        yield
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,15 +12,14 @@ from torch import Tensor, nn
 
 from . import device_search
 from .action import Network, parameter_list
-from .errors import TeleportError
 from .kernels import products_for
 from .loss import LossFunction
 from .measurement import Measurement, read, relative_change
-from .mlp import Chain, check_parameters, read_chain
+from .mlp import Chain, read_chain
 from .objectives import Objective
 from .options import POSITIVE_DIAGONAL, Options, make_options
 from .planning import make_plan, match_inputs, observe_inputs
-from .problem import Holdout, Problem, parameters_kept
+from .problem import Holdout, Problem, at_work
 from .report import TeleportReport
 from .search import ascend, ascend_fixed, holding
 from .task import Found, Task, describe_backend, drift_refusal, holdout_refusal
@@ -125,15 +123,8 @@ def teleport_mlp(
         holdout_tol=holdout_tol,
         backend=backend,
     )
-    if torch.is_inference_mode_enabled():
-        raise TeleportError(
-            "teleport_mlp cannot run inside torch.inference_mode(), expected torch.no_grad() or neither"
-        )
-    check_parameters(chain)
-    device = chain.linears[0].weight.device
-    products = products_for(device, options.backend)
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with on_device, torch.no_grad(), torch.autocast(device.type, enabled=False), parameters_kept(chain):
+    with at_work(chain):
+        products = products_for(chain.linears[0].weight.device, options.backend)
         problem = Problem.make(model, chain, batch, loss_fn, products)
         held = None if holdout is None else Holdout.make(chain, holdout, problem)
         report, weights = _teleport(problem, options, held)

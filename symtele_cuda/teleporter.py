@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from .checks import check_int, check_name
 from .loss import LossFunction
+from .measurement import gradient_norm
 from .mlp import Chain, check_batch, read_chain
 from .momentum import check_first_moment_known, with_momentum
 from .objectives import Objective
-from .optimizer_step import OptimizerLookahead, read_step
+from .optimizer_step import OptimizerLookahead, muon_length, read_step, sgd_rate
 from .options import GL, Options, make_options
+from .problem import Problem, at_work
 from .report import LayerReport, TeleportReport
 from .sampling import input_columns, layers_to_match, matched_samples
 from .search import StepRecord
@@ -52,6 +55,8 @@ class Schedule:
 
 EARLY = Schedule(epochs=(0,), teleports_per_epoch=3)
 LAST = "last"
+NEXT_STEP = "next_step"
+LOOKAHEADS = ("lookahead", NEXT_STEP)
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,15 @@ class Teleporter:
         optimizer_state: what an accepted teleport does to the optimizer's state of the model's parameters: "keep"
             leaves it, "reset" empties it, "transport" moves the first moments as the gradients move, see
             `momentum.with_momentum`.
-        objective: as for `teleport_mlp`. "lookahead" looks `margin` times the step ahead that the optimizer itself
-            would take next, read at every teleport (schedulers are followed): for a torch.optim.SGD without momentum
-            and weight decay a gradient step of rate lr, the largest over the groups that hold parameters of the model;
-            for the others that `read_step` knows `OptimizerLookahead`. While the lr of all these groups is 0, as at the
-            start of a warm-up, `step` does nothing: there is no step to look ahead to. With `lr` it is the gradient
-            step of that rate, for any optimizer.
+        objective: as for `teleport_mlp`. "lookahead" looks `margin` times the optimizer's own steps ahead, read at each
+            teleport (schedulers are followed). For torch.optim.SGD it is a gradient step of the rate that its steps
+            come to with momentum, lr (1 − dampening)/(1 − momentum), the largest over the groups that hold parameters
+            of the model. For Muon, whose steps are of one length whatever the gradient, it is a gradient step of that
+            length, at the rate that it takes before the teleport. For Adagrad, RMSprop, Adam and AdamW it is their next
+            step, `OptimizerLookahead`, weight decay included. While the lr of all these groups is 0, as at the start of
+            a warm-up, `step` does nothing: there is no step to look ahead to. With `lr` it is the gradient step of that
+            rate, for any optimizer. "next_step" is `OptimizerLookahead` for all: with momentum it sees little of what
+            the new gradient will do, since the buffer stays as it is.
         holdout_size: so many further samples of the stream, those behind the teleport's own, are gathered as its
             `holdout`, the guard on samples that the search does not see. "auto" is 200 (none where a `holdout` is
             given), 0 is none.
@@ -143,21 +151,27 @@ class Teleporter:
         check_name("optimizer_state", optimizer_state, OPTIMIZER_STATES)
         if optimizer_state == "transport":
             check_first_moment_known(optimizer)
-        if objective == "lookahead":
+        ahead = isinstance(objective, str) and objective in LOOKAHEADS
+        if ahead:
             _check_minimises(optimizer, model)
+        if objective == NEXT_STEP and options.get("lr") is not None:
+            raise ValueError(f'lr must not be given for objective "{NEXT_STEP}", got {options["lr"]!r}')
         options |= {
-            "objective": objective,
+            "objective": "lookahead" if ahead else objective,
             "layers": _choose_layers(chain, layers, options.get("group", _OPTION_DEFAULTS["group"])),
             "steps": steps,
             "first_radius": first_radius,
             "margin": margin,
             "holdout_tol": holdout_tol,
         }
-        self._reads_step = objective == "lookahead" and options.get("lr") is None
+        self._reads_step = ahead and options.get("lr") is None
+        self._along_next_step = objective == NEXT_STEP
         # A scheduler may start at lr = 0: an lr that is read counts at the teleports only.
         checked = _check_options(options | {"lr": 1.0} if self._reads_step else options, chain)
         if self._reads_step:
             read_step(optimizer, _parameters(chain))
+            if not self._along_next_step:
+                _check_rate_known(optimizer, model)
         self.model, self.optimizer, self.loss_fn, self.schedule = model, optimizer, loss_fn, schedule
         self.optimizer_state = optimizer_state
         self.reports: list[TeleportReport] = []
@@ -245,13 +259,13 @@ class Teleporter:
     def _teleport(self, inputs: Tensor, targets: Tensor) -> TeleportReport:
         """Teleport on the first of the samples, with those behind them as the holdout if one is wanted."""
         own, held = slice(self._wanted), slice(self._wanted, self._wanted + self._holdout_size)
-        options = self._options | (self._own_lookahead() if self._reads_step else {})
-        if self._holdout_size > 0:
-            options["holdout"] = (inputs[held], targets[held])
         batch = inputs[own], targets[own]
         if self._matched_layers:
             chosen = matched_samples(self.model, batch[0], self._matched_layers)
             batch = batch[0][chosen], batch[1][chosen]
+        options = self._options | (self._own_lookahead(batch) if self._reads_step else {})
+        if self._holdout_size > 0:
+            options["holdout"] = (inputs[held], targets[held])
         teleport = functools.partial(teleport_mlp, self.model, batch, self.loss_fn, **options)
         if self.optimizer_state == "transport":
             return with_momentum(self.model, self.optimizer, batch[0], teleport)
@@ -261,11 +275,18 @@ class Teleporter:
                 self.optimizer.state.pop(parameter, None)
         return report
 
-    def _own_lookahead(self) -> dict[str, Any]:
-        """The options for a lookahead along the optimizer's own next step: plain gradient steps have a fast path."""
-        if _steps_plainly(self.optimizer, self.model):
-            return {"lr": _largest_lr(self.optimizer, self.model)}
-        step = read_step(self.optimizer, _parameters(read_chain(self.model)))
+    def _own_lookahead(self, batch: Batch) -> dict[str, Any]:
+        """The options for a lookahead along the optimizer's own steps, of `batch` where they depend on it."""
+        chain, groups = read_chain(self.model), _groups_of(self.model, self.optimizer)
+        kind = None if self._along_next_step else type(self.optimizer)
+        if kind is torch.optim.SGD:
+            return {"lr": max(map(sgd_rate, groups))}
+        if kind is torch.optim.Muon:
+            with at_work(chain):
+                norm = gradient_norm(Problem.make(self.model, chain, batch, self.loss_fn))
+            length = _muon_length(groups, chain)
+            return {"lr": length / norm if norm > 0 else length}  # a gradient of 0 steps nowhere at any rate
+        step = read_step(self.optimizer, _parameters(chain))
         return {"objective": OptimizerLookahead(step, self._options["margin"])}
 
 
@@ -313,15 +334,23 @@ def _parameters(chain: Chain) -> list[nn.Parameter]:
     return [parameter for _, parameter in chain.named_parameters()]
 
 
-def _steps_plainly(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
-    """Whether the optimizer takes plain gradient steps: SGD without momentum and weight decay."""
-    groups = _groups_of(model, optimizer)
-    return type(optimizer) is torch.optim.SGD and not any(g["momentum"] or g["weight_decay"] for g in groups)
+def _muon_length(groups: Sequence[Mapping[str, Any]], chain: Chain) -> float:
+    """The norm of a step of Muon for all parameters of the chain."""
+    own = {id(parameter): parameter.shape for parameter in _parameters(chain)}
+    shapes = [[own[id(p)] for p in group["params"] if id(p) in own] for group in groups]
+    return math.hypot(*map(muon_length, groups, shapes))
 
 
 def _largest_lr(optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
     """The largest lr of the groups that hold parameters of the model."""
     return max(float(group["lr"]) for group in _groups_of(model, optimizer))
+
+
+def _check_rate_known(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise ValueError unless the steps of an SGD come to gradient steps."""
+    if type(optimizer) is torch.optim.SGD:
+        for group in _groups_of(model, optimizer):
+            sgd_rate(group)
 
 
 def _check_minimises(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.optim import _muon
 
 from symtele_cuda import __main__ as command_line
 from symtele_cuda.experiments import classification, minima, planar, regression, require_extra
@@ -27,6 +28,7 @@ from symtele_cuda.experiments.training import (
     start,
     train,
 )
+from symtele_cuda.optimizer_step import read_step
 
 EXTRAS = ("matplotlib", "sklearn", "tqdm")
 needs_extras = pytest.mark.skipif(
@@ -181,6 +183,22 @@ def test_every_optimizer_teleports(optimizer: str, objective: str) -> None:
     assert teleport.accepted and teleport.drift < 1e-4
     assert teleport.gradient_norm_after > teleport.gradient_norm_before
     assert run.final.epoch == 1 and np.isfinite(run.final.train_loss)
+
+
+def test_on_a_cpu_muon_orthogonalizes_in_the_dtype_of_the_weights() -> None:
+    task = small_task(0)
+    trainee = start(task, TrainingSettings(1, 16, "muon", 0.1), None, 0)
+    batch = trainee.batch(trainee.shuffled_batches()[0])
+    parameters = list(trainee.model.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    step = read_step(trainee.optimizer, parameters)
+    trainee.descend(batch)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for old, new, taken in zip(before, parameters, step(before, gradients), strict=True):
+        torch.testing.assert_close(new.detach(), old - taken, rtol=1e-4, atol=1e-5)  # bfloat16 has three digits
+    direction = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    alone = _muon._zeropower_via_newtonschulz(direction, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    assert alone.dtype == torch.bfloat16  # torch's own is back
 
 
 def test_a_diverging_run_ends_early() -> None:

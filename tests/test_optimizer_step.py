@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import symtele_cuda as st
+from symtele_cuda.optimizer_step import muon_length, sgd_rate
 
 SHAPES = ((5, 7), (7, 4), (5,), (4, 4))
 MATRICES = SHAPES[:2] + SHAPES[3:]
@@ -144,6 +145,30 @@ def test_muon_takes_the_step_that_torch_takes_in_bfloat16(name: str) -> None:
                 relative_error(steps[index], old - parameter) < 0.05
             )  # 8 bits, five iterations that are no contraction
             assert relative_error(optimizer.state[parameter]["momentum_buffer"], buffers[index]) < 1e-14
+
+
+@pytest.mark.parametrize(("nesterov", "dampening"), [(False, 0.0), (False, 0.3), (True, 0.0)])
+def test_sgd_comes_to_the_steps_of_its_rate(nesterov: bool, dampening: float) -> None:
+    parameter, gradient = nn.Parameter(random((4, 3), 0)), random((4, 3), 1)
+    optimizer = torch.optim.SGD([parameter], lr=0.2, momentum=0.8, nesterov=nesterov, dampening=dampening)
+    for _ in range(200):
+        before, parameter.grad = parameter.detach().clone(), gradient.clone()
+        optimizer.step()
+    assert relative_error(before - parameter.detach(), sgd_rate(optimizer.param_groups[0]) * gradient) < 1e-10
+
+
+@pytest.mark.parametrize("options", [{}, {"adjust_lr_fn": "match_rms_adamw"}])
+def test_muons_steps_are_about_as_long_as_said(options: dict[str, Any]) -> None:
+    parameters = [nn.Parameter(random(shape, 0)) for shape in ((40, 12), (12, 40), (30, 30))]
+    optimizer = torch.optim.Muon(parameters, lr=0.3, weight_decay=0.0, **options)
+    said = muon_length(optimizer.param_groups[0], [parameter.shape for parameter in parameters])
+    for seed in range(3):
+        for index, parameter in enumerate(parameters):
+            parameter.grad = random(tuple(parameter.shape), 10 * seed + index)
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer.step()
+        taken = torch.cat([(p.detach() - old).flatten() for p, old in zip(parameters, before, strict=True)]).norm()
+        assert 0.7 * said < taken.item() < 1.1 * said
 
 
 def test_groups_have_their_own_settings_and_any_order() -> None:

@@ -29,10 +29,10 @@ from symtele_cuda.experiments.study.jobs import (
     NUDGE,
     PLAIN,
     QUICK,
-    STATE_ARMS,
     TELEPORTED,
     Job,
     Study,
+    state_arms,
 )
 from symtele_cuda.experiments.study.measure import LATER, measure, train_loss
 from symtele_cuda.experiments.study.problems import PROBLEMS, Problem, fingerprint, load, make_task
@@ -111,7 +111,10 @@ def test_the_grid_has_every_optimizer_rate_arm_and_seed_once(study: Study) -> No
     assert study.tuning_seed not in study.seeds and set(study.state_seeds) <= set(study.seeds)
     # one of the ways with the state is the default, so that its runs are main runs
     state = set(study.state_jobs()) - set(study.main_jobs())
-    assert {job.teleports for job in state} == set(STATE_ARMS.values()) - set(MAIN_ARMS.values())
+    assert {job.teleports for job in state} == set(state_arms("momentum").values()) - set(MAIN_ARMS.values())
+    # Adam's lookahead is along its next step by default
+    own_step = {job.optimizer for job in state if job.teleports.objective == "next_step"}
+    assert own_step == {"momentum", "muon"} - left_out
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -314,6 +317,7 @@ def test_states_are_compared_at_the_rates_in_the_middle() -> None:
         "keep": 0.5,
         "reset": 0.5,
         "transport": 0.25,
+        "next step": 0.5,
     }
 
 

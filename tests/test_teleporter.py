@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -540,8 +542,6 @@ def nadam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 OWN_STEPS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "momentum": lambda model: make_sgd(model, 0.01, momentum=0.9),
-    "decay": lambda model: make_sgd(model, 0.01, weight_decay=0.1),
     "adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.01),
     "rmsprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=0.003),
     "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.003),
@@ -549,13 +549,23 @@ OWN_STEPS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("name", OWN_STEPS)
+OTHER_STEPS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "momentum": lambda model: make_sgd(model, 0.01, momentum=0.9),
+    "muon": lambda model: torch.optim.Muon(model.parameters(), lr=0.01),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [*((name, "lookahead") for name in OWN_STEPS), ("adam", "next_step"), ("momentum", "next_step")],
+)
 @pytest.mark.parametrize("taken", [0, 3])
-def test_the_objective_is_the_loss_after_the_optimizers_own_step(name: str, taken: int) -> None:
+def test_the_objective_is_the_loss_after_the_optimizers_own_step(name: str, objective: str, taken: int) -> None:
     model, (batch,) = make_model(), make_batches(1)
-    optimizer = OWN_STEPS[name](model)
+    optimizer = (OWN_STEPS | OTHER_STEPS)[name](model)
     take_steps(model, optimizer, taken)
-    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **(AS_MLP | {"margin": 1.0}))
+    options = AS_MLP | {"margin": 1.0, "objective": objective}
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **options)
     report = teleporter.step(batch, epoch=0)
     assert report is not None
     assert report.accepted
@@ -576,13 +586,85 @@ def test_margin_makes_the_own_step_longer(options: dict[str, float]) -> None:
     assert_same_parameters(model, expected)
 
 
-@pytest.mark.parametrize("dampening", [0.0, 0.5])
-def test_plain_gradient_steps_have_the_fast_path(dampening: float) -> None:
-    model, (batch,) = make_model(), make_batches(1)
+GRADIENT_STEPS: dict[str, tuple[dict[str, Any], float]] = {
+    "plain": ({}, 0.01),
+    "dampening": ({"dampening": 0.5}, 0.01),  # which without momentum SGD does not use
+    "decay": ({"weight_decay": 0.1}, 0.01),
+    "momentum": ({"momentum": 0.9}, 0.1),
+    "nesterov": ({"momentum": 0.75, "nesterov": True, "weight_decay": 0.1}, 0.04),
+    "dampened momentum": ({"momentum": 0.9, "dampening": 0.5}, 0.05),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENT_STEPS)
+@pytest.mark.parametrize("taken", [0, 3])
+def test_sgd_looks_ahead_by_the_rate_that_its_steps_come_to(name: str, taken: int) -> None:
+    (options, rate), model, (batch,) = GRADIENT_STEPS[name], make_model(), make_batches(1)
+    optimizer = make_sgd(model, 0.01, **options)
+    take_steps(model, optimizer, taken)
     expected = copy.deepcopy(model)
-    optimizer = make_sgd(model, 0.01, dampening=dampening)  # which without momentum SGD does not use
-    st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP).step(batch, epoch=0)
-    st.teleport_mlp(expected, batch, objective="lookahead", lr=0.01)
+    report = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP).step(batch, epoch=0)
+    wanted = st.teleport_mlp(expected, batch, objective="lookahead", lr=rate)
+    assert report is not None
+    assert report.objective_after == pytest.approx(wanted.objective_after, rel=1e-8)
+    for got, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got, other, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.0}])
+@pytest.mark.parametrize("loss_fn", [None, F.cross_entropy])
+def test_muon_looks_ahead_by_a_gradient_step_as_long_as_its_own(
+    options: dict[str, Any], loss_fn: Callable[[Tensor, Tensor], Tensor] | None
+) -> None:
+    model, (batch,) = make_model(bias=False), make_batches(1)
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.01, **options)
+    take_steps(model, optimizer)
+    expected = copy.deepcopy(model)
+    loss = F.cross_entropy(expected(batch[0]), batch[1])
+    norm = math.hypot(*(g.norm().item() for g in torch.autograd.grad(loss, list(expected.parameters()))))
+    scales = [0.2 * 16**0.5, 0.2 * 16**0.5, 0.2 * 12**0.5] if options else [(16 / 6) ** 0.5, 1.0, 1.0]
+    length = 0.01 * math.hypot(*(s * rank**0.5 for s, rank in zip(scales, (6, 12, 3), strict=True)))
+    st.Teleporter(model, optimizer, loss_fn, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP).step(batch, epoch=0)
+    st.teleport_mlp(expected, batch, objective="lookahead", lr=length / norm)
+    for got, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got, other, rtol=1e-6, atol=1e-8)
+
+
+def test_the_next_step_of_an_sgd_needs_no_rate_that_its_steps_come_to() -> None:
+    model, (batch,) = make_model(), make_batches(1)
+    optimizer = make_sgd(model, 0.01, momentum=1.0)
+    options = AS_MLP | {"objective": "next_step"}
+    report = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **options).step(batch, epoch=0)
+    assert report is not None
+    assert report.objective_after < report.objective_before
+
+
+def test_muon_with_a_bad_batch_changes_nothing() -> None:
+    model, (batch,) = make_model(bias=False), make_batches(1)
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.01)
+    expected = copy.deepcopy(model)
+    teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP)
+    with pytest.raises(ValueError, match=r"targets must be class indices in 0..2, got values from 3 to 3"):
+        teleporter.step((batch[0], torch.full((4,), 3)), epoch=0)
+    with torch.inference_mode(), pytest.raises(st.TeleportError, match="inference_mode"):
+        teleporter.step(batch, epoch=0)
+    assert_same_parameters(model, expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_without_a_gradient_muon_is_not_teleported() -> None:
+    model, (batch,) = make_model(bias=False), make_batches(1)
+    with torch.no_grad():
+        model[-1].weight.zero_()
+    optimizer, expected = torch.optim.Muon(model.parameters(), lr=0.01), copy.deepcopy(model)
+
+    def flat(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.square().sum()
+
+    teleporter = st.Teleporter(model, optimizer, flat, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP)
+    report = teleporter.step(batch, epoch=0)
+    assert report is not None
+    assert not report.accepted
     assert_same_parameters(model, expected)
 
 
@@ -601,10 +683,10 @@ def test_lr_follows_a_scheduler() -> None:
         scheduler.step()
 
 
-@pytest.mark.parametrize("name", OWN_STEPS)
+@pytest.mark.parametrize("name", [*OWN_STEPS, "momentum", "muon"])
 def test_any_optimizers_own_step_is_waited_for(name: str) -> None:
-    model, (batch,) = make_model(), make_batches(1)
-    optimizer, expected = OWN_STEPS[name](model), copy.deepcopy(model)
+    model, (batch,) = make_model(bias=name != "muon"), make_batches(1)
+    optimizer, expected = (OWN_STEPS | OTHER_STEPS)[name](model), copy.deepcopy(model)
     lr, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], 0.0
     teleporter = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP)
     assert teleporter.step(batch, epoch=0) is None
@@ -652,7 +734,7 @@ def test_lr_is_the_largest_of_the_models_groups() -> None:
     assert_same_parameters(model, expected)
 
 
-@pytest.mark.parametrize("optimizer", [make_sgd, *OWN_STEPS.values(), nadam])
+@pytest.mark.parametrize("optimizer", [make_sgd, OTHER_STEPS["momentum"], *OWN_STEPS.values(), nadam])
 def test_a_given_lr_is_used(optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
     model, (batch,) = make_model(), make_batches(1)
     made = optimizer(model)
@@ -803,6 +885,24 @@ CONSTRUCTION: dict[str, tuple[Callable[[nn.Module], object], dict, type[Exceptio
         {},
         ValueError,
         'optimizer must minimise the loss for objective "lookahead", got one with maximize=True',
+    ),
+    "next step with lr": (
+        make_sgd,
+        {"objective": "next_step", "lr": 0.1},
+        ValueError,
+        'lr must not be given for objective "next_step", got 0.1',
+    ),
+    "momentum 1": (
+        lambda model: make_sgd(model, momentum=1.0),
+        {},
+        ValueError,
+        "optimizer must have momentum and dampening below 1, got momentum=1 and dampening=0: pass lr=",
+    ),
+    "dampening 1": (
+        lambda model: make_sgd(model, momentum=0.9, dampening=1.0),
+        {},
+        ValueError,
+        "optimizer must have momentum and dampening below 1, got momentum=0.9 and dampening=1: pass lr=",
     ),
     "maximize with lr": (
         lambda model: torch.optim.Adam(model.parameters(), maximize=True),

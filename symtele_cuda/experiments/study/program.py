@@ -17,6 +17,7 @@ from symtele_cuda.experiments.study.results import Records, complete
 from symtele_cuda.experiments.study.runner import run_jobs
 from symtele_cuda.experiments.study.store import Store
 from symtele_cuda.experiments.study.summary import save_summaries, summarise
+from symtele_cuda.info import processor
 
 PROGRESS = "{desc}{percentage:.0f}%|{bar}| {elapsed}<{remaining}"
 
@@ -53,7 +54,7 @@ def train(studies: Sequence[Study], data_dir: Path | None, out: Path, processes:
     stores = {study.problem: _open(out, study) for study in studies}
     data = {study.problem: fingerprint(load(study.problem, data_dir)) for study in studies}
     seconds = _todo(studies, stores, data)
-    made = f"torch {torch.__version__}, {processes} processes of one thread"
+    made = f"torch {torch.__version__}, {processes} processes of one thread on {processor()}"
     failed = []
     with _progress(seconds, processes) as bar:
         for job, outcome in run_jobs(seconds, data_dir, processes):

@@ -15,11 +15,11 @@ from symtele_cuda.experiments.study.jobs import (
     MAIN_ARMS,
     NUDGE,
     PLAIN,
-    STATE_ARMS,
     STATE_OPTIMIZERS,
     TELEPORTED,
     Job,
     Study,
+    state_arms,
 )
 from symtele_cuda.experiments.study.records import Check, Record, Teleport
 from symtele_cuda.experiments.training import TeleportSettings
@@ -153,7 +153,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class States:
-    """The train loss at the end with every way of treating the optimizer's state, and without teleports."""
+    """The train loss at the end with every way with the optimizer's state and step, and without teleports."""
 
     optimizer: str
     lr: float
@@ -206,7 +206,7 @@ def states(study: Study, records: Records) -> list[States]:
             lr,
             {
                 arm: spread(final_losses(_select(study, records, optimizer, lr, settings, study.state_seeds)))
-                for arm, settings in STATE_ARMS.items()
+                for arm, settings in state_arms(optimizer).items()
             },
         )
         for optimizer in STATE_OPTIMIZERS

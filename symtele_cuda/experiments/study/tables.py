@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from symtele_cuda.experiments.study.jobs import PLAIN, STATES, TELEPORTED
+from symtele_cuda.experiments.study.jobs import NEXT_STEP, PLAIN, STATES, TELEPORTED
 from symtele_cuda.experiments.study.results import (
     HARMLESS_RATIO,
     Best,
@@ -45,7 +45,7 @@ def page(summaries: Iterable[Summary]) -> str:
 
 def section(summary: Summary) -> str:
     """The tables of one problem."""
-    made = ", ".join(f"{count} runs: {by}" for by, count in summary.made.items())
+    made = "; ".join(f"{count} runs: {by}" for by, count in summary.made.items())
     parts = [
         f"## {summary.problem}",
         f"Data: {summary.data}. Seeds {_list(summary.seeds)}. Made by {made}.",
@@ -59,7 +59,10 @@ def section(summary: Summary) -> str:
     if summary.sgd:
         parts += ["### SGD, rate by rate", rate_table(summary.sgd)]
     if summary.states:
-        parts += [f"### The optimizer's state, seeds {_list(summary.state_seeds)}", state_table(summary.states)]
+        parts += [
+            f"### The optimizer's state and step, seeds {_list(summary.state_seeds)}",
+            state_table(summary.states),
+        ]
     return "\n\n".join(parts)
 
 
@@ -169,12 +172,16 @@ def rate_table(rates: Sequence[Rate]) -> str:
 
 
 def state_table(states: Sequence[States]) -> str:
-    """A row for each optimizer and rate: the train loss at the end."""
+    """A row for each optimizer and rate: the train loss at the end; "keep" for a way that is the same as keep."""
+    arms = (PLAIN, *STATES, NEXT_STEP)
     rows = [
-        [f"{entry.optimizer}, {entry.lr:g}", *(_spread(entry.losses[arm]) for arm in (PLAIN, *STATES))]
+        [
+            f"{entry.optimizer}, {entry.lr:g}",
+            *(_spread(entry.losses[arm]) if arm in entry.losses else "keep" for arm in arms),
+        ]
         for entry in states
     ]
-    return markdown(("optimizer, rate", PLAIN, *STATES), rows)
+    return markdown(("optimizer, rate", *arms), rows)
 
 
 def _list(seeds: Iterable[int]) -> str:
