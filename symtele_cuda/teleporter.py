@@ -151,7 +151,9 @@ class Teleporter:
         check_name("optimizer_state", optimizer_state, OPTIMIZER_STATES)
         if optimizer_state == "transport":
             check_first_moment_known(optimizer)
-        ahead = isinstance(objective, str) and objective in LOOKAHEADS
+        if isinstance(objective, str):
+            check_name("objective", objective, ("grad_norm", *LOOKAHEADS))
+        ahead = objective in LOOKAHEADS
         if ahead:
             _check_minimises(optimizer, model)
         if objective == NEXT_STEP and options.get("lr") is not None:
