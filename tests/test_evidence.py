@@ -23,9 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = evidence_tables.PAGE.read_text(encoding="utf-8")
 LARGEST = 300_000  # bytes of one file of numbers
 # Empty once every row has been run; a name that is here though its numbers are there fails as well.
-NOT_RUN_YET = {
-    "mnist-paper-several-published",
-}
+NOT_RUN_YET: set[str] = set()
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs symtele_cuda[demo]")
 
 
