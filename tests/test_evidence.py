@@ -22,17 +22,11 @@ from symtele_cuda.experiments import planar
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = evidence_tables.PAGE.read_text(encoding="utf-8")
 LARGEST = 300_000  # bytes of one file of numbers
-# Empty once every row has been run; a name that is here though its numbers are there fails as well.
-NOT_RUN_YET: set[str] = set()
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs symtele_cuda[demo]")
 
 
 def numbers(name: str) -> dict:
     return read(evidence_tables.FOLDER / f"{name}.json")
-
-
-def run_rows() -> list[Row]:
-    return [row for row in ROWS if row.name not in NOT_RUN_YET]
 
 
 def place_at(folder: Path) -> Place:
@@ -56,10 +50,10 @@ def test_every_row_has_its_command_its_table_and_its_figures_on_the_page() -> No
     assert len({row.name for row in ROWS}) == len(ROWS)
 
 
-def test_every_row_that_was_run_has_its_numbers_made_by_its_command() -> None:
+def test_every_row_has_its_numbers_made_by_its_command() -> None:
     made = {path.stem for path in evidence_tables.FOLDER.glob("*.json")}
-    assert made == {row.name for row in run_rows()}
-    for row in run_rows():
+    assert made == {row.name for row in ROWS}
+    for row in ROWS:
         document = numbers(row.name)
         assert document["row"] == row.name and document["arguments"] == list(row.arguments)
         assert (document["data"] is not None) == row.data
@@ -68,14 +62,13 @@ def test_every_row_that_was_run_has_its_numbers_made_by_its_command() -> None:
 
 def test_every_figure_on_the_page_exists() -> None:
     named = set(re.findall(r"\(figures/([\w-]+)\.png\)", PAGE))
-    pending = {name for name in named if name in NOT_RUN_YET}
     assert len(named) > len(ROWS)
-    missing = {name for name in named - pending if not (ROOT / "docs" / "figures" / f"{name}.png").is_file()}
+    missing = {name for name in named if not (ROOT / "docs" / "figures" / f"{name}.png").is_file()}
     assert missing == set()
 
 
 def test_the_stand_in_for_the_full_set_is_named() -> None:
-    for row in run_rows():
+    for row in ROWS:
         if row.data and row.name != "study":
             assert numbers(row.name)["settings"]["data"] in numbers(row.name)["data"]
 
