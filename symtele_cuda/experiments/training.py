@@ -184,8 +184,15 @@ def _muon_in_own_dtype() -> Iterator[None]:
 
     A CPU without instructions for bfloat16 takes ten times as long with it. Nothing public says in which dtype.
     """
+
+    def in_own_dtype(
+        matrix: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float, *_: object
+    ) -> Tensor:
+        """Some versions of torch hand over more, which only says how the same is computed."""
+        return orthogonalized(matrix, coefficients, iterations, eps)
+
     own = _muon._zeropower_via_newtonschulz
-    _muon._zeropower_via_newtonschulz = orthogonalized  # type: ignore[assignment]  # other names of the arguments
+    _muon._zeropower_via_newtonschulz = in_own_dtype  # type: ignore[assignment]  # other names of the arguments
     try:
         yield
     finally:
