@@ -338,8 +338,8 @@ def _parameters(chain: Chain) -> list[nn.Parameter]:
 
 def _muon_length(groups: Sequence[Mapping[str, Any]], chain: Chain) -> float:
     """The norm of a step of Muon for all parameters of the chain."""
-    own = {id(parameter): parameter.shape for parameter in _parameters(chain)}
-    shapes = [[own[id(p)] for p in group["params"] if id(p) in own] for group in groups]
+    own = set(map(id, _parameters(chain)))
+    shapes = [[p.shape for p in group["params"] if id(p) in own] for group in groups]
     return math.hypot(*map(muon_length, groups, shapes))
 
 

@@ -24,6 +24,7 @@ MAIN_ARMS: dict[str, TeleportSettings | None] = {PLAIN: None, TELEPORTED: DEFAUL
 STATE_OPTIMIZERS = ("momentum", "adam", "muon")
 # Those of them for which "lookahead" is a gradient step: for the others it is their next step anyway.
 NEXT_STEP = "next step"
+ALONG_NEXT_STEP = replace(DEFAULTS, objective="next_step")
 GRADIENT_STEPPERS = ("momentum", "muon")
 
 
@@ -31,7 +32,7 @@ def state_arms(optimizer: str) -> dict[str, TeleportSettings | None]:
     """The ways with an optimizer's state, and the lookahead in which it counts as it stands."""
     arms: dict[str, TeleportSettings | None] = {PLAIN: None}
     arms |= {state: replace(DEFAULTS, optimizer_state=state) for state in STATES}
-    return arms | ({NEXT_STEP: replace(DEFAULTS, objective="next_step")} if optimizer in GRADIENT_STEPPERS else {})
+    return arms | ({NEXT_STEP: ALONG_NEXT_STEP} if optimizer in GRADIENT_STEPPERS else {})
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Job:
         """What is done with the weights and the optimizer's state, in words."""
         if self.teleports is None:
             return PLAIN
-        if self.teleports.objective == "next_step":
+        if self.teleports == ALONG_NEXT_STEP:
             return f"teleported, {NEXT_STEP}"
         return "nudged" if self.teleports == NUDGE else f"teleported, state {self.teleports.optimizer_state}"
 
