@@ -438,6 +438,7 @@ OPTIONS: dict[str, Any] = {
     "layers": None,
     "drift_tol": 1e-4,
     "holdout_tol": 0.05,
+    "min_gain": 0.0,
     "backend": "auto",
 }
 NETWORKS = [

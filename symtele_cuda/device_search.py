@@ -39,6 +39,7 @@ from .search import (
     SHORTENED_BELOW,
     SHRINKAGE,
     SMALLEST_RADIUS,
+    STEPS_LONG_ENOUGH,
     ZERO_GRADIENT,
     LossBound,
     Search,
@@ -140,9 +141,10 @@ def run_program(task: Task) -> Program:
     evaluation = search.path.evaluate(start)
     before = task.measure(task.problem.network, task.problem.outputs)
     if step_size is None:
-        _, data_loss, _, gradient_norm, *holdout = before.unbind()
+        loss, data_loss, objective, gradient_norm, *holdout = before.unbind()
         bounds = task.bounds(data_loss, holdout[0] if holdout else None)
-        trace = ascend(search, start, evaluation, cap=task.cap(gradient_norm), bounds=bounds)
+        ended = (objective < loss).logical_not() if task.wants_gain else torch.zeros_like(loss)
+        trace = ascend(search, start, evaluation, cap=task.cap(gradient_norm), bounds=bounds, ended=ended)
     else:
         trace = ascend_fixed(search, start, evaluation, step_size=step_size)
     last = task.candidate(start, trace.state.waypoint)
@@ -156,20 +158,32 @@ def read_back(task: Task, program: Program, backend: str) -> Found:
     before_values, row_values, measured, hindered = torch.cat(parts).cpu().split([len(part) for part in parts])
     before = read(before_values)
     bounds = () if program.trace.fixed else task.bounds(before.data_loss, before.holdout)
-    result = program.trace.result(row_values.reshape(program.rows.shape).tolist(), bounds)
+    if task.is_futile(before):
+        result = SearchResult(tuple(program.trace.waypoints[:1]), (), STEPS_LONG_ENOUGH)
+    else:
+        result = program.trace.result(row_values.reshape(program.rows.shape).tolist(), bounds)
     texts = [text for _, text in program.last.hindrances]
     last = Candidate(program.last.network, measured, tuple(zip(hindered, texts, strict=True)))
     return Found(program.start, before, result, last, backend)
 
 
 def ascend(
-    search: Search, start: State, evaluation: Evaluation, *, cap: float | Tensor, bounds: Sequence[LossBound]
+    search: Search,
+    start: State,
+    evaluation: Evaluation,
+    *,
+    cap: float | Tensor,
+    bounds: Sequence[LossBound],
+    ended: Tensor,
 ) -> Trace:
-    """`search.ascend`: a step that is refused, or comes after the end, is computed and not committed."""
+    """`search.ascend`: a step that is refused, or comes after the end, is computed and not committed.
+
+    ended: whether there is nothing to search for, so that all steps come after the end.
+    """
     products, trace = search.network.products, _begin(search, start, fixed=False)
     first_radius = search.first_radius * search.moved_norm(start)
     nought = torch.zeros_like(first_radius)
-    control = torch.stack([evaluation.value.double(), first_radius, nought, nought, first_radius])
+    control = torch.stack([evaluation.value.double(), first_radius, nought, ended.double(), first_radius])
     limit = cap if isinstance(cap, Tensor) else torch.full_like(first_radius, cap)
     direction = search.direction(start, evaluation)
     for step in range(search.steps):

@@ -32,6 +32,7 @@ class Options:
     layers: tuple[int, ...] | None
     drift_tol: float
     holdout_tol: float
+    min_gain: float
 
 
 def make_options(
@@ -51,6 +52,7 @@ def make_options(
     hidden_layers: int,
     drift_tol: float,
     holdout_tol: float,
+    min_gain: float,
     backend: str,
 ) -> Options:
     """Check every option of `teleport_mlp`, for a network of `hidden_layers` hidden layers.
@@ -71,6 +73,7 @@ def make_options(
     check_number("margin", margin, above=0.0)
     check_number("drift_tol", drift_tol, above=0.0, finite=False)
     check_number("holdout_tol", holdout_tol, at_least=0.0, finite=False)
+    check_number("min_gain", min_gain, at_least=0.0)
     return Options(
         objective=_make_objective(objective, lr, margin),
         steps=steps,
@@ -84,6 +87,7 @@ def make_options(
         layers=None if layers is None else check_layers(layers, hidden_layers),
         drift_tol=float(drift_tol),
         holdout_tol=float(holdout_tol),
+        min_gain=float(min_gain),
     )
 
 

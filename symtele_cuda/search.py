@@ -51,6 +51,7 @@ SHORTENED = "accepted, shortened at the edge of the activation's domain, or of t
 NOT_FINITE, NO_IMPROVEMENT, ABOVE_CAP = "not finite", "no improvement", "above the growth cap"
 ZERO_GRADIENT, GRADIENT_NOT_FINITE = "the gradient on the group is zero", "the gradient on the group is not finite"
 CAP_REACHED, ALL_STEPS = "growth cap reached", "all steps taken"
+STEPS_LONG_ENOUGH = "the step ahead does not lower the loss, so that a larger gradient is no gain"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .options import POSITIVE_DIAGONAL, Options, make_options
 from .planning import make_plan, match_inputs, observe_inputs
 from .problem import Holdout, Problem, at_work
 from .report import TeleportReport
-from .search import ascend, ascend_fixed, holding
+from .search import STEPS_LONG_ENOUGH, SearchResult, ascend, ascend_fixed, holding
 from .task import Found, Task, describe_backend, drift_refusal, holdout_refusal
 
 
@@ -45,6 +45,7 @@ def teleport_mlp(
     drift_tol: float = 1e-4,
     holdout: tuple[Tensor, Tensor] | None = None,
     holdout_tol: float = 0.05,
+    min_gain: float = 0.0,
     backend: str = "auto",
 ) -> TeleportReport:
     """Move the weights of `model`, in place, along the level set of the loss on `batch`, to where the optimizer
@@ -93,6 +94,9 @@ def teleport_mlp(
         holdout: (x, y) of a second batch; holdout_tol: by what share of its value its loss may rise. What "lookahead"
             gains on the batch must also gain there: the step that the batch's gradient makes must leave the holdout
             with a lower loss than it would without the teleport. math.inf only reports.
+        min_gain: for "lookahead", how many times as much the step ahead must lower the loss on the batch as it does
+            without the teleport. Where it does not lower it even so, the steps are not too short there, whatever the
+            gradient: there is no search, and no teleport. 0 asks for nothing but a lower objective.
         backend: "torch", "cuda", or "auto" for the best that is there.
 
     Returns:
@@ -121,6 +125,7 @@ def teleport_mlp(
         hidden_layers=len(chain.activations),
         drift_tol=drift_tol,
         holdout_tol=holdout_tol,
+        min_gain=min_gain,
         backend=backend,
     )
     with at_work(chain):
@@ -172,15 +177,18 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
 def _find_on_host(task: Task) -> Found:
     """The search with every decision on the host, for any objective and any loss."""
     options, network = task.options, task.problem.network
-    start, search = task.start(), task.search()
+    start, before = task.start(), read(task.measure(network, task.problem.outputs))
+    backend = describe_backend(network, "decisions on the host")
+    if task.is_futile(before):
+        return Found(start, before, SearchResult((start.waypoint,), (), STEPS_LONG_ENOUGH), None, backend)
+    search = task.search()
     evaluation = search.path.evaluate(start)
-    before = read(task.measure(network, task.problem.outputs))
     if options.step_size is not None:
         result = ascend_fixed(search, start, evaluation, step_size=options.step_size)
     else:
         cap = float(task.cap(before.gradient_norm))
         result = ascend(search, start, evaluation, cap=cap, bounds=task.bounds(before.data_loss, before.holdout))
-    return Found(start, before, result, None, describe_backend(network, "decisions on the host"))
+    return Found(start, before, result, None, backend)
 
 
 def _settle(task: Task, found: Found, unchanged: TeleportReport) -> tuple[TeleportReport, Network]:
@@ -198,7 +206,7 @@ def _settle(task: Task, found: Found, unchanged: TeleportReport) -> tuple[Telepo
             reason = hindrance
             continue
         after = read(candidate.measured)
-        if (refusal := _refusal(task.options, before, after) or _no_gain(task.options, before, after)) is not None:
+        if (refusal := _refusal(task.options, before, after) or _no_gain(task, before, after)) is not None:
             reason = refusal
             continue
         report = replace(
@@ -231,8 +239,9 @@ def _refusal(options: Options, before: Measurement, after: Measurement) -> str |
     return holdout_refusal(before.holdout, after.holdout)
 
 
-def _no_gain(options: Options, before: Measurement, after: Measurement) -> str | None:
+def _no_gain(task: Task, before: Measurement, after: Measurement) -> str | None:
     """Why the objective on the weights formed is no reason to write them, or None."""
+    options = task.options
     if not after.finite:
         return "the loss, the objective or the gradient of the new weights is not finite"
     if options.step_size is not None:
@@ -240,6 +249,10 @@ def _no_gain(options: Options, before: Measurement, after: Measurement) -> str |
     gained = after.objective > before.objective if options.objective.maximise else after.objective < before.objective
     if not gained:
         return "the objective did not improve"
+    if task.wants_gain:
+        gain, least = before.loss - after.objective, options.min_gain * (before.loss - before.objective)
+        if not gain >= least:
+            return f"the step ahead would lower the loss by {gain:.4g}, less than min_gain asks for, {least:.4g}"
     ahead, otherwise = after.holdout_ahead, before.holdout_ahead
     if ahead is None or otherwise is None or math.isinf(options.holdout_tol) or ahead < otherwise:
         return None

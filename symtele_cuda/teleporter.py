@@ -113,6 +113,8 @@ class Teleporter:
             inputs of the others do not limit the batch, and they keep their effect on samples outside it.
         steps, first_radius, margin, holdout_tol: as for `teleport_mlp`; few and large steps, since several teleports
             follow one another.
+        min_gain: as for `teleport_mlp`. Where the rate suits the weights well, the steps ahead do not gain twice as
+            much anywhere on the level set, and the run goes on as it would have without the teleporter.
         **options: the other keyword arguments of `teleport_mlp`.
 
     Attributes:
@@ -140,6 +142,7 @@ class Teleporter:
         first_radius: float = 0.2,
         margin: float = 8.0,
         holdout_tol: float = 0.03,
+        min_gain: float = 2.0,
         **options: Any,
     ) -> None:
         chain = read_chain(model)
@@ -165,6 +168,7 @@ class Teleporter:
             "first_radius": first_radius,
             "margin": margin,
             "holdout_tol": holdout_tol,
+            "min_gain": min_gain,
         }
         self._reads_step = ahead and options.get("lr") is None
         self._along_next_step = objective == NEXT_STEP

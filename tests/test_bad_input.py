@@ -292,6 +292,9 @@ CASES: dict[str, tuple[Callable[[], Call], type[Exception], str]] = {
     "drift_tol: negative": (lambda: with_options(drift_tol=-1e-3), ValueError, r"drift_tol must be .* > 0, got -0.001"),
     "drift_tol: NaN": (lambda: with_options(drift_tol=NAN), ValueError, r"drift_tol must be .* > 0, got nan"),
     "holdout_tol: negative": (lambda: with_options(holdout_tol=-1.0), ValueError, r"holdout_tol must be .* got -1.0"),
+    "min_gain: negative": (lambda: with_options(min_gain=-1.0), ValueError, r"min_gain must be .* got -1.0"),
+    "min_gain: NaN": (lambda: with_options(min_gain=NAN), ValueError, r"min_gain must be .* got nan"),
+    "min_gain: text": (lambda: with_options(min_gain="2"), TypeError, "min_gain must be a number, got str"),
     "holdout_tol: NaN": (lambda: with_options(holdout_tol=NAN), ValueError, r"holdout_tol must be .* got nan"),
     "holdout: empty": (
         lambda: with_options(holdout=(X[:0], Y[:0])),

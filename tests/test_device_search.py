@@ -17,7 +17,7 @@ from symtele_cuda.mlp import read_chain
 from symtele_cuda.options import make_options
 from symtele_cuda.planning import make_plan, match_inputs
 from symtele_cuda.problem import Holdout, Problem
-from symtele_cuda.search import SearchResult
+from symtele_cuda.search import STEPS_LONG_ENOUGH, SearchResult
 from symtele_cuda.task import Found, Task
 from symtele_cuda.teleport import _find_on_host
 
@@ -36,6 +36,7 @@ DEFAULTS = dict(
     layers=None,
     drift_tol=1e-4,
     holdout_tol=0.05,
+    min_gain=0.0,
     backend="auto",
 )
 
@@ -95,6 +96,8 @@ CASES = {
     "grad_norm": dict(),
     "no cap": dict(max_growth=math.inf, steps=10),
     "lookahead": dict(objective="lookahead", lr=0.5),
+    "lookahead, gain wanted": dict(objective="lookahead", lr=0.05, min_gain=2.0),
+    "lookahead, step too long": dict(objective="lookahead", lr=100.0, min_gain=2.0),
     "paper": dict(action="paper"),
     "one layer": dict(layers=[2]),
     "fixed step": dict(step_size=1e-3),
@@ -129,7 +132,7 @@ def test_refusals_cap_and_ends_are_met_in_these_cases():
         notes |= {record.note.split(" from ")[0] for record in result.records}
         reasons.add(result.reason)
     assert {"accepted", "above the growth cap", "the holdout loss rose"} <= notes
-    assert {"growth cap reached", "all steps taken"} <= reasons
+    assert {"growth cap reached", "all steps taken", STEPS_LONG_ENOUGH} <= reasons
 
 
 def test_the_last_candidate_is_the_last_accepted_state_s():
@@ -145,7 +148,7 @@ def test_the_last_candidate_is_the_last_accepted_state_s():
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a build without CUDA")
-@pytest.mark.parametrize("case", ["grad_norm", "lookahead", "holdout", "fixed step, paper"])
+@pytest.mark.parametrize("case", ["grad_norm", "lookahead", "lookahead, gain wanted", "holdout", "fixed step, paper"])
 @pytest.mark.parametrize("activation", ["leaky_relu", "tanh"])
 def test_nothing_is_read_back_and_everything_stays_on_the_device(case, activation):
     """With fake tensors on a CUDA device any read-back raises, and so does a tensor left on another device."""
@@ -168,7 +171,7 @@ def test_the_layers_inputs_are_factorized_without_a_read_back_too():
 
 
 @pytest.mark.skipif(extension.unavailable_reason() is not None, reason=f"{extension.unavailable_reason()}")
-@pytest.mark.parametrize("case", ["grad_norm", "lookahead", "holdout", "fixed step, paper"])
+@pytest.mark.parametrize("case", ["grad_norm", "lookahead", "lookahead, gain wanted", "holdout", "fixed step, paper"])
 def test_the_compiled_operators_take_every_operand_of_the_search(case):
     """With their twins as CPU kernels the same steps, and with fake CUDA tensors shapes and devices that fit."""
     task = make_task([20, 24, 22, 5], "softplus", **CASES[case])

@@ -177,7 +177,7 @@ def test_training_leaves_the_global_generator_alone() -> None:
 @pytest.mark.parametrize("objective", ["grad_norm", "lookahead"])
 def test_every_optimizer_teleports(optimizer: str, objective: str) -> None:
     settings = TrainingSettings(epochs=1, batch_size=8, optimizer=optimizer, lr=1e-2)
-    teleports = TeleportSettings(teleports_per_epoch=1, batch_size=8, objective=objective, holdout_size=0)
+    teleports = TeleportSettings(teleports_per_epoch=1, batch_size=8, objective=objective, holdout_size=0, min_gain=0.0)
     run = train(small_task(0), settings, teleports, "run", seed=0)
     (teleport,) = run.teleports
     assert teleport.accepted and teleport.drift < 1e-4

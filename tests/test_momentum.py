@@ -41,7 +41,7 @@ def teleport(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *
         batch_size=len(batch[0]),
         optimizer_state="transport",
         holdout_size=0,
-        **{"layers": None, **options},
+        **{"layers": None, "min_gain": 0.0, **options},
     )
     report = teleporter.step(batch, epoch=0)
     assert report is not None

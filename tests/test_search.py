@@ -53,7 +53,7 @@ def where(request: pytest.FixtureRequest) -> str:
 def ascend(where: str, search_: Search, state: State, evaluation: Evaluation, cap: float, bounds: list[LossBound]):
     if where == "host":
         return search.ascend(search_, state, evaluation, cap=cap, bounds=bounds)
-    trace = device_search.ascend(search_, state, evaluation, cap=cap, bounds=bounds)
+    trace = device_search.ascend(search_, state, evaluation, cap=cap, bounds=bounds, ended=torch.tensor(False))
     return trace.result([row.tolist() for row in trace.rows], bounds)
 
 

@@ -265,6 +265,7 @@ def test_the_worst_ratio_is_of_mean_curves_after_the_last_teleport() -> None:
 
 def test_harm_counts_what_diverged_only_with_teleports() -> None:
     teleport = Teleport(5, 0.1, True, 1.0, 1.1, 0.9)
+    refused = replace(teleport, accepted=False)
     records = all_records(LADDER, made_up([2.0, 1.0, 0.5]), made_up([2.0, 1.0, 0.505], [teleport]))
     for lr, teleports, losses in (
         (0.1, DEFAULTS, [2.0, 1.0, 2.1]),
@@ -272,9 +273,10 @@ def test_harm_counts_what_diverged_only_with_teleports() -> None:
         (1.0, DEFAULTS, [2.0, 1.03, 0.515]),
     ):
         for seed in (1,) if lr < 1 else (1, 2):
-            records[Job(TINY, "sgd", lr, teleports, seed)] = made_up(losses, [teleport] if teleports else [])
+            records[Job(TINY, "sgd", lr, teleports, seed)] = made_up(losses, [teleport, refused] if teleports else [])
     first, second, third = results.no_harm(LADDER, records)[:3]
     assert (first.plain_diverged, first.teleported_diverged, first.harmed_seeds) == (0, 1, 1)
+    assert first.teleports == third.teleports == 2
     assert first.ratio == pytest.approx(1.01) and not first.curve_is_higher
     assert (second.plain_diverged, second.teleported_diverged, second.harmed_seeds) == (1, 0, 0)
     assert third.ratio == pytest.approx(1.03) and third.curve_is_higher
@@ -317,6 +319,7 @@ def test_states_are_compared_at_the_rates_in_the_middle() -> None:
         "keep": 0.5,
         "reset": 0.5,
         "transport": 0.25,
+        "any gain": 0.5,
         "next step": 0.5,
     }
 

@@ -150,14 +150,18 @@ def holdout_ahead(model, batch, held, lr):
         return F.cross_entropy(stepped(held[0]), held[1]).item()
 
 
+def own_step_ahead(lr: float) -> st.OptimizerLookahead:
+    """What objective="lookahead" with margin=1 is, by the general path."""
+    return st.OptimizerLookahead(lambda parameters, gradients: [lr * each for each in gradients], margin=1.0)
+
+
 @pytest.mark.parametrize("own_objective", [False, True], ids=["activation space", "general path"])
 def test_a_lookahead_must_also_gain_on_the_holdout(own_objective):
     lr, accepted, refused = 0.3, 0, 0
     for seed in range(8):
         model = make_mlp([30, 40, 36, 5])
         batch, held, untouched = make_batch(20, 30, 5, seed=seed), make_batch(15, 30, 5, seed=50), copy.deepcopy(model)
-        own_step = st.OptimizerLookahead(lambda parameters, gradients: [lr * each for each in gradients], margin=1.0)
-        objective = own_step if own_objective else "lookahead"
+        objective = own_step_ahead(lr) if own_objective else "lookahead"
         options = dict(objective=objective, lr=lr, margin=1.0, holdout=held, holdout_tol=10.0)
         report = st.teleport_mlp(model, batch, **options)
         before, after = (holdout_ahead(each, batch, held, lr) for each in (untouched, model))
@@ -169,6 +173,43 @@ def test_a_lookahead_must_also_gain_on_the_holdout(own_objective):
             assert report.steps < unguarded.steps and "the step ahead would take the holdout loss to" in report.reason
         accepted += report.accepted
     assert accepted > 0 and refused > 0
+
+
+@pytest.mark.parametrize("own_objective", [False, True], ids=["activation space", "general path"])
+def test_min_gain_is_the_factor_by_which_the_step_ahead_lowers_the_loss_more(own_objective):
+    batch, lr = make_batch(20, 30, 5), 0.05
+    options = dict(objective=own_step_ahead(lr) if own_objective else "lookahead", lr=lr, margin=1.0, steps=4)
+    free = st.teleport_mlp(make_mlp([30, 40, 36, 5]), batch, **options)
+    assert free.objective_before < free.loss_before
+    factor = (free.loss_before - free.objective_after) / (free.loss_before - free.objective_before)
+    met = st.teleport_mlp(make_mlp([30, 40, 36, 5]), batch, **options, min_gain=0.999 * factor)
+    assert met.accepted and met.steps == free.steps
+    model = make_mlp([30, 40, 36, 5])
+    before = snapshot(model)
+    missed = st.teleport_mlp(model, batch, **options, min_gain=1.001 * factor)
+    assert not missed.accepted and "less than min_gain asks for" in missed.reason
+    assert missed.trace == free.trace and unchanged(model, before)
+
+
+@pytest.mark.parametrize("own_objective", [False, True], ids=["activation space", "general path"])
+def test_with_min_gain_there_is_no_search_where_the_step_ahead_is_too_long(own_objective):
+    batch, lr = make_batch(20, 30, 5), 100.0
+    options = dict(objective=own_step_ahead(lr) if own_objective else "lookahead", lr=lr, margin=1.0)
+    assert st.teleport_mlp(make_mlp([30, 40, 36, 5]), batch, **options).accepted
+    model = make_mlp([30, 40, 36, 5])
+    before = snapshot(model)
+    report = st.teleport_mlp(model, batch, **options, min_gain=1e-9)
+    assert report.objective_before > report.loss_before
+    assert not report.accepted and report.trace == () and "the step ahead does not lower the loss" in report.reason
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(objective="grad_norm"), dict(objective="lookahead", lr=100.0, step_size=1e-6)]
+)
+def test_min_gain_is_of_searches_for_a_step_ahead_in_a_trust_region(options):
+    batch, model = make_batch(20, 30, 5), make_mlp([30, 40, 36, 5])
+    assert st.teleport_mlp(model, batch, **options, min_gain=1e6).accepted
 
 
 def test_drift_guard_refuses_and_leaves_the_model_alone():

@@ -21,7 +21,15 @@ from symtele_cuda.teleporter import Batch
 
 EVERY_EPOCH = st.Schedule(epochs=range(10), teleports_per_epoch=100)
 # A step on so many samples is then what `teleport_mlp` does on them by its own defaults.
-AS_MLP = {"holdout_size": 0, "holdout_tol": 0.05, "layers": None, "margin": 4.0, "steps": 10, "first_radius": 0.02}
+AS_MLP = {
+    "holdout_size": 0,
+    "holdout_tol": 0.05,
+    "layers": None,
+    "margin": 4.0,
+    "min_gain": 0.0,
+    "steps": 10,
+    "first_radius": 0.02,
+}
 
 
 def make_model(bias: bool = True) -> nn.Sequential:
@@ -220,9 +228,22 @@ def test_by_default_gl_moves_the_last_hidden_layer_that_it_can(
     linears = (nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 3))
     model = nn.Sequential(linears[0], activations[0], linears[1], activations[1], linears[2]).double()
     (batch,) = make_batches(1, size=6)
-    report = st.Teleporter(model, make_sgd(model), batch_size=6, holdout_size=0, **options).step(batch, epoch=0)
+    teleporter = st.Teleporter(model, make_sgd(model), batch_size=6, holdout_size=0, min_gain=0.0, **options)
+    report = teleporter.step(batch, epoch=0)
     assert report is not None and report.accepted
     assert [layer.index for layer in report.layers if layer.teleported] == moved
+
+
+@pytest.mark.parametrize(
+    ("lr", "accepted", "reason"), [(0.01, True, "all steps taken"), (20.0, False, "does not lower")]
+)
+def test_by_default_the_run_goes_on_untouched_where_the_rate_is_no_smaller_than_it_should_be(lr, accepted, reason):
+    model, (batch,) = make_model(), make_batches(1, size=6)
+    before = copy.deepcopy(model)
+    report = st.Teleporter(model, make_sgd(model, lr=lr), batch_size=6, holdout_size=0).step(batch, epoch=0)
+    assert report is not None and report.accepted == accepted and reason in report.reason
+    if not accepted:
+        assert_same_parameters(model, before)
 
 
 def test_by_default_the_inputs_of_layers_that_stay_do_not_limit_the_batch() -> None:

@@ -69,5 +69,5 @@ def test_a_run_leaves_table_figure_and_numbers(tmp_path: Path) -> None:
     trades = {entry["variant"]: entry for entry in json.loads((tmp_path / "trade.json").read_text())["trades"]}
     assert trades[trade.PLAIN]["rises"] == []
     free, strict = (trades[guard] for guard in (trade.UNGUARDED, "holdout_tol 0.003"))
-    assert len(free["rises"]) == 3 and max(free["rises"]) > max(strict["rises"], default=0.0)
+    assert free["rises"] and max(free["rises"]) > max(strict["rises"], default=0.0)
     assert free["train_losses"] != trades[trade.PLAIN]["train_losses"]

@@ -31,7 +31,7 @@ from symtele_cuda.teleporter import AUTO_BATCH_SIZE, LAST, Schedule, Teleporter
 TRAINING = replace(MNIST_TRAINING, epochs=1)  # before the epoch with teleports
 TELEPORTS = 4
 STEPS, FIRST_RADIUS, MARGIN = 10, 0.02, 4.0
-LARGE_STEPS = {"steps": 3, "first_radius": 0.2, "margin": 8.0}  # the Teleporter's defaults
+LARGE_STEPS = {"steps": 3, "first_radius": 0.2, "margin": 8.0, "min_gain": 2.0}  # the Teleporter's defaults
 PUBLISHED_RATE = 1e-2
 NO_ASCENT = 1e-12  # a rate at which g is the identity to rounding
 POINT_EVERY = 20  # iterations
@@ -118,6 +118,7 @@ def variants(batch_size: int, rate: float) -> tuple[Variant, ...]:
         "batch_size": batch_size,
         "first_radius": FIRST_RADIUS,
         "margin": MARGIN,
+        "min_gain": 0.0,
         "layers": None,
         "holdout_size": 0,
     }
@@ -141,7 +142,7 @@ def variants(batch_size: int, rate: float) -> tuple[Variant, ...]:
         Variant(MORE_SAMPLES, LOOKAHEAD, "up to 200 samples", more_samples),
         Variant(MORE_SAMPLES_GUARDED, MORE_SAMPLES, "holdout guard", more_samples, guarded=True, drawn=False),
         Variant(LAST_LAYER, MORE_SAMPLES_GUARDED, "the last hidden layer alone", last_layer, guarded=True, drawn=False),
-        Variant(DEFAULTS, LAST_LAYER, "three large steps, a longer lookahead", defaults, guarded=True),
+        Variant(DEFAULTS, LAST_LAYER, "three large steps, a longer lookahead, twice its gain", defaults, guarded=True),
         Variant(PUBLISHED_TRUST_REGION, PUBLISHED, "trust region, drift guard off", unguarded, drawn=False),
         Variant(PUBLISHED_GUARDED, PUBLISHED_TRUST_REGION, "drift guard on", guarded, drawn=False),
     )

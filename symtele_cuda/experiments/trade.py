@@ -32,6 +32,7 @@ OTHERS: dict[str, TeleportSettings] = {
     "all hidden layers": replace(DEFAULTS, layers=None),
     "half the margin": replace(DEFAULTS, margin=DEFAULTS.margin / 2),
     "twice the margin": replace(DEFAULTS, margin=2 * DEFAULTS.margin),
+    "no least gain": replace(DEFAULTS, min_gain=0.0),
     "one teleport": replace(DEFAULTS, teleports_per_epoch=1),
     "after epoch 0": replace(DEFAULTS, epochs=(1,)),
     "50 samples": replace(DEFAULTS, batch_size=50),

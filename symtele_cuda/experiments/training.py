@@ -83,6 +83,7 @@ class TeleportSettings:
     margin: float = 8.0
     holdout_size: int | str = "auto"
     holdout_tol: float = 0.03
+    min_gain: float = 2.0
     optimizer_state: str = "keep"
 
     def teleporter(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Loss) -> Teleporter:
@@ -96,6 +97,7 @@ class TeleportSettings:
             objective=self.objective,
             holdout_size=self.holdout_size,
             holdout_tol=self.holdout_tol,
+            min_gain=self.min_gain,
             lr=self.lr,
             margin=self.margin,
             action=self.action,

@@ -17,7 +17,7 @@ STATES = ("keep", "reset", "transport")
 
 # Teleports of a thousandth of the length: nothing to speak of, but two runs that differ by it part within some epochs,
 # so that it shows how far a teleported run comes from the plain one by chance.
-NUDGE = replace(DEFAULTS, steps=1, first_radius=1e-3)
+NUDGE = replace(DEFAULTS, steps=1, first_radius=1e-3, min_gain=0.0)
 
 MAIN_ARMS: dict[str, TeleportSettings | None] = {PLAIN: None, TELEPORTED: DEFAULTS}
 # The optimizers with momentum, whose state has a part that can be transported.
@@ -26,12 +26,18 @@ STATE_OPTIMIZERS = ("momentum", "adam", "muon")
 NEXT_STEP = "next step"
 ALONG_NEXT_STEP = replace(DEFAULTS, objective="next_step")
 GRADIENT_STEPPERS = ("momentum", "muon")
+# What the least gain does where a rate is about right.
+ANY_GAIN = "any gain"
+FOR_ANY_GAIN = replace(DEFAULTS, min_gain=0.0)
+_NAMES = {NUDGE: "nudged", ALONG_NEXT_STEP: f"teleported, {NEXT_STEP}", FOR_ANY_GAIN: f"teleported, {ANY_GAIN}"}
 
 
 def state_arms(optimizer: str) -> dict[str, TeleportSettings | None]:
-    """The ways with an optimizer's state, and the lookahead in which it counts as it stands."""
+    """The ways with an optimizer's state, teleports for any gain, and the lookahead in which the state counts as it
+    stands."""
     arms: dict[str, TeleportSettings | None] = {PLAIN: None}
     arms |= {state: replace(DEFAULTS, optimizer_state=state) for state in STATES}
+    arms[ANY_GAIN] = FOR_ANY_GAIN
     return arms | ({NEXT_STEP: ALONG_NEXT_STEP} if optimizer in GRADIENT_STEPPERS else {})
 
 
@@ -59,9 +65,7 @@ class Job:
         """What is done with the weights and the optimizer's state, in words."""
         if self.teleports is None:
             return PLAIN
-        if self.teleports == ALONG_NEXT_STEP:
-            return f"teleported, {NEXT_STEP}"
-        return "nudged" if self.teleports == NUDGE else f"teleported, state {self.teleports.optimizer_state}"
+        return _NAMES.get(self.teleports) or f"teleported, state {self.teleports.optimizer_state}"
 
     def __str__(self) -> str:
         return f"{self.problem.name} {self.optimizer} {self.lr:g} {self.arm}, seed {self.seed}"

@@ -103,6 +103,7 @@ class Harm:
     """Teleported against plain at one rate: how many of the seeds diverged, and where after the last teleport the mean
     train-loss curve is worst.
 
+    teleports: accepted ones, in all the seeds' runs together; without one they are the plain runs over again.
     ratio: of the means over the seeds that diverged in neither arm, NaN without one; epoch, plain_loss: at that check.
     by_chance: the ratio of runs with teleports that are none, `jobs.NUDGE`, in the place of the teleported ones.
     """
@@ -110,6 +111,7 @@ class Harm:
     optimizer: str
     lr: float
     seeds: int
+    teleports: int
     plain_diverged: int
     teleported_diverged: int
     harmed_seeds: int
@@ -331,6 +333,7 @@ def _harm(study: Study, records: Records, optimizer: str, lr: float) -> Harm:
         optimizer,
         lr,
         len(pairs),
+        teleports=sum(teleport.accepted for ours in teleported for teleport in ours.teleports),
         plain_diverged=sum(theirs.diverged for theirs in plain),
         teleported_diverged=sum(ours.diverged for ours in teleported),
         harmed_seeds=sum(ours.diverged and not theirs.diverged for theirs, ours in pairs),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from symtele_cuda.experiments.study.jobs import NEXT_STEP, PLAIN, STATES, TELEPORTED
+from symtele_cuda.experiments.study.jobs import ANY_GAIN, NEXT_STEP, PLAIN, STATES, TELEPORTED
 from symtele_cuda.experiments.study.results import (
     HARMLESS_RATIO,
     Best,
@@ -105,6 +105,7 @@ def harm_table(harms: Sequence[Harm]) -> str:
     """A row for each optimizer and rate; harm, and what is worse than chance makes it, is in bold."""
     header = (
         "optimizer, rate",
+        "teleports",
         "plain runs diverged",
         "teleported",
         "worst train loss, teleported / plain",
@@ -115,6 +116,7 @@ def harm_table(harms: Sequence[Harm]) -> str:
     rows = [
         [
             f"{harm.optimizer}, {harm.lr:g}",
+            str(harm.teleports),
             f"{harm.plain_diverged} of {harm.seeds}",
             _bold(f"{harm.teleported_diverged} of {harm.seeds}", harm.harmed_seeds > 0),
             _bold(_number(harm.ratio, ".3f"), harm.beyond_chance),
@@ -173,7 +175,7 @@ def rate_table(rates: Sequence[Rate]) -> str:
 
 def state_table(states: Sequence[States]) -> str:
     """A row for each optimizer and rate: the train loss at the end; "keep" for a way that is the same as keep."""
-    arms = (PLAIN, *STATES, NEXT_STEP)
+    arms = (PLAIN, *STATES, ANY_GAIN, NEXT_STEP)
     rows = [
         [
             f"{entry.optimizer}, {entry.lr:g}",
