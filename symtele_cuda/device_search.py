@@ -85,6 +85,7 @@ class Trace:
         for (value, size, accepted, shortened, note, end, *losses), tried in zip(rows, self.waypoints[1:], strict=True):
             place = int(note)
             if end == _AFTER_THE_END:
+                reason = reason if records else STEPS_LONG_ENOUGH  # the one reason to begin a search as ended
                 break
             if end in (_ZERO, _NOT_FINITE):
                 reason = ZERO_GRADIENT if end == _ZERO else GRADIENT_NOT_FINITE
@@ -158,10 +159,7 @@ def read_back(task: Task, program: Program, backend: str) -> Found:
     before_values, row_values, measured, hindered = torch.cat(parts).cpu().split([len(part) for part in parts])
     before = read(before_values)
     bounds = () if program.trace.fixed else task.bounds(before.data_loss, before.holdout)
-    if task.is_futile(before):
-        result = SearchResult(tuple(program.trace.waypoints[:1]), (), STEPS_LONG_ENOUGH)
-    else:
-        result = program.trace.result(row_values.reshape(program.rows.shape).tolist(), bounds)
+    result = program.trace.result(row_values.reshape(program.rows.shape).tolist(), bounds)
     texts = [text for _, text in program.last.hindrances]
     last = Candidate(program.last.network, measured, tuple(zip(hindered, texts, strict=True)))
     return Found(program.start, before, result, last, backend)

@@ -16,7 +16,7 @@ from pathlib import Path
 from symtele_cuda.experiments import figures
 from symtele_cuda.experiments.data import Dataset
 from symtele_cuda.experiments.records import save_json
-from symtele_cuda.experiments.study.jobs import DEFAULTS, Job
+from symtele_cuda.experiments.study.jobs import ANY_GAIN, DEFAULTS, FOR_ANY_GAIN, Job
 from symtele_cuda.experiments.study.measure import measure
 from symtele_cuda.experiments.study.problems import PROBLEMS, Problem, make_task
 from symtele_cuda.experiments.study.records import Record
@@ -32,7 +32,7 @@ OTHERS: dict[str, TeleportSettings] = {
     "all hidden layers": replace(DEFAULTS, layers=None),
     "half the margin": replace(DEFAULTS, margin=DEFAULTS.margin / 2),
     "twice the margin": replace(DEFAULTS, margin=2 * DEFAULTS.margin),
-    "no least gain": replace(DEFAULTS, min_gain=0.0),
+    ANY_GAIN: FOR_ANY_GAIN,
     "one teleport": replace(DEFAULTS, teleports_per_epoch=1),
     "after epoch 0": replace(DEFAULTS, epochs=(1,)),
     "50 samples": replace(DEFAULTS, batch_size=50),

@@ -15,9 +15,13 @@ PLAIN, TELEPORTED = "plain", "teleported"
 DEFAULTS = TeleportSettings()
 STATES = ("keep", "reset", "transport")
 
+# What the least gain does where a rate is about right.
+ANY_GAIN = "any gain"
+FOR_ANY_GAIN = replace(DEFAULTS, min_gain=0.0)
+
 # Teleports of a thousandth of the length: nothing to speak of, but two runs that differ by it part within some epochs,
 # so that it shows how far a teleported run comes from the plain one by chance.
-NUDGE = replace(DEFAULTS, steps=1, first_radius=1e-3, min_gain=0.0)
+NUDGE = replace(FOR_ANY_GAIN, steps=1, first_radius=1e-3)
 
 MAIN_ARMS: dict[str, TeleportSettings | None] = {PLAIN: None, TELEPORTED: DEFAULTS}
 # The optimizers with momentum, whose state has a part that can be transported.
@@ -26,9 +30,6 @@ STATE_OPTIMIZERS = ("momentum", "adam", "muon")
 NEXT_STEP = "next step"
 ALONG_NEXT_STEP = replace(DEFAULTS, objective="next_step")
 GRADIENT_STEPPERS = ("momentum", "muon")
-# What the least gain does where a rate is about right.
-ANY_GAIN = "any gain"
-FOR_ANY_GAIN = replace(DEFAULTS, min_gain=0.0)
 _NAMES = {NUDGE: "nudged", ALONG_NEXT_STEP: f"teleported, {NEXT_STEP}", FOR_ANY_GAIN: f"teleported, {ANY_GAIN}"}
 
 
