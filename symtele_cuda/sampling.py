@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -113,43 +114,89 @@ def _independent_rows(grams: np.ndarray, most: int) -> list[int]:
 
     grams: K of each layer's input (layers×n×n), no row of which is zero.
     """
-    grams = grams / np.diagonal(grams, axis1=1, axis2=2).max(1)[:, None, None]
-    layers, n = grams.shape[:2]
+    factors = [_GrowingFactor(gram_matrix, most) for gram_matrix in grams]
     taken: list[int] = []
-    factor = np.zeros((layers, n, min(n, most)))  # of every row the c, which for the rows taken is their row of C
-    extremes = np.tile([2.0, 0.0], (layers, 1))  # s² below and above; the first row, at most 1, will be both
-    vectors = np.zeros((layers, 2, min(n, most)))  # their v
-    for row in range(n):
-        count = len(taken)
-        if count == most:
+    for row in range(grams.shape[1]):
+        if len(taken) == most:
             break
-        components = factor[:, row, :count]
-        distances = grams[:, row, row] - np.square(components).sum(1)
-        if distances.min() <= 0:
+        extensions = [factor.extended_by(row) for factor in factors]
+        if any(extension is None or extension.condition > GOOD_CONDITION for extension in extensions):
             continue
-        values, turns = _extend_extremes(extremes, vectors[:, :, :count], components, distances)
-        if (values[:, 1] > GOOD_CONDITION**2 * values[:, 0]).any():
-            continue
-        extremes = values
-        vectors[:, :, :count] *= turns[:, :, :1]
-        vectors[:, :, count] = turns[:, :, 1]
-        rest = grams[:, row:, row] - np.einsum("lit,lt->li", factor[:, row:, :count], components)
-        factor[:, row:, count] = rest / np.sqrt(distances)[:, None]
+        for factor, extension in zip(factors, extensions, strict=True):
+            assert extension is not None
+            factor.take(row, extension)
         taken.append(row)
     return taken
 
 
-def _extend_extremes(
-    extremes: np.ndarray, vectors: np.ndarray, components: np.ndarray, distances: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The next smallest and largest s² (layers×2) and their (p, q) (layers×2×2), from those so far, c and d²."""
-    overlaps = np.einsum("let,lt->le", vectors, components)  # α
-    matrices = np.empty((*extremes.shape, 2, 2))
-    matrices[..., 0, 0] = extremes + overlaps**2
-    matrices[..., 0, 1] = matrices[..., 1, 0] = overlaps * np.sqrt(distances)[:, None]
-    matrices[..., 1, 1] = distances[:, None]
-    values, axes = np.linalg.eigh(matrices)  # ascending
-    return np.stack([values[:, 0, 0], values[:, 1, 1]], 1), np.stack([axes[:, 0, :, 0], axes[:, 1, :, 1]], 1)
+@dataclass(frozen=True)
+class _Extreme:
+    """An extreme singular value of the next factor: s², and the (p, q) that make its v from the v so far."""
+
+    square: float
+    turn: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class _Extension:
+    """What one more row would bring: d², and the extremes of the factor with it."""
+
+    distance: float
+    smallest: _Extreme
+    largest: _Extreme
+
+    @property
+    def condition(self) -> float:
+        return math.sqrt(self.largest.square / self.smallest.square) if self.smallest.square > 0 else math.inf
+
+
+class _GrowingFactor:
+    """The factor C of K for the rows taken so far, with the estimates of its extreme singular values."""
+
+    def __init__(self, gram_matrix: np.ndarray, most: int) -> None:
+        n = len(gram_matrix)
+        self._gram = gram_matrix / gram_matrix.diagonal().max()
+        self._count = 0
+        self._components = np.zeros((n, min(n, most)))  # of every row the c, which for the rows taken is their row of C
+        self._squares = (2.0, 0.0)  # s² below and above; the first row, at most 1, will be both
+        self._vectors = np.zeros((2, min(n, most)))  # their v
+
+    def extended_by(self, row: int) -> _Extension | None:
+        """What `row` would bring, or None where it depends on the rows taken."""
+        components = self._components[row, : self._count]
+        distance = float(self._gram[row, row] - components @ components)
+        if distance <= 0:
+            return None
+        overlaps = self._vectors[:, : self._count] @ components
+        below, above = (_extend(s, float(a), distance) for s, a in zip(self._squares, overlaps, strict=True))
+        return _Extension(distance, below[0], above[1])
+
+    def take(self, row: int, extension: _Extension) -> None:
+        count = self._count
+        rest = self._gram[row:, row] - self._components[row:, :count] @ self._components[row, :count]
+        self._components[row:, count] = rest / math.sqrt(extension.distance)
+        extremes = extension.smallest, extension.largest
+        self._squares = extremes[0].square, extremes[1].square
+        for vector, extreme in zip(self._vectors, extremes, strict=True):
+            vector[:count] *= extreme.turn[0]
+            vector[count] = extreme.turn[1]
+        self._count += 1
+
+
+def _extend(square: float, overlap: float, distance: float) -> tuple[_Extreme, _Extreme]:
+    """The smaller and the larger next s² with their (p, q), from one so far, α = `overlap` and d² = `distance`.
+
+    The larger eigenvalue is a sum of what is not negative, and the product of both is the determinant s² d²: neither
+    loses digits.
+    """
+    half = (square + overlap * overlap - distance) / 2
+    beside = overlap * math.sqrt(distance)
+    root = math.hypot(half, beside)
+    larger = (square + overlap * overlap + distance) / 2 + root
+    p, q = (half + root, beside) if half >= 0 else (beside, root - half)
+    length = math.hypot(p, q)
+    p, q = (p / length, q / length) if length > 0 else (1.0, 0.0)
+    return _Extreme(square * distance / larger, (-q, p)), _Extreme(larger, (p, q))
 
 
 def _well_conditioned_rows(grams: Tensor) -> int:
