@@ -206,9 +206,12 @@ def _settle(task: Task, found: Found, unchanged: TeleportReport) -> tuple[Telepo
             reason = hindrance
             continue
         after = read(candidate.measured)
-        if (refusal := _refusal(task.options, before, after) or _no_gain(task, before, after)) is not None:
+        if (refusal := _refusal(task.options, before, after) or _no_gain(task.options, before, after)) is not None:
             reason = refusal
             continue
+        if (refusal := _too_little_gain(task, before, after)) is not None:
+            reason = refusal
+            break  # an earlier state gains less
         report = replace(
             unchanged,
             accepted=True,
@@ -239,9 +242,8 @@ def _refusal(options: Options, before: Measurement, after: Measurement) -> str |
     return holdout_refusal(before.holdout, after.holdout)
 
 
-def _no_gain(task: Task, before: Measurement, after: Measurement) -> str | None:
+def _no_gain(options: Options, before: Measurement, after: Measurement) -> str | None:
     """Why the objective on the weights formed is no reason to write them, or None."""
-    options = task.options
     if not after.finite:
         return "the loss, the objective or the gradient of the new weights is not finite"
     if options.step_size is not None:
@@ -249,14 +251,20 @@ def _no_gain(task: Task, before: Measurement, after: Measurement) -> str | None:
     gained = after.objective > before.objective if options.objective.maximise else after.objective < before.objective
     if not gained:
         return "the objective did not improve"
-    if task.wants_gain:
-        gain, least = before.loss - after.objective, options.min_gain * (before.loss - before.objective)
-        if not gain >= least:
-            return f"the step ahead would lower the loss by {gain:.4g}, less than min_gain asks for, {least:.4g}"
     ahead, otherwise = after.holdout_ahead, before.holdout_ahead
     if ahead is None or otherwise is None or math.isinf(options.holdout_tol) or ahead < otherwise:
         return None
     return f"the step ahead would take the holdout loss to {ahead:.4g}, without the teleport to {otherwise:.4g}"
+
+
+def _too_little_gain(task: Task, before: Measurement, after: Measurement) -> str | None:
+    """Why the gain of the step ahead is less than `min_gain` asks for, or None."""
+    if not task.wants_gain:
+        return None
+    gain, least = before.loss - after.objective, task.options.min_gain * (before.loss - before.objective)
+    if gain >= least:
+        return None
+    return f"the step ahead would lower the loss by {gain:.4g}, less than min_gain asks for, {least:.4g}"
 
 
 def _write(chain: Chain, network: Network) -> None:
