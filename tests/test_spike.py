@@ -56,15 +56,15 @@ def test_every_variant_differs_in_one_thing_from_its_base(ladder: dict[str, spik
         keys = variant.options.keys() | base.options.keys()
         changed = {key for key in keys if variant.options.get(key) != base.options.get(key)}
         drift_guard_off = {"drift_tol"} if variant.options.get("drift_tol") == math.inf else set()
-        large_steps = spike.LARGE_STEPS.keys() if variant.label == spike.DEFAULTS else set()
-        assert len(changed - drift_guard_off - large_steps) + (variant.guarded != base.guarded) <= 1
+        search_defaults = spike.SEARCH_DEFAULTS.keys() if variant.label == spike.DEFAULTS else set()
+        assert len(changed - drift_guard_off - search_defaults) + (variant.guarded != base.guarded) <= 1
         assert changed or variant.guarded
 
 
 def test_the_last_rung_is_the_teleporter_s_defaults(ladder: dict[str, spike.Variant]) -> None:
     parameters = inspect.signature(Teleporter).parameters
     options = ladder[spike.DEFAULTS].options
-    for name in ("objective", "batch_size", "layers", *spike.LARGE_STEPS):
+    for name in ("objective", "batch_size", "layers", *spike.SEARCH_DEFAULTS):
         assert options[name] == parameters[name].default
 
 

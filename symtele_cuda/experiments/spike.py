@@ -31,7 +31,7 @@ from symtele_cuda.teleporter import AUTO_BATCH_SIZE, LAST, Schedule, Teleporter
 TRAINING = replace(MNIST_TRAINING, epochs=1)  # before the epoch with teleports
 TELEPORTS = 4
 STEPS, FIRST_RADIUS, MARGIN = 10, 0.02, 4.0
-LARGE_STEPS = {"steps": 3, "first_radius": 0.2, "margin": 8.0, "min_gain": 2.0}  # the Teleporter's defaults
+SEARCH_DEFAULTS = {"steps": 3, "first_radius": 0.2, "margin": 8.0, "min_gain": 2.0}  # of the Teleporter
 PUBLISHED_RATE = 1e-2
 NO_ASCENT = 1e-12  # a rate at which g is the identity to rounding
 POINT_EVERY = 20  # iterations
@@ -128,7 +128,7 @@ def variants(batch_size: int, rate: float) -> tuple[Variant, ...]:
     lookahead = trust_region | {"objective": "lookahead"}
     more_samples = lookahead | {"batch_size": "auto"}
     last_layer = more_samples | {"layers": LAST}
-    defaults = last_layer | LARGE_STEPS
+    defaults = last_layer | SEARCH_DEFAULTS
     unguarded = published | {"step_size": "auto", "drift_tol": math.inf}
     guarded = published | {"step_size": "auto"}
     return (
