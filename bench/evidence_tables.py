@@ -181,6 +181,34 @@ def trade_table(document: Document) -> str:
     return table(header, rows)
 
 
+def guards_table(document: Document) -> str:
+    """A line for each optimizer, rate and guard, over the seeds."""
+    header = (
+        "optimizer, rate",
+        "guard",
+        "teleports",
+        "diverged",
+        "worst train loss, teleported / plain",
+        "train loss",
+        "plain",
+        "time of the run",
+    )
+    rows = [
+        [
+            f"{entry['optimizer']}, {entry['lr']:g}",
+            entry["guard"],
+            str(entry["teleports"]),
+            str(entry["diverged"]),
+            "" if entry["worst"] is None else f"{entry['worst']:.3f}",
+            "" if entry["train_loss"] is None else _number(entry["train_loss"]),
+            "" if entry["plain_loss"] is None else _number(entry["plain_loss"]),
+            f"{entry['time_share']:.1%}",
+        ]
+        for entry in document["outcomes"]
+    ]
+    return table(header, rows)
+
+
 def study_tables(document: Document) -> str:
     """The study's own tables without their title, their headings below that of the section."""
     _, _, text = tables.page(summaries_of(document)).partition("\n\n")
@@ -194,6 +222,7 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "mnist": training_table,
     "spike": spike_table,
     "trade": trade_table,
+    "guards": guards_table,
     "minima": training_table,
     "study": study_tables,
 }

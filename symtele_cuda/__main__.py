@@ -1,4 +1,4 @@
-"""The command line: `python -m symtele_cuda {info,booth,rosenbrock,regression,mnist,spike,trade,minima,digits,study}`.
+"""The command line: `python -m symtele_cuda COMMAND`, of which `--help` lists the commands.
 
 Each experiment's defaults are the published settings (for digits the demo's); an option that is not given leaves its
 setting alone. Figures (PNG) and all their numbers (JSON) go to the folder `--out`.
@@ -18,7 +18,17 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from symtele_cuda.errors import TeleportError
-from symtele_cuda.experiments import classification, minima, override, planar, regression, require_extra, spike, trade
+from symtele_cuda.experiments import (
+    classification,
+    guards,
+    minima,
+    override,
+    planar,
+    regression,
+    require_extra,
+    spike,
+    trade,
+)
 from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist
 from symtele_cuda.experiments.records import Run
 from symtele_cuda.experiments.study import program
@@ -129,13 +139,14 @@ def run_spike(options: argparse.Namespace) -> str:
 def run_trade(options: argparse.Namespace) -> str:
     dataset, seeds = load_mnist(options.data_dir), _seeds(options)
     problem = override(trade.PROBLEM, epochs=options.epochs)
-    with _bar(len(trade.RATES) * len(trade.variants()) * len(seeds), "run") as bar:
-
-        def on_run(name: str) -> None:
-            bar.set_description(name, refresh=False)
-            bar.update()
-
+    with _named_runs(len(trade.RATES) * len(trade.variants()) * len(seeds)) as on_run:
         return trade.run(dataset, problem, trade.RATES, seeds, options.out, on_run)
+
+
+def run_guards(options: argparse.Namespace) -> str:
+    problem = override(guards.PROBLEM, epochs=options.epochs)
+    with _named_runs(guards.count_runs(options.seeds)) as on_run:
+        return guards.run(load_digits(), problem, _seeds(options), options.out, on_run)
 
 
 def run_study(options: argparse.Namespace) -> str:
@@ -219,6 +230,18 @@ def _progress(epochs: int) -> Iterator[Callable[[Run], None]]:
         yield on_epoch
 
 
+@contextmanager
+def _named_runs(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over runs on stderr, fed with the name of what has finished."""
+    with _bar(total, "run") as bar:
+
+        def on_run(name: str) -> None:
+            bar.set_description(name, refresh=False)
+            bar.update()
+
+        yield on_run
+
+
 def _bar(total: int, unit: str) -> Any:
     return require_extra("tqdm").tqdm(total=total, unit=unit, dynamic_ncols=True, delay=0.1)
 
@@ -266,6 +289,8 @@ def make_parser() -> argparse.ArgumentParser:
     command = add_with_seeds(run_trade, 3, "what the holdout guard and the other defaults cost and gain, on MNIST")
     command.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST-format files")
     command.add_argument("--epochs", type=positive_int, help="epochs (default: 8)")
+    command = add_with_seeds(run_guards, 5, "which guard keeps a teleport from doing harm, on scikit-learn's digits")
+    command.add_argument("--epochs", type=positive_int, help="epochs (default: 20)")
     command = add(
         run_minima, 5, "784-16-10-10 on MNIST, teleported to flatter and sharper, less and more curved places"
     )

@@ -299,11 +299,23 @@ def test_the_rate_table_has_share_rises_and_what_is_left_of_them() -> None:
     ]
     records = all_records(LADDER, made_up([2.0, 1.0, 0.8, 0.7]), made_up([2.0, 0.6, 0.5, 0.4], made, accuracy=0.95))
     records[Job(TINY, "sgd", 0.1, DEFAULTS, 2)] = made_up([2.0, 1.0, 0.9, 0.75], made)
-    rate = results.rates(LADDER, records, "sgd")[0]
+    records |= {Job(TINY, "adam", 0.01, DEFAULTS, seed): made_up([2.0, 1.0]) for seed in (1, 2)}
+    rates = results.by_rate(LADDER, records)
+    assert [(rate.optimizer, rate.lr) for rate in rates] == [
+        ("sgd", 0.1),
+        ("sgd", 0.3),
+        ("sgd", 1.0),
+        ("adam", 0.01),
+        ("adam", 0.1),
+    ]
+    rate = rates[0]
     assert (rate.share.mean, rate.share.count, rate.share.of) == (pytest.approx(1 / 3), 1, 2)
     assert (rate.mean_rise, rate.largest_rise) == (pytest.approx(0.2), pytest.approx(0.3))
     assert (rate.gone, rate.teleports) == (2, 6)
     assert rate.teleported_accuracy.mean == pytest.approx(0.925)
+    table = tables.rate_table(rates)
+    assert "| sgd, 0.1 | 0.7 ± 0 | 0.575 ± 0.2 | 33.3 ± 0 % (1 of 2) |" in table
+    assert "| adam, 0.1 |" in table and "| adam, 0.01 |" not in table  # nothing was teleported there
 
 
 def test_states_are_compared_at_the_rates_in_the_middle() -> None:
@@ -334,6 +346,8 @@ def test_only_optimizers_with_all_their_runs_are_reported() -> None:
 def test_the_page_is_made_from_the_summary_file(tmp_path: Path) -> None:
     store = Store(tmp_path, "digits")
     records = all_records(LADDER, made_up([2.0, 1.0, 0.8]), made_up([2.0, 1 / 3, 0.2]))
+    made = [Teleport(0, 0.1, True, 2.0, 1.9, math.nan)]
+    records |= {Job(TINY, "sgd", 0.3, DEFAULTS, seed): made_up([2.0, 1 / 3, 0.2], made) for seed in LADDER.seeds}
     for job, record in records.items():
         store.append(job, "made-up data", "torch", record)
     summary = summarise(LADDER, store.of(LADDER.jobs()))
@@ -343,7 +357,14 @@ def test_the_page_is_made_from_the_summary_file(tmp_path: Path) -> None:
     assert loaded.worth[1].train_loss == results.Spread(0.2, 0.0, 2, 2)
     assert loaded.made == {"torch": len(records)}
     assert math.isnan(loaded.harm[0].ratio)  # no teleport in these records
-    for heading in ("## digits", "### Every optimizer at its best rate", "### Harm", "### SGD", "### The optimizer's"):
+    assert (loaded.by_rate[1].lr, loaded.by_rate[1].teleports) == (0.3, 2)
+    for heading in (
+        "## digits",
+        "### Every optimizer at its best rate",
+        "### Harm",
+        "### Rate by rate",
+        "### The optim",
+    ):
         assert heading in tables.page([loaded])
 
 

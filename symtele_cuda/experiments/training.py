@@ -86,8 +86,14 @@ class TeleportSettings:
     min_gain: float = 2.0
     optimizer_state: str = "keep"
 
-    def teleporter(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Loss) -> Teleporter:
-        return Teleporter(
+    def teleporter(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: Loss,
+        kind: type[Teleporter] = Teleporter,
+    ) -> Teleporter:
+        return kind(
             model,
             optimizer,
             loss_fn,
@@ -201,12 +207,18 @@ def _muon_in_own_dtype() -> Iterator[None]:
         _muon._zeropower_via_newtonschulz = own
 
 
-def start(task: Task, training: TrainingSettings, teleports: TeleportSettings | None, seed: int) -> Trainee:
-    """The beginning of the run of `seed`."""
+def start(
+    task: Task,
+    training: TrainingSettings,
+    teleports: TeleportSettings | None,
+    seed: int,
+    kind: type[Teleporter] = Teleporter,
+) -> Trainee:
+    """The beginning of the run of `seed`, whose teleporter is one of `kind`."""
     generator = torch.Generator().manual_seed(seed)
     model = make_mlp(task, generator).to(training.device)
     optimizer = make_optimizer(training.optimizer, list(model.parameters()), training.lr)
-    teleporter = None if teleports is None else teleports.teleporter(model, optimizer, task.loss_fn)
+    teleporter = None if teleports is None else teleports.teleporter(model, optimizer, task.loss_fn, kind)
     return Trainee(task, training.batch_size, model, optimizer, teleporter, generator)
 
 

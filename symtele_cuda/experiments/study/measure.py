@@ -16,6 +16,7 @@ from symtele_cuda.errors import TeleportError
 from symtele_cuda.experiments.study.jobs import Job
 from symtele_cuda.experiments.study.records import Check, Record, Teleport, Validation
 from symtele_cuda.experiments.training import Task, Trainee, start, validate, warm_up
+from symtele_cuda.teleporter import Teleporter
 
 LATER = 100  # iterations after a teleport at which its rise of the loss is looked at again
 CHUNK = 1000  # samples of one forward pass over the training set: more do not fit a core's cache
@@ -25,11 +26,12 @@ class Diverged(Exception):
     """The training loss is no longer finite."""
 
 
-def measure(job: Job, task: Task) -> Record:
-    """Train as `job` says. A run whose training loss is no longer finite ends at the check that sees it."""
+def measure(job: Job, task: Task, kind: type[Teleporter] = Teleporter) -> Record:
+    """Train as `job` says, with a teleporter of `kind`. A run whose training loss is no longer finite ends at the check
+    that sees it."""
     training = job.training
     warm_up(task, training)
-    run = _Run(job, start(task, training, job.teleports, job.seed))
+    run = _Run(job, start(task, training, job.teleports, job.seed, kind))
     try:
         run.check()
         for epoch in range(training.epochs):

@@ -195,9 +195,9 @@ def no_harm(study: Study, records: Records) -> list[Harm]:
     return [_harm(study, records, optimizer, lr) for optimizer, rates in study.rates.items() for lr in rates]
 
 
-def rates(study: Study, records: Records, optimizer: str) -> list[Rate]:
-    """One optimizer at every rate."""
-    return [_rate(study, records, optimizer, lr) for lr in study.rates[optimizer]]
+def by_rate(study: Study, records: Records) -> list[Rate]:
+    """Every optimizer at every rate."""
+    return [_rate(study, records, optimizer, lr) for optimizer, rates in study.rates.items() for lr in rates]
 
 
 def states(study: Study, records: Records) -> list[States]:

@@ -30,7 +30,7 @@ class Summary:
     verdicts: tuple[results.Verdict, ...]
     worth: tuple[results.Outcome, ...]
     harm: tuple[results.Harm, ...]
-    sgd: tuple[results.Rate, ...]
+    by_rate: tuple[results.Rate, ...]
     states: tuple[results.States, ...]
 
 
@@ -49,7 +49,7 @@ def summarise(study: Study, lines: Mapping[Job, Line]) -> Summary:
         verdicts=tuple(results.verdicts(study, outcomes)),
         worth=tuple(outcomes),
         harm=tuple(results.no_harm(study, records)),
-        sgd=tuple(results.rates(study, records, "sgd")) if "sgd" in study.rates else (),
+        by_rate=tuple(results.by_rate(study, records)),
         states=tuple(results.states(study, records)),
     )
     return _restored(Summary, _plain(asdict(summary)))

@@ -56,8 +56,8 @@ def section(summary: Summary) -> str:
         harm_sentence(summary.harm),
         harm_table(summary.harm),
     ]
-    if summary.sgd:
-        parts += ["### SGD, rate by rate", rate_table(summary.sgd)]
+    if any(rate.teleports for rate in summary.by_rate):
+        parts += ["### Rate by rate, where something was teleported", rate_table(summary.by_rate)]
     if summary.states:
         parts += [
             f"### The optimizer's state and step, seeds {_list(summary.state_seeds)}",
@@ -144,9 +144,9 @@ def harm_sentence(harms: Sequence[Harm]) -> str:
 
 
 def rate_table(rates: Sequence[Rate]) -> str:
-    """A row for each rate of one optimizer."""
+    """A row for each optimizer and rate with teleports: without one the runs are the plain ones over again."""
     header = (
-        "rate",
+        "optimizer, rate",
         "train loss, plain",
         "teleported",
         "time to plain's last loss, share of plain's",
@@ -158,7 +158,7 @@ def rate_table(rates: Sequence[Rate]) -> str:
     )
     rows = [
         [
-            f"{rate.lr:g}",
+            f"{rate.optimizer}, {rate.lr:g}",
             _spread(rate.plain_loss),
             _spread(rate.teleported_loss),
             _spread(rate.share, percent=True),
@@ -169,6 +169,7 @@ def rate_table(rates: Sequence[Rate]) -> str:
             f"{rate.gone} of {rate.teleports}",
         ]
         for rate in rates
+        if rate.teleports
     ]
     return markdown(header, rows)
 
