@@ -90,7 +90,7 @@ ROWS = (
     _spike("spike", "--epochs", "6", "--step-size", "0.0001"),
     _spike("spike-batch-200", "--epochs", "60", "--batch-size", "200"),
     Row("trade", ("trade",), 10, data=True, quick=("--seeds", "1", "--epochs", "1")),
-    Row("guards", ("guards",), 15, quick=("--seeds", "1", "--epochs", "1")),
+    Row("guards", ("guards",), 5, quick=("--seeds", "1", "--epochs", "1")),
     Row("minima", ("minima",), 5, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
     Row(
         "study",

@@ -260,6 +260,7 @@ def make_parser() -> argparse.ArgumentParser:
         command = add_with_seeds(run, seeds, text)
         command.add_argument("--epochs", type=positive_int, help="epochs, or steps of booth and rosenbrock")
         command.add_argument("--optimizer", choices=OPTIMIZERS)
+        _add_rate(command)
         return command
 
     info = commands.add_parser("info", help="versions, what was built and for what, and what is visible")
@@ -283,6 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = add_with_seeds(run_spike, 3, "the loss spike of a teleport on MNIST, one difference at a time")
     _add_data_options(command, required=True)
     command.add_argument("--epochs", type=positive_int, help="epochs before the one with teleports (default: 1)")
+    _add_rate(command)
     rate = "of the published ascent (default: %(default)s)"
     command.add_argument("--step-size", type=positive_float, default=spike.PUBLISHED_RATE, help=rate)
     _add_device_option(command)
@@ -324,8 +326,11 @@ def _add_seed_options(parser: argparse.ArgumentParser, seeds: int) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=natural, default=0, help="the first seed (default: %(default)s)")
     group.add_argument("--seeds", type=positive_int, default=seeds, help="how many seeds (default: %(default)s)")
-    group.add_argument("--lr", type=positive_float, help="learning rate")
     _add_out(group)
+
+
+def _add_rate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lr", type=positive_float, help="learning rate")
 
 
 def _add_out(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

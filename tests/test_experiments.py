@@ -408,6 +408,14 @@ def test_mnist_command(tmp_path: Path, extra: tuple[str, ...]) -> None:
     assert str(tmp_path) not in json.dumps(document)
 
 
+@pytest.mark.parametrize("command", ["trade --data-dir X", "guards"])
+def test_an_experiment_with_rates_of_its_own_takes_no_other(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.make_parser().parse_args(command.split()).seeds > 0
+    with pytest.raises(SystemExit):
+        command_line.make_parser().parse_args([*command.split(), "--lr", "0.1"])
+    assert "--lr" in capsys.readouterr().err
+
+
 @needs_extras
 def test_minima_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_mnist(tmp_path, "t10k")
