@@ -27,7 +27,7 @@ from symtele_cuda.experiments.study.jobs import DEFAULTS, FOR_ANY_GAIN, FULL, Jo
 from symtele_cuda.experiments.study.measure import measure
 from symtele_cuda.experiments.study.problems import PROBLEMS, Problem, make_task
 from symtele_cuda.experiments.study.records import Record
-from symtele_cuda.experiments.study.results import final_losses, spread, worst_ratio
+from symtele_cuda.experiments.study.results import final_losses, spread, worst_of_sound
 from symtele_cuda.experiments.tables import format_table
 from symtele_cuda.experiments.training import TeleportSettings
 from symtele_cuda.report import TeleportReport
@@ -189,20 +189,16 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _outcome(optimizer: str, lr: float, guard: str, plain: Sequence[Record], guarded: Sequence[Record]) -> Outcome:
-    pairs = list(zip(plain, guarded, strict=True))
-    sound = [pair for pair in pairs if not any(record.diverged for record in pair)]
     return Outcome(
         optimizer,
         lr,
         guard,
-        teleports=sum(teleport.accepted for record in guarded for teleport in record.teleports),
-        diverged=sum(ours.diverged and not theirs.diverged for theirs, ours in pairs),
-        worst=worst_ratio([theirs for theirs, _ in sound], [ours for _, ours in sound])[0],
+        teleports=sum(len(record.accepted) for record in guarded),
+        diverged=sum(ours.diverged and not theirs.diverged for theirs, ours in zip(plain, guarded, strict=True)),
+        worst=worst_of_sound(plain, guarded)[0],
         train_loss=spread(final_losses(guarded)).mean,
         plain_loss=spread(final_losses(plain)).mean,
-        time_share=statistics.fmean(
-            sum(teleport.seconds for teleport in record.teleports) / record.final.seconds for record in guarded
-        ),
+        time_share=statistics.fmean(record.teleport_share for record in guarded),
     )
 
 

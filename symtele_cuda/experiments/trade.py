@@ -119,14 +119,9 @@ def _trade(lr: float, variant: str, records: Sequence[Record]) -> Trade:
         train_losses=tuple(record.final.train_loss for record in records),
         validation_losses=tuple(record.validations[-1].loss for record in records),
         rises=tuple(
-            teleport.loss_after / teleport.loss_before - 1
-            for record in records
-            for teleport in record.teleports
-            if teleport.accepted
+            teleport.loss_after / teleport.loss_before - 1 for record in records for teleport in record.accepted
         ),
-        time_shares=tuple(
-            sum(teleport.seconds for teleport in record.teleports) / record.final.seconds for record in records
-        ),
+        time_shares=tuple(record.teleport_share for record in records),
     )
 
 

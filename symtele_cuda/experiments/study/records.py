@@ -72,6 +72,16 @@ class Record:
         """Whether the train loss ended above its start, or not finite."""
         return not self.final.train_loss <= self.checks[0].train_loss
 
+    @property
+    def accepted(self) -> list[Teleport]:
+        """The teleports that wrote weights."""
+        return [teleport for teleport in self.teleports if teleport.accepted]
+
+    @property
+    def teleport_share(self) -> float:
+        """What share of the training time the teleports took."""
+        return sum(teleport.seconds for teleport in self.teleports) / self.final.seconds
+
 
 @dataclass(frozen=True)
 class Line:

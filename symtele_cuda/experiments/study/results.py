@@ -262,6 +262,12 @@ def worst_ratio(plain: Sequence[Record], teleported: Sequence[Record]) -> tuple[
     return max((_ratio(ours, theirs), epoch, theirs) for theirs, ours, epoch in compared)
 
 
+def worst_of_sound(plain: Sequence[Record], others: Sequence[Record]) -> tuple[float, float, float]:
+    """`worst_ratio` over the seeds that diverged in neither arm."""
+    sound = [pair for pair in zip(plain, others, strict=True) if not any(record.diverged for record in pair)]
+    return worst_ratio([theirs for theirs, _ in sound], [ours for _, ours in sound])
+
+
 def verdicts(study: Study, outcomes: Sequence[Outcome]) -> list[Verdict]:
     """The best of all plain optimizers against the best of all teleported ones, of those that no seed kept from it."""
     quantities: dict[str, Callable[[Outcome], Spread]] = {
@@ -327,13 +333,13 @@ def _harm(study: Study, records: Records, optimizer: str, lr: float) -> Harm:
     plain, teleported = _arms(study, records, optimizer, lr)
     nudged = _select(study, records, optimizer, lr, NUDGE, study.seeds)
     pairs = list(zip(plain, teleported, strict=True))
-    ratio, epoch, loss = _worst_of_sound(plain, teleported)
-    by_chance, *_ = _worst_of_sound(plain, nudged)
+    ratio, epoch, loss = worst_of_sound(plain, teleported)
+    by_chance, *_ = worst_of_sound(plain, nudged)
     return Harm(
         optimizer,
         lr,
         len(pairs),
-        teleports=sum(teleport.accepted for ours in teleported for teleport in ours.teleports),
+        teleports=sum(len(ours.accepted) for ours in teleported),
         plain_diverged=sum(theirs.diverged for theirs in plain),
         teleported_diverged=sum(ours.diverged for ours in teleported),
         harmed_seeds=sum(ours.diverged and not theirs.diverged for theirs, ours in pairs),
@@ -344,15 +350,9 @@ def _harm(study: Study, records: Records, optimizer: str, lr: float) -> Harm:
     )
 
 
-def _worst_of_sound(plain: Sequence[Record], others: Sequence[Record]) -> tuple[float, float, float]:
-    """`worst_ratio` over the seeds that diverged in neither arm."""
-    sound = [pair for pair in zip(plain, others, strict=True) if not any(record.diverged for record in pair)]
-    return worst_ratio([theirs for theirs, _ in sound], [ours for _, ours in sound])
-
-
 def _rate(study: Study, records: Records, optimizer: str, lr: float) -> Rate:
     plain, teleported = _arms(study, records, optimizer, lr)
-    made = [teleport for record in teleported for teleport in record.teleports if teleport.accepted]
+    made = [teleport for record in teleported for teleport in record.accepted]
     rises = [_rise(teleport) for teleport in made]
     return Rate(
         optimizer,
