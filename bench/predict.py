@@ -223,17 +223,17 @@ def launch_gram(name: str, arguments: Sequence[Any], results: Any) -> list[Launc
 
 
 def launch_inverse(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
-    n = len(arguments[0])
+    count, n = len(arguments[0]), len(arguments[0][0])
     read, written = bytes_of(arguments), bytes_of(results)
-    if n <= graphs.LARGEST_OWN_FACTOR:  # each step reads and writes the whole matrix
-        steps, tiles = math.ceil(n / PIVOT_BLOCK), count_tiles(n, n, (PIVOT_BLOCK,))
+    if n <= graphs.LARGEST_OWN_FACTOR:  # each step reads and writes all of the matrices
+        steps, tiles = math.ceil(n / PIVOT_BLOCK), count * count_tiles(n, n, (PIVOT_BLOCK,))
         chain = n * PIVOT_SECONDS
-        return [Launch(name, "fused float64", read * steps, written * steps, 2 * n**3, tiles, steps, chain)]
+        return [Launch(name, "fused float64", read * steps, written * steps, 2 * n**3 * count, tiles, steps, chain)]
+    panels = 2 * count * math.ceil(n / PANEL)
+    operations, tiles = 2 * n**3 * count, count_tiles(n, n, LIBRARY_TILES)
     return [
-        Launch(
-            f"{name}, its factor", "solver", 2 * read, 2 * written, n**3 // 3 + n**3, None, 2 * math.ceil(n / PANEL)
-        ),
-        Launch(name, "library float64", read, written, 2 * n**3, count_tiles(n, n, LIBRARY_TILES)),
+        Launch(f"{name}, its factors", "solver", 2 * read, 2 * written, (n**3 // 3 + n**3) * count, None, panels),
+        Launch(name, "library float64", read, written, operations, tiles, count),
     ]
 
 
@@ -259,7 +259,7 @@ def launch_fused(name: str, arguments: Sequence[Any], results: Any, allow_tf32: 
     """The launches of one of csrc's operators."""
     if name == "gram":
         return launch_gram(name, arguments, results)
-    if name == "invert_gram":
+    if name == "invert_grams":
         return launch_inverse(name, arguments, results)
     if name == "pseudo_inverse":
         return launch_pseudo_inverse(name, arguments, results)

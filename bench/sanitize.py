@@ -77,8 +77,7 @@ def run_factors(products: Products, operands: Operands) -> None:
             for bias in (False, True):
                 products.gram(rows, bias)
         matrix = operands.positive_definite(size)
-        inverse, info = products.invert_gram(matrix)
-        products.invert_gram(-matrix)
+        (inverse, _), (info, _) = products.invert_grams([matrix, -matrix])
         for bias in (False, True):
             products.pseudo_inverse(inverse, operands.make(size, 65), bias)
         products.identity_remainder(operands.make(size, size), 8, 2)

@@ -1,4 +1,4 @@
-// The inverse of a symmetric positive definite matrix, by sweeps of its pivots, 32 of them a launch.
+// The inverses of symmetric positive definite matrices, by sweeps of their pivots, 32 pivots of every matrix a launch.
 //
 // Sweeping pivot c of a symmetric A, with d = a_cc and u = the column a_:c but u_c = 1, takes, for i >= j,
 //
@@ -8,9 +8,9 @@
 // the product of the triangles in one pass: the one-sweep algorithm of Bientinesi, Gunter, van de Geijn (2008). Only
 // the lower triangle is kept on the way.
 //
-// A launch sweeps the 32 pivots of one block column k. Every block of threads has one tile of A, and sweeps the pivot
-// block (k, k) and the two panels that its tile needs, (i, k) and (j, k), for itself, one pivot after the other, adding
-// each pivot's term to its tile as it goes. So nothing but the matrix passes from launch to launch.
+// A launch sweeps the 32 pivots of one block column k of every A. A block of threads has one tile of one of them, and
+// sweeps the pivot block (k, k) and the two panels that its tile needs, (i, k) and (j, k), for itself, one pivot after
+// the other, adding each pivot's term to its tile as it goes. So nothing but the matrices passes from launch to launch.
 //
 // ||K X - I|| is a few u kappa(K) times the norm of K_21 K_11^-1, the largest for all leading blocks K_11 of K. That is
 // about u kappa^(3/2) at worst, which the float32 factor of symtele_cuda/pinv.py bears to its largest condition number,
@@ -123,12 +123,21 @@ __device__ inline double reciprocal(double d) {
 #endif
 }
 
-// Sweep the pivots of block k of `from` into tile (blockIdx.y, blockIdx.x) of `to`; *info takes the number of the first
-// pivot that is none, counted from 1. The last launch of an inverse also writes the upper triangle.
+// What a launch reads and writes: matrix m of each.
+struct Sweep {
+  const double* from[max_tensors];
+  double* to[max_tensors];
+};
+
+// Sweep the pivots of block k of matrix blockIdx.z into tile (blockIdx.y, blockIdx.x) of its result; its info takes the
+// number of the first pivot that is none, counted from 1. The last launch also writes the upper triangle.
 __global__ void __launch_bounds__(sweep_threads)
-    sweep_pivots(int64_t size, int64_t k, const double* __restrict__ from, double* __restrict__ to, int32_t* info) {
+    sweep_pivots(int64_t size, int64_t k, Sweep sweep, int32_t* infos) {
   const int64_t i = blockIdx.y, j = blockIdx.x;
   if (j > i) return;
+  const double* __restrict__ from = sweep.from[blockIdx.z];
+  double* __restrict__ to = sweep.to[blockIdx.z];
+  int32_t* info = infos + blockIdx.z;
   SweepMemory& memory = *shared_memory<SweepMemory>();
   const int lane = lane_of_tile(), strip = strip_of_tile();
 

@@ -81,12 +81,18 @@ cudaError_t launch_epilogue(const Product& product, cudaStream_t stream);
 cudaError_t launch_gram(Dtype dtype, const Matrix& h, int64_t rows, int64_t columns, bool bias, double* exact,
                         void* rounded, cudaStream_t stream);
 
-// inverse = gram^-1 for a symmetric positive definite matrix (size x size, contiguous), *info = 0; where a pivot is
-// not positive *info is its number, counted from 1, and inverse holds no meaning. `inverse` may not alias `gram`.
-// `workspace` has invert_gram_workspace(size) bytes.
-int64_t invert_gram_workspace(int64_t size);
-cudaError_t launch_invert_gram(int64_t size, const double* gram, double* inverse, int32_t* info, void* workspace,
-                               cudaStream_t stream);
+// inverse[i] = gram[i]^-1 for symmetric positive definite matrices (size x size, contiguous), infos[i] = 0; where a
+// pivot is not positive infos[i] is its number, counted from 1, and inverse[i] holds no meaning. No inverse may alias a
+// matrix. `workspace` has invert_grams_workspace(count, size) bytes.
+constexpr int max_tensors = 64;
+struct Inverses {
+  int count;
+  const double* gram[max_tensors];
+  double* inverse[max_tensors];
+};
+int64_t invert_grams_workspace(int count, int64_t size);
+cudaError_t launch_invert_grams(int64_t size, const Inverses& matrices, int32_t* infos, double* workspace,
+                                cudaStream_t stream);
 
 // moved = batch + *size * change, targets = sigma^-1(moved), slopes = sigma'(targets), over `count` elements.
 cudaError_t launch_step_batch(Dtype dtype, int64_t count, Activation activation, const void* batch, const void* change,
@@ -99,7 +105,6 @@ cudaError_t launch_step_targets(Dtype dtype, int64_t count, Activation activatio
 
 // *result = sum over the pairs of their dot products, accumulated in float64, in the same order in every run.
 // `partial` has dot_sum_workspace() bytes.
-constexpr int max_tensors = 64;
 struct TensorPairs {
   int count;
   const void* left[max_tensors];

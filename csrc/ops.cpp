@@ -369,29 +369,54 @@ std::tuple<Tensor, Tensor> gram(const Tensor& rows, bool bias) {
 }
 
 // By the triangular factor's inverse: cholesky_inverse would read back whether it succeeded.
-std::tuple<Tensor, Tensor> invert_by_library(const Tensor& gram) {
-  auto [triangle, info] = at::linalg_cholesky_ex(gram);
+void invert_by_library(const Tensor& gram, Tensor inverse, Tensor info) {
+  const auto [triangle, found] = at::linalg_cholesky_ex(gram);
   const Tensor identity = at::eye(gram.size(0), gram.options());
-  const Tensor inverse = at::linalg_solve_triangular(triangle, identity, /*upper=*/false);
-  return {at::mm(inverse.t(), inverse), info};
+  const Tensor solution = at::linalg_solve_triangular(triangle, identity, /*upper=*/false);
+  at::mm_out(inverse, solution.t(), solution);
+  info.copy_(found);
 }
 
-std::tuple<Tensor, Tensor> invert_gram(const Tensor& gram) {
-  check_on_cuda("gram", gram);
-  check_dtype("gram", gram, at::kDouble);
-  check_is_matrix("gram", gram);
-  const int64_t size = gram.size(0);
-  check_shape("gram", gram, {size, size});
-  const c10::cuda::CUDAGuard guard(gram.device());
-  if (size > largest_own_gram) return invert_by_library(gram);
-  const Tensor readable = gram.contiguous();
-  Tensor inverse = at::empty({size, size}, gram.options());
-  Tensor info = at::empty({}, gram.options().dtype(at::kInt));
-  Tensor workspace = at::empty({invert_gram_workspace(size)}, gram.options().dtype(at::kByte));
-  check_cuda(launch_invert_gram(size, readable.const_data_ptr<double>(), inverse.mutable_data_ptr<double>(),
-                                  info.mutable_data_ptr<int32_t>(), workspace.mutable_data_ptr(), stream_of(gram)),
-               "launch_invert_gram");
-  return {inverse, info};
+void invert_some_grams(TensorList grams, TensorList inverses, int32_t* infos) {
+  const int64_t size = grams[0].size(0);
+  std::vector<Tensor> held;
+  Inverses list{};
+  list.count = static_cast<int>(grams.size());
+  for (size_t i = 0; i < grams.size(); ++i) {
+    list.gram[i] = held.emplace_back(grams[i].contiguous()).const_data_ptr<double>();
+    list.inverse[i] = inverses[i].mutable_data_ptr<double>();
+  }
+  const Tensor workspace =
+      at::empty({invert_grams_workspace(list.count, size)}, grams[0].options().dtype(at::kByte));
+  check_cuda(launch_invert_grams(size, list, infos, static_cast<double*>(workspace.mutable_data_ptr()),
+                                 stream_of(grams[0])),
+             "launch_invert_grams");
+}
+
+std::tuple<std::vector<Tensor>, Tensor> invert_grams(TensorList grams) {
+  TORCH_CHECK_VALUE(!grams.empty(), "grams must have at least one tensor, got none");
+  check_on_cuda("grams", grams[0]);
+  check_is_matrix("grams", grams[0]);
+  const int64_t size = grams[0].size(0), count = static_cast<int64_t>(grams.size());
+  for (const Tensor& gram : grams) {
+    check_device("grams", gram, grams[0].device());
+    check_dtype("grams", gram, at::kDouble);
+    check_shape("grams", gram, {size, size});
+  }
+  const c10::cuda::CUDAGuard guard(grams[0].device());
+  std::vector<Tensor> inverses;
+  for (int64_t i = 0; i < count; ++i) inverses.push_back(at::empty({size, size}, grams[0].options()));
+  Tensor infos = at::empty({count}, grams[0].options().dtype(at::kInt));
+  if (size > largest_own_gram) {
+    for (int64_t i = 0; i < count; ++i) invert_by_library(grams[i], inverses[i], infos.select(0, i));
+    return {inverses, infos};
+  }
+  for (int64_t start = 0; start < count; start += max_tensors) {
+    const int64_t some = std::min<int64_t>(max_tensors, count - start);
+    invert_some_grams(grams.slice(start, some), TensorList(inverses).slice(start, some),
+                      infos.mutable_data_ptr<int32_t>() + start);
+  }
+  return {inverses, infos};
 }
 
 // Memory for a matrix in the dtype of `like`, with rows that begin at multiples of 16 bytes.
@@ -700,7 +725,7 @@ TORCH_LIBRARY_FRAGMENT(symtele_cuda, library) {
            "-> Tensor",
            "masked(Tensor a, Tensor b, Tensor? source, Tensor mask) -> (Tensor, Tensor)",
            "gram(Tensor rows, bool bias) -> (Tensor, Tensor)",
-           "invert_gram(Tensor gram) -> (Tensor, Tensor)",
+           "invert_grams(Tensor[] grams) -> (Tensor[], Tensor)",
            "pseudo_inverse(Tensor inverse, Tensor rows, bool bias) -> Tensor",
            "step_batch(Tensor batch, Tensor change, Tensor size, str activation, float parameter) "
            "-> (Tensor, Tensor, Tensor)",
@@ -726,7 +751,7 @@ TORCH_LIBRARY_IMPL(symtele_cuda, CUDA, library) {
   library.impl("times_slope", symtele::times_slope);
   library.impl("masked", symtele::masked);
   library.impl("gram", symtele::gram);
-  library.impl("invert_gram", symtele::invert_gram);
+  library.impl("invert_grams", symtele::invert_grams);
   library.impl("pseudo_inverse", symtele::pseudo_inverse);
   library.impl("step_batch", symtele::step_batch);
   library.impl("step_targets", symtele::step_targets);

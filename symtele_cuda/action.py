@@ -680,20 +680,20 @@ def _factorize_moved(
     The arithmetic is float64, the results have the dtype of the inputs.
     """
     products = network.products
-    exact, exact_inverses, infos = list[Tensor](), list[Tensor](), list[Tensor]()
+    exact: dict[int, Tensor] = {}  # of the layers that absorb
     for layer, batch in enumerate(inputs):
         if batch is state.inputs[layer]:
             continue
         matrix, grams[layer] = products.gram(batch, network.biases[layer] is not None)
         if plan.absorbs[layer]:
-            inverse, info = products.invert_gram(matrix)
-            inverses[layer] = inverse.to(batch.dtype)
-            exact.append(matrix)
-            exact_inverses.append(inverse)
-            infos.append(info)
+            exact[layer] = matrix
     if not exact:
         return []
-    dependent = products.near_dependence(exact, exact_inverses, infos, MAX_CONDITION[inputs[0].dtype])
+    dtype, matrices = inputs[0].dtype, list(exact.values())
+    exact_inverses, infos = products.invert_grams(matrices)
+    for layer, inverse in zip(exact, exact_inverses, strict=True):
+        inverses[layer] = inverse.to(dtype)
+    dependent = products.near_dependence(matrices, exact_inverses, infos.unbind(), MAX_CONDITION[dtype])
     return [(dependent, "the activations of the batch came too close to linear dependence")]
 
 

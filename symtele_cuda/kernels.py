@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from . import extension, products
 from .checks import check_name
@@ -61,7 +62,7 @@ class Products(Protocol):
 
     def gram(self, rows: Tensor, bias: bool) -> tuple[Tensor, Tensor]: ...
 
-    def invert_gram(self, gram: Tensor) -> tuple[Tensor, Tensor]: ...
+    def invert_grams(self, grams: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]: ...
 
     def pseudo_inverse(self, inverse: Tensor, rows: Tensor, bias: bool) -> Tensor: ...
 
@@ -170,7 +171,7 @@ def _contiguous(twin: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(twin)
     def kernel(*arguments: Any) -> Any:
         results = twin(*arguments)
-        return tuple(one.contiguous() for one in results) if isinstance(results, tuple) else results
+        return tree_map(Tensor.contiguous, results) if isinstance(results, tuple) else results
 
     return kernel
 
@@ -272,10 +273,12 @@ def _gram(rows: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rounded, dtype=torch.float64), rounded
 
 
-def _invert_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
-    _check_matrix("gram", gram)
-    _check_operand("gram", gram, gram.new_empty(0, dtype=torch.float64), (gram.shape[0], gram.shape[0]))
-    return gram.new_empty(gram.shape), gram.new_empty((), dtype=torch.int32)
+def _invert_grams(grams: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    first, size = grams[0], grams[0].shape[0]
+    _check_matrix("grams", first)
+    for matrix in grams:
+        _check_operand("grams", matrix, first.new_empty(0, dtype=torch.float64), (size, size))
+    return [first.new_empty(size, size) for _ in grams], first.new_empty(len(grams), dtype=torch.int32)
 
 
 def _pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
@@ -361,7 +364,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "times_slope": _times_slope,
     "masked": _masked,
     "gram": _gram,
-    "invert_gram": _invert_gram,
+    "invert_grams": _invert_grams,
     "pseudo_inverse": _pseudo_inverse,
     "step_batch": _step,
     "step_targets": _step,

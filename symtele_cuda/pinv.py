@@ -114,8 +114,8 @@ def factorize(inputs: Tensor, bias: bool, products: Products = torch_products) -
     """K of a batch (n×d, float32 or float64, n ≤ d̃) by the method for its dtype."""
     gram, _ = products.gram(inputs, bias)
     if inputs.dtype == torch.float32:
-        inverse, info = products.invert_gram(gram)
-        return _ByInverse(inputs, bias, products, gram, info, inverse)
+        inverses, infos = products.invert_grams([gram])
+        return _ByInverse(inputs, bias, products, gram, infos[0], inverses[0])
     factor, info = _cholesky_qr_2(append_ones(inputs) if bias else inputs, gram, products)
     return _ByFactor(inputs, bias, products, gram, info, factor)
 
@@ -201,10 +201,10 @@ def _cholesky_qr_2(extended: Tensor, gram: Tensor, products: Products) -> tuple[
     """
     triangle, first = torch.linalg.cholesky_ex(gram)
     rows = torch.linalg.solve_triangular(triangle, extended, upper=False)
-    correction, second = products.invert_gram(products.gram(rows, False)[0])
+    corrections, second = products.invert_grams([products.gram(rows, False)[0]])
     factor = padded_memory(extended, *extended.shape)
-    factor.copy_(torch.linalg.solve_triangular(triangle.T, products.linear(correction, rows), upper=True))
-    return factor, first + second
+    factor.copy_(torch.linalg.solve_triangular(triangle.T, products.linear(corrections[0], rows), upper=True))
+    return factor, first + second[0]
 
 
 def _spectral_norm(matrix: Tensor) -> Tensor:

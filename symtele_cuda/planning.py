@@ -52,7 +52,7 @@ class _Batches:
 
 @dataclass(frozen=True)
 class _Factors:
-    """K of every layer; K⁻¹ of those that fit, and a float64 tensor (2×fitting) of κ₂ and of `invert_gram`'s info."""
+    """K of every layer; K⁻¹ of those that fit, and a float64 tensor (2×fitting) of κ₂ and of `invert_grams`' infos."""
 
     grams: list[Tensor]
     inverses: list[Tensor]
@@ -93,9 +93,9 @@ def _factorize(batches: _Batches) -> _Factors:
     fitting = [grams[layer] for layer in batches.fitting()]
     if not fitting:
         return _Factors(grams, [], grams[0].new_empty(2, 0))
-    inverses, infos = zip(*map(products.invert_gram, fitting), strict=True)
+    inverses, infos = products.invert_grams(fitting)
     conditions = condition_from_gram(torch.stack(fitting), torch.stack(inverses))
-    return _Factors(grams, list(inverses), torch.stack([conditions, torch.stack(infos).double()]))
+    return _Factors(grams, inverses, torch.stack([conditions, infos.double()]))
 
 
 def observe_inputs(problem: Problem) -> list[Match]:

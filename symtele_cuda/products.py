@@ -95,17 +95,14 @@ def gram(rows: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     return exact, exact.to(rows.dtype, copy=True)
 
 
-def invert_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """K⁻¹ of a symmetric K (n×n, float64), and an int32 scalar that is 0 where K is numerically positive definite.
+def invert_grams(grams: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """K⁻¹ of every one of several symmetric matrices K (n×n, float64), and an int32 vector that is 0 where K is
+    numerically positive definite.
 
     Elsewhere K⁻¹ holds no meaning.
     """
-    triangle, info = torch.linalg.cholesky_ex(gram)
-    if gram.device.type == "cpu":
-        return (torch.cholesky_inverse(triangle) if info.item() == 0 else torch.full_like(gram, math.nan)), info
-    # `cholesky_inverse` reads its own info back from the device.
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(identity, triangle), info
+    inverses, infos = zip(*map(_invert_gram, grams), strict=True)
+    return list(inverses), torch.stack(infos)
 
 
 def pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
@@ -124,7 +121,7 @@ def pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
 def near_dependence(
     grams: Sequence[Tensor], inverses: Sequence[Tensor], infos: Sequence[Tensor], largest: float
 ) -> Tensor:
-    """Whether any of the matrices K, with K⁻¹ and info from `invert_gram`, is not positive definite, or may have a
+    """Whether any of the matrices K, with K⁻¹ and info from `invert_grams`, is not positive definite, or may have a
     condition number κ₂ beyond `largest`², by the bound κ₂ ≤ ‖K‖_F ‖K⁻¹‖_F: a bool scalar. NaN counts as beyond."""
     bounds = [torch.linalg.vector_norm(k) * torch.linalg.vector_norm(i) for k, i in zip(grams, inverses, strict=True)]
     beyond = (torch.stack(bounds) <= largest**2).logical_not_()
@@ -278,6 +275,15 @@ def probe_vectors(count: int, matrix: Tensor) -> Tensor:
 
 
 _LOW_BITS = 2**32 - 1
+
+
+def _invert_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+    triangle, info = torch.linalg.cholesky_ex(gram)
+    if gram.device.type == "cpu":
+        return (torch.cholesky_inverse(triangle) if info.item() == 0 else torch.full_like(gram, math.nan)), info
+    # `cholesky_inverse` reads its own info back from the device.
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve(identity, triangle), info
 
 
 def _distinct(result: Tensor, other: Tensor) -> Tensor:

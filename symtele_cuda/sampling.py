@@ -15,7 +15,7 @@ from .mlp import Chain, check_inputs, check_parameters, read_chain
 from .options import AUTO, POSITIVE_DIAGONAL, check_layers
 from .pinv import condition_from_gram
 from .problem import layer_inputs, read_network
-from .products import gram, invert_gram
+from .products import gram, invert_grams
 
 # Float32 would bear more, the data outside the batch would not: the nearer the samples are to dependence, the larger
 # the weights that tell them apart. With less the batch shrinks at the second of several teleports, for they bring its
@@ -215,5 +215,5 @@ def _well_conditioned(grams: Tensor) -> bool:
 
 
 def _condition(gram_matrix: Tensor) -> float:
-    inverse, info = invert_gram(gram_matrix)
-    return float(condition_from_gram(gram_matrix, inverse)) if info.item() == 0 else math.inf
+    inverses, infos = invert_grams([gram_matrix])
+    return float(condition_from_gram(gram_matrix, inverses[0])) if infos.item() == 0 else math.inf

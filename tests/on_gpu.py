@@ -109,7 +109,7 @@ Arguments = tuple[Any, ...]
 Build = Callable[[Operands, Activation], Arguments]
 
 # One call or several of each operator whose results are compared by their distance, in the order of the schema's
-# arguments. `invert_gram`, `commit`, `near_dependence` and `judge` have tests of their own.
+# arguments. `invert_grams`, `commit`, `near_dependence` and `judge` have tests of their own.
 MATRIX_CALLS: dict[str, tuple[str, Build]] = {
     "linear": ("linear", lambda o, f: (o.a(), o.b(), None, None, None, 1.0, 1.0)),
     "linear, scaled": ("linear", lambda o, f: (o.a(), o.b(), None, None, None, -0.75, 1.0)),

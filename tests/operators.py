@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from symtele_cuda.activations import ELU, Activation, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
 
@@ -60,7 +61,7 @@ def arguments_of(name: str, activation: Activation, dtype: torch.dtype, full: bo
         "times_slope": (a, b, c, c + 1, -1.0, *sigma),
         "masked": (a, b, c + 1 if full else None, c),
         "gram": (a, full),
-        "invert_gram": (exact,),
+        "invert_grams": ([exact] * (1 + full),),
         "pseudo_inverse": (normal(3, 3, dtype=torch.float64), a, full),
         "step_batch": (c.abs() / 9, c.abs().T.contiguous().T / 9, size, *sigma),
         "step_targets": (c, c, size, *sigma),
@@ -95,7 +96,7 @@ def judge_arguments(
 def results_of(function: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
     """What the operator returns, and the tensors that it writes to."""
     result = function(*arguments)
-    results = list(result) if isinstance(result, tuple) else [] if result is None else [result]
+    results = [] if result is None else tree_leaves(result)
     for argument, value in zip(SCHEMAS[name].arguments, arguments, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:
             results += value if isinstance(value, list) else [value]

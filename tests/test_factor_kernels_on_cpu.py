@@ -19,7 +19,7 @@ from torch import Tensor
 from symtele_cuda import products
 from symtele_cuda.activations import make_activation
 
-GRAM, INVERT_GRAM, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE, SQUARED_NORMS, PROBES = range(9)
+GRAM, INVERT_GRAMS, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE, SQUARED_NORMS, PROBES = range(9)
 DTYPES = (torch.float32, torch.float64)
 DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.int32: 2}
 
@@ -119,14 +119,20 @@ def test_gram_of_no_rows_and_of_no_columns(program):
             assert result is None if rows == 0 else torch.equal(result.float(), expected)
 
 
-# --- invert_gram -----------------------------------------------------------------------------------------------------
+# --- invert_grams ----------------------------------------------------------------------------------------------------
+
+
+def invert_all(program: Path, grams: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    count, size = len(grams), len(grams[0])
+    results = [*[(torch.float64, (size, size))] * count, (torch.int32, (count,))]
+    *inverses, infos = run_case(program, INVERT_GRAMS, [size, count, *grams], results)
+    assert infos is not None
+    return inverses, infos.tolist()
 
 
 def invert(program: Path, gram: Tensor) -> tuple[Tensor, int]:
-    results = [(torch.float64, tuple(gram.shape)), (torch.int32, (1,))]
-    inverse, info = run_case(program, INVERT_GRAM, [len(gram), gram], results)
-    assert inverse is not None and info is not None
-    return inverse, int(info)
+    inverses, infos = invert_all(program, [gram])
+    return inverses[0], infos[0]
 
 
 def spectrum(shape: str, size: int, condition: float) -> Tensor:
@@ -210,7 +216,7 @@ def check_bad_pivot(program: Path, size: int, pivot: int, value: float) -> None:
 def test_the_first_pivot_that_is_not_positive_is_named(program, size, pivot, value):
     check_bad_pivot(program, size, pivot, value)
     if value == -0.5:
-        assert int(products.invert_gram(spoilt(size, pivot, value))[1]) == pivot  # as by Cholesky
+        assert int(products.invert_grams([spoilt(size, pivot, value)])[1]) == pivot  # as by Cholesky
 
 
 def test_exact_zeros_are_no_pivots(program):
@@ -230,10 +236,26 @@ def test_the_first_of_several_bad_pivots_counts(program, pivots):
     check_several_bad_pivots(program, 70, pivots)
 
 
-def test_inverse_of_an_empty_matrix(program):
-    results = [(torch.float64, (0, 0)), (torch.int32, (1,))]
-    inverse, info = run_case(program, INVERT_GRAM, [0, None], results)
-    assert inverse is None and int(info) == 0
+def check_several_inverses(program: Path, size: int, count: int) -> None:
+    """Each is what it is alone, to the bit, whatever the others are; the second has a bad pivot."""
+    grams = [symmetric(spectrum("graded", size, 10.0 ** (1 + m % 5))) for m in range(count)]
+    grams[1] = spoilt(size, size // 2 + 1, -0.5)
+    inverses, infos = invert_all(program, grams)
+    assert infos == [size // 2 + 1 if m == 1 else 0 for m in range(count)]
+    for m in (0, 2, count - 1):
+        assert torch.equal(inverses[m], invert(program, grams[m])[0])
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 3), (7, 64), (32, 3), (33, 4), (97, 3)])
+def test_several_inverses_in_one_launch(program, size, count):
+    check_several_inverses(program, size, count)
+
+
+def test_inverses_of_empty_matrices(program):
+    for count in (1, 3):
+        results = [*[(torch.float64, (0, 0))] * count, (torch.int32, (count,))]
+        *inverses, infos = run_case(program, INVERT_GRAMS, [0, count, *[None] * count], results)
+        assert inverses == [None] * count and infos.tolist() == [0] * count
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -535,8 +557,8 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
     ),
     "a launch reads what it writes": (
         "invert_gram.cu",
-        "(blocks - 1 - k) % 2 == 0 ? inverse",
-        "k % 2 < 2 ? inverse",
+        "(blocks - 1 - k) % 2 == 0",
+        "k % 2 < 2",
         partial(check_inverse, size=97),
     ),
     "elements behind the matrix": (
@@ -550,6 +572,24 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
         "sizeof(SweepMemory)",
         "sizeof(SweepMemory) - 2 * sizeof(double)",
         partial(check_inverse, size=33),
+    ),
+    "all matrices report to one": (
+        "invert_gram.cuh",
+        "infos + blockIdx.z",
+        "infos",
+        partial(check_several_inverses, size=33, count=3),
+    ),
+    "a launch goes on from the first matrix alone": (
+        "invert_gram.cu",
+        "sweep.from[m] = sweep.to[m]",
+        "sweep.from[m] = sweep.to[0]",
+        partial(check_several_inverses, size=33, count=3),
+    ),
+    "room for one matrix alone": (
+        "invert_gram.cu",
+        "count * size * size * int64_t",
+        "size * size * int64_t",
+        partial(check_several_inverses, size=33, count=3),
     ),
     "no upper triangle": (
         "invert_gram.cuh",

@@ -94,8 +94,12 @@ CASES: dict[str, tuple[Call, str]] = {
     ),
     "gram, too many elements": (lambda o: o.gram(huge(), False), r"(?s)rows.*2\^31.*got"),
     "gram, bfloat16": (lambda o: o.gram(zeros(3, 4).bfloat16(), False), r"(?s)rows.*(bfloat16|BFloat16)"),
-    "invert_gram, float32": (lambda o: o.invert_gram(zeros(3, 3)), r"(?s)gram.*(float64|[Dd]ouble).*got"),
-    "invert_gram, not square": (lambda o: o.invert_gram(zeros(3, 4).double()), r"(?s)gram.*got.*3, 4"),
+    "invert_grams, float32": (lambda o: o.invert_grams([zeros(3, 3)]), r"(?s)grams.*(float64|[Dd]ouble).*got"),
+    "invert_grams, not square": (lambda o: o.invert_grams([zeros(3, 4).double()]), r"(?s)grams.*got.*3, 4"),
+    "invert_grams, two sizes": (
+        lambda o: o.invert_grams([zeros(3, 3).double(), zeros(4, 4).double()]),
+        r"(?s)grams.*3, 3.*got.*4, 4",
+    ),
     "step_batch, size in float32": (
         lambda o: o.step_batch(zeros(3, 4), zeros(3, 4), zeros(()), "tanh", 0.0),
         r"(?s)size.*(float64|[Dd]ouble).*got",

@@ -24,6 +24,7 @@ from operators import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from symtele_cuda import extension, kernels, products
 from symtele_cuda.activations import Activation, Tanh
@@ -49,6 +50,7 @@ JIT_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Optional[Tensor]",
     Sequence[Tensor]: "List[Tensor]",
+    list[Tensor]: "List[Tensor]",
     Sequence[float]: "List[float]",
     float: "float",
     bool: "bool",
@@ -120,7 +122,7 @@ def test_fake_kernels_stay_on_their_device(operators: kernels.Products, dtype: t
         with FakeTensorMode() as mode:
             moved = [_map(one, lambda tensor: mode.from_tensor(tensor).to("cuda:1")) for one in arguments]
             results = getattr(operators, name)(*moved)
-        tensors = results if isinstance(results, tuple) else [] if results is None else [results]
+        tensors = [] if results is None else tree_leaves(results)
         assert all(str(tensor.device) == "cuda:1" for tensor in tensors), name
 
 
@@ -146,8 +148,8 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "origin": ("inverse_activation", (A, B, A, 1.0, "tanh", 0.0), ValueError, r"origin must have shape \(3, 5\)"),
     "at": ("over_slope", (A, B, None, None, A, "tanh", 0.0), ValueError, r"at must have shape \(3, 5\)"),
     "mask": ("masked", (A, B, None, A), ValueError, r"mask must have shape \(3, 5\)"),
-    "square": ("invert_gram", (A.double(),), ValueError, r"gram must have shape \(3, 3\), got \(3, 4\)"),
-    "precision": ("invert_gram", (A[:, :3],), TypeError, r"gram must be of dtype torch.float64, got torch.float32"),
+    "square": ("invert_grams", ([A.double()],), ValueError, r"grams must have shape \(3, 3\), got \(3, 4\)"),
+    "precision": ("invert_grams", ([A[:, :3]],), TypeError, r"grams must be of dtype torch.float64, got torch.float32"),
     "change": ("step_batch", (A, B, SIZE, "tanh", 0.0), ValueError, r"change must have shape \(3, 4\), got \(4, 5\)"),
     "size": ("step_targets", (A, A, SIZE.float(), "tanh", 0.0), TypeError, r"size must be of dtype torch.float64"),
     "right": ("dot_sum", ([A, B], [A, C]), ValueError, r"right must have shape \(4, 5\), got \(3, 5\)"),

@@ -129,7 +129,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", [name for name in SCHEMAS if name not in ("commit", "invert_gram", "judge")])
+@pytest.mark.parametrize("name", [name for name in SCHEMAS if name not in ("commit", "invert_grams", "judge")])
 def test_layouts(operators: kernels.Products, name: str, layout: str) -> None:
     def laid_out(argument: Any) -> Any:
         if isinstance(argument, list):
@@ -161,11 +161,20 @@ def test_gram_matrices_beyond_our_own_kernels(operators: kernels.Products, dtype
     rows = normal(600, 620, dtype=dtype)
     compare(operators, "gram", lambda: (rows, bias), TOLERANCE[dtype])
     exact = products.gram(rows, bias)[0] + torch.eye(600, dtype=torch.float64)
-    inverse, info = operators.invert_gram(exact)
-    assert (info.item(), info.dtype) == (0, torch.int32)
-    assert_agree(inverse @ exact, torch.eye(600, dtype=torch.float64), 1e-11)
-    exact[400, 400] = -1.0
-    assert operators.invert_gram(exact)[1].item() == 401
+    broken = exact.clone()
+    broken[400, 400] = -1.0
+    inverses, infos = operators.invert_grams([exact, broken, 4 * exact])
+    assert (infos.tolist(), infos.dtype) == ([0, 401, 0], torch.int32)
+    assert_agree(inverses[0] @ exact, torch.eye(600, dtype=torch.float64), 1e-11)
+    assert torch.equal(inverses[2], inverses[0] / 4)
+
+
+def test_more_inverses_than_a_launch_takes(operators: kernels.Products) -> None:
+    identity = torch.eye(3, dtype=torch.float64)
+    inverses, infos = operators.invert_grams([(-1.0 if m == 70 else 1.0 + m) * identity for m in range(150)])
+    assert infos.tolist() == [int(m == 70) for m in range(150)]
+    for m in (0, 63, 64, 127, 128, 149):
+        assert_agree(inverses[m], identity / (1 + m), 1e-15)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -183,7 +192,7 @@ def test_pseudo_inverse_hides_the_condition_of_the_gram_matrix(
 ) -> None:
     rows = normal(20, 31, dtype=dtype)
     rows[3] = rows[4] + 1e-3 * rows[3]
-    inverse, _ = operators.invert_gram(operators.gram(rows, bias)[0])
+    (inverse,), _ = operators.invert_grams([operators.gram(rows, bias)[0]])
     extended = append_ones(rows).double() if bias else rows.double()
     factor = operators.pseudo_inverse(inverse, rows, bias)
     assert factor.stride() == (32, 1)
@@ -246,10 +255,10 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
         r"rows must have a Gram matrix of at most 2\^31 .* 65536",
     ),
     "large inverse": (
-        "invert_gram",
-        (many(2**16, 2**16, dtype=torch.float64),),
+        "invert_grams",
+        ([many(2**16, 2**16, dtype=torch.float64)],),
         ValueError,
-        r"gram must have at most 2\^31",
+        r"grams must have at most 2\^31",
     ),
     "source": ("linear", (A, B, A), ValueError, r"source must have shape \[3, 5\], got \[3, 4\]"),
     "column": ("linear", (A, B, None, B[0], B[0]), ValueError, r"column must have shape \[3\], got \[5\]"),
@@ -269,8 +278,14 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "origin": ("inverse_activation", (A, B, A, 1.0, "tanh", 0.0), ValueError, r"origin must have shape \[3, 5\]"),
     "at": ("over_slope", (A, B, None, None, A, "tanh", 0.0), ValueError, r"at must have shape \[3, 5\]"),
     "mask": ("masked", (A, B, None, A), ValueError, r"mask must have shape \[3, 5\]"),
-    "square": ("invert_gram", (A.double(),), ValueError, r"gram must have shape \[3, 3\], got \[3, 4\]"),
-    "precision": ("invert_gram", (A[:, :3],), TypeError, r"gram must be of dtype float64, got float32"),
+    "square": ("invert_grams", ([A.double()],), ValueError, r"grams must have shape \[3, 3\], got \[3, 4\]"),
+    "sizes of the inverses": (
+        "invert_grams",
+        ([A[:, :3].double(), B.double()],),
+        ValueError,
+        r"grams must have shape \[3, 3\], got \[4, 5\]",
+    ),
+    "precision": ("invert_grams", ([A[:, :3]],), TypeError, r"grams must be of dtype float64, got float32"),
     "change": ("step_batch", (A, B, SIZE, "tanh", 0.0), ValueError, r"change must have shape \[3, 4\], got \[4, 5\]"),
     "size": (
         "step_targets",

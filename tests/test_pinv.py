@@ -15,7 +15,7 @@ from symtele_cuda.pinv import (
     factorize,
     pinv_factor,
 )
-from symtele_cuda.products import gram, invert_gram
+from symtele_cuda.products import gram, invert_grams
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(1, 1), (1, 7), (2, 2), (20, 50), (64, 64), (96, 200)]
@@ -199,8 +199,8 @@ def test_gram_and_its_inverse(dtype: torch.dtype, bias: bool) -> None:
     exact = append_ones(inputs.double()) if bias else inputs.double()
     assert matrix.dtype == torch.float64 and torch.equal(rounded, matrix.to(dtype))
     torch.testing.assert_close(matrix, exact @ exact.T, rtol=1e-13, atol=1e-13)
-    inverse, info = invert_gram(matrix)
-    assert info.item() == 0
+    (inverse,), infos = invert_grams([matrix])
+    assert infos.item() == 0
     torch.testing.assert_close(inverse @ matrix, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-11)
 
 
@@ -208,7 +208,7 @@ def test_gram_and_its_inverse(dtype: torch.dtype, bias: bool) -> None:
     "matrix", [torch.zeros(3, 3), -torch.eye(3), torch.full((3, 3), math.nan)], ids=["0", "-I", "nan"]
 )
 def test_a_matrix_that_is_not_positive_definite_has_no_inverse(matrix: Tensor) -> None:
-    assert invert_gram(matrix.double())[1].item() != 0
+    assert invert_grams([matrix.double()])[1].item() != 0
 
 
 @every_dtype

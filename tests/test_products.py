@@ -143,12 +143,13 @@ def test_gram_is_summed_in_float64(size: int, bias: bool, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("size", [1, 5, 131])
-def test_invert_gram(size: int) -> None:
+def test_invert_grams(size: int) -> None:
     exact, _ = products.gram(normal(size, size + 40), True)
-    inverse, info = products.invert_gram(exact)
-    assert info.dtype == torch.int32
-    assert info.item() == 0
-    assert_agree(multiply(inverse, exact), torch.eye(size, dtype=torch.float64), 1e-10)
+    inverses, infos = products.invert_grams([exact, -exact, 4 * exact])
+    assert len(inverses) == 3 and infos.dtype == torch.int32
+    assert infos.tolist() == [0, 1, 0]
+    assert_agree(multiply(inverses[0], exact), torch.eye(size, dtype=torch.float64), 1e-10)
+    assert torch.equal(inverses[2], inverses[0] / 4)
 
 
 @every_dtype
@@ -165,8 +166,8 @@ def test_pseudo_inverse(columns: int, bias: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, float("nan"), float("inf")])
 def test_what_is_not_positive_definite_is_told_by_info(value: float) -> None:
-    _, info = products.invert_gram(torch.full((3, 3), value, dtype=torch.float64))
-    assert info.item() != 0
+    _, infos = products.invert_grams([torch.full((3, 3), value, dtype=torch.float64)])
+    assert infos.item() != 0
 
 
 @every_activation

@@ -34,14 +34,19 @@ void run_gram(Reader& in, Writer& out) {
   out.buffer(rounded);
 }
 
-void run_invert_gram(Reader& in, Writer& out) {
+void run_invert_grams(Reader& in, Writer& out) {
   const int64_t size = in.number();
-  const Buffer gram = in.buffer();
-  const Buffer inverse(gram.bytes()), info(sizeof(int32_t)), workspace(invert_gram_workspace(size));
-  out.number(launch_invert_gram(size, gram.get<double>(), inverse.get<double>(), info.get<int32_t>(), workspace.get(),
-                                nullptr));
-  out.buffer(inverse);
-  out.buffer(info);
+  Inverses matrices{};
+  matrices.count = static_cast<int>(in.number());
+  std::vector<Buffer> grams, inverses;
+  for (int i = 0; i < matrices.count; ++i) {
+    matrices.gram[i] = grams.emplace_back(in.buffer()).get<double>();
+    matrices.inverse[i] = inverses.emplace_back(size * size * sizeof(double)).get<double>();
+  }
+  const Buffer infos(matrices.count * sizeof(int32_t)), workspace(invert_grams_workspace(matrices.count, size));
+  out.number(launch_invert_grams(size, matrices, infos.get<int32_t>(), workspace.get<double>(), nullptr));
+  for (const Buffer& inverse : inverses) out.buffer(inverse);
+  out.buffer(infos);
 }
 
 void run_step(Reader& in, Writer& out) {
@@ -158,7 +163,7 @@ void run_judge(Reader& in, Writer& out) {
   out.buffer(control);
 }
 
-void (*const operations[])(Reader&, Writer&) = {run_gram,   run_invert_gram,     run_step,  run_dot_sum,
+void (*const operations[])(Reader&, Writer&) = {run_gram,   run_invert_grams,    run_step,  run_dot_sum,
                                                 run_commit, run_near_dependence, run_judge, run_squared_norms,
                                                 run_probes};
 
