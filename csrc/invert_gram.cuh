@@ -123,20 +123,14 @@ __device__ inline double reciprocal(double d) {
 #endif
 }
 
-// What a launch reads and writes: matrix m of each.
-struct Sweep {
-  const double* from[max_tensors];
-  double* to[max_tensors];
-};
-
-// Sweep the pivots of block k of matrix blockIdx.z into tile (blockIdx.y, blockIdx.x) of its result; its info takes the
-// number of the first pivot that is none, counted from 1. The last launch also writes the upper triangle.
+// Sweep the pivots of block k of matrix blockIdx.z into tile (blockIdx.y, blockIdx.x) of its result; its info takes
+// the number of the first pivot that is none, counted from 1. The last launch also writes the upper triangle.
 __global__ void __launch_bounds__(sweep_threads)
-    sweep_pivots(int64_t size, int64_t k, Sweep sweep, int32_t* infos) {
+    sweep_pivots(int64_t size, int64_t k, SquareMatrices matrices, int32_t* infos) {
   const int64_t i = blockIdx.y, j = blockIdx.x;
   if (j > i) return;
-  const double* __restrict__ from = sweep.from[blockIdx.z];
-  double* __restrict__ to = sweep.to[blockIdx.z];
+  const double* __restrict__ from = matrices.from[blockIdx.z];
+  double* __restrict__ to = matrices.to[blockIdx.z];
   int32_t* info = infos + blockIdx.z;
   SweepMemory& memory = *shared_memory<SweepMemory>();
   const int lane = lane_of_tile(), strip = strip_of_tile();

@@ -81,17 +81,17 @@ cudaError_t launch_epilogue(const Product& product, cudaStream_t stream);
 cudaError_t launch_gram(Dtype dtype, const Matrix& h, int64_t rows, int64_t columns, bool bias, double* exact,
                         void* rounded, cudaStream_t stream);
 
-// inverse[i] = gram[i]^-1 for symmetric positive definite matrices (size x size, contiguous), infos[i] = 0; where a
-// pivot is not positive infos[i] is its number, counted from 1, and inverse[i] holds no meaning. No inverse may alias a
-// matrix. `workspace` has invert_grams_workspace(count, size) bytes.
+// to[i] = from[i]^-1 for symmetric positive definite matrices (size x size, contiguous), infos[i] = 0; where a pivot is
+// not positive infos[i] is its number, counted from 1, and to[i] holds no meaning. No result may alias a matrix.
+// `workspace` has invert_grams_workspace(count, size) bytes.
 constexpr int max_tensors = 64;
-struct Inverses {
+struct SquareMatrices {
   int count;
-  const double* gram[max_tensors];
-  double* inverse[max_tensors];
+  const double* from[max_tensors];
+  double* to[max_tensors];
 };
 int64_t invert_grams_workspace(int count, int64_t size);
-cudaError_t launch_invert_grams(int64_t size, const Inverses& matrices, int32_t* infos, double* workspace,
+cudaError_t launch_invert_grams(int64_t size, const SquareMatrices& grams, int32_t* infos, double* workspace,
                                 cudaStream_t stream);
 
 // moved = batch + *size * change, targets = sigma^-1(moved), slopes = sigma'(targets), over `count` elements.

@@ -380,11 +380,11 @@ void invert_by_library(const Tensor& gram, Tensor inverse, Tensor info) {
 void invert_some_grams(TensorList grams, TensorList inverses, int32_t* infos) {
   const int64_t size = grams[0].size(0);
   std::vector<Tensor> held;
-  Inverses list{};
+  SquareMatrices list{};
   list.count = static_cast<int>(grams.size());
   for (size_t i = 0; i < grams.size(); ++i) {
-    list.gram[i] = held.emplace_back(grams[i].contiguous()).const_data_ptr<double>();
-    list.inverse[i] = inverses[i].mutable_data_ptr<double>();
+    list.from[i] = held.emplace_back(grams[i].contiguous()).const_data_ptr<double>();
+    list.to[i] = inverses[i].mutable_data_ptr<double>();
   }
   const Tensor workspace =
       at::empty({invert_grams_workspace(list.count, size)}, grams[0].options().dtype(at::kByte));

@@ -36,12 +36,12 @@ void run_gram(Reader& in, Writer& out) {
 
 void run_invert_grams(Reader& in, Writer& out) {
   const int64_t size = in.number();
-  Inverses matrices{};
+  SquareMatrices matrices{};
   matrices.count = static_cast<int>(in.number());
   std::vector<Buffer> grams, inverses;
   for (int i = 0; i < matrices.count; ++i) {
-    matrices.gram[i] = grams.emplace_back(in.buffer()).get<double>();
-    matrices.inverse[i] = inverses.emplace_back(size * size * sizeof(double)).get<double>();
+    matrices.from[i] = grams.emplace_back(in.buffer()).get<double>();
+    matrices.to[i] = inverses.emplace_back(size * size * sizeof(double)).get<double>();
   }
   const Buffer infos(matrices.count * sizeof(int32_t)), workspace(invert_grams_workspace(matrices.count, size));
   out.number(launch_invert_grams(size, matrices, infos.get<int32_t>(), workspace.get<double>(), nullptr));
