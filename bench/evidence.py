@@ -4,7 +4,7 @@
     python -m bench.evidence --quick [--data-dir DIR] [--out DIR]
 
 DIR holds MNIST's IDX files; rows that need them are left out without it. Rows run as processes of their own with one
-thread each, the longest first, and those that use several processes themselves alone at the end. A row whose numbers
+thread each, those that use several processes themselves first and alone, then the longest first. A row whose numbers
 are there, made with the same arguments on the same data, is not run again, so that an interrupted command can be given
 again; where the program has changed, --again forgets them first.
 
@@ -201,6 +201,8 @@ def run(rows: Sequence[Row], place: Place, processes: int) -> list[str]:
             _say(f"{row.name}: done before")
     together = sorted((row for row in waiting if not row.alone), key=lambda row: -row.minutes)
     progress = _Progress(len(waiting))
+    for row in (row for row in waiting if row.alone):
+        progress.ended(row, _run_row(row, place))
     with ThreadPoolExecutor(processes) as pool:
         futures = {pool.submit(_run_row, row, place): row for row in together}
         try:
@@ -209,8 +211,6 @@ def run(rows: Sequence[Row], place: Place, processes: int) -> list[str]:
         except KeyboardInterrupt:  # the running commands have got it too
             pool.shutdown(cancel_futures=True)
             raise
-    for row in (row for row in waiting if row.alone):
-        progress.ended(row, _run_row(row, place))
     return progress.failed
 
 

@@ -144,7 +144,7 @@ def run_program(task: Task) -> Program:
     if step_size is None:
         loss, data_loss, objective, gradient_norm, *holdout = before.unbind()
         bounds = task.bounds(data_loss, holdout[0] if holdout else None)
-        ended = (objective < loss).logical_not() if task.wants_gain else torch.zeros_like(loss)
+        ended = (objective < loss).logical_not() if task.options.wants_gain else torch.zeros_like(loss)
         trace = ascend(search, start, evaluation, cap=task.cap(gradient_norm), bounds=bounds, ended=ended)
     else:
         trace = ascend_fixed(search, start, evaluation, step_size=step_size)

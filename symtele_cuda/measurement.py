@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .action import Network, kernel, parameter_list, squared_norm
-from .objectives import GradNorm, Lookahead, LooksAhead, Objective, has_fast_path
+from .objectives import Lookahead, LooksAhead, Objective, has_fast_path
 from .problem import Holdout, Problem, layer_inputs
 
 # ⟨δ, K δ⟩ below this share of ‖K‖ ‖δ‖² has lost more than three of float32's seven digits.
@@ -86,11 +86,11 @@ def read(values: Tensor) -> Measurement:
     return Measurement(*values.tolist())
 
 
-def gradient_norm(problem: Problem) -> float:
-    """‖∇L‖ at the problem's own weights."""
+def measure_own(problem: Problem, objective: Objective) -> Measurement:
+    """Measure the problem's own weights, without a holdout."""
     samples, biased = problem.samples, problem.network.biases[0] is not None
-    measured = measure(problem, GradNorm(), None, problem.network, problem.outputs, kernel(samples, samples, biased))
-    return read(measured).gradient_norm
+    sample_gram = kernel(samples, samples, biased)
+    return read(measure(problem, objective, None, problem.network, problem.outputs, sample_gram))
 
 
 def _backpropagate(network: Network, outputs: Sequence[Tensor], output_delta: Tensor) -> list[Tensor]:

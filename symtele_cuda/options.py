@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .checks import check_int, check_name, check_number
 from .kernels import check_backend
-from .objectives import GradNorm, Lookahead, Objective
+from .objectives import GradNorm, Lookahead, LooksAhead, Objective
 from .ops import ACTIONS
 
 INVERSES = ("exact", "first_order")
@@ -33,6 +33,11 @@ class Options:
     drift_tol: float
     holdout_tol: float
     min_gain: float
+
+    @property
+    def wants_gain(self) -> bool:
+        """Whether `min_gain` counts: the objective is then the loss after a step, and the search a trust region."""
+        return self.min_gain > 0 and self.step_size is None and isinstance(self.objective, LooksAhead)
 
 
 def make_options(

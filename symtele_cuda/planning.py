@@ -21,6 +21,7 @@ from .report import LayerReport
 
 NOT_ASKED_FOR = "not asked for"
 TELEPORTED = "teleported"
+NOT_LOOKED_AT = "no search"
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,16 @@ def observe_inputs(problem: Problem) -> list[Match]:
         Match(batch, network.products.gram(batch, bias is not None)[0])
         for batch, bias in zip(inputs, network.biases, strict=True)
     ]
+
+
+def report_unmatched(problem: Problem) -> tuple[LayerReport, ...]:
+    """A report on each hidden layer of a problem whose inputs nothing has looked at."""
+    widths = [output.shape[1] for output in problem.outputs[:-1]]
+    n = len(problem.samples)
+    return tuple(
+        LayerReport(index, n, width, rank=None, condition=None, teleported=False, reason=NOT_LOOKED_AT, group=None)
+        for index, width in enumerate(widths, start=1)
+    )
 
 
 @dataclass(frozen=True)

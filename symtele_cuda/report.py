@@ -13,8 +13,9 @@ class LayerReport:
     moved.
 
     rank and condition (κ₂, an estimate; inf where the rank is below n) are those of the n×(d_{k−1}+1) input; None where
-    group="positive_diagonal" was asked for, which needs no match. group: what moved the layer, "gl" or
-    "positive_diagonal", None where it was not moved.
+    group="positive_diagonal" was asked for, which needs no match, and where a `Teleporter` has seen that no search is
+    worth it before it chose among the n samples. group: what moved the layer, "gl" or "positive_diagonal", None where
+    it was not moved.
     """
 
     index: int

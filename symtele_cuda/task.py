@@ -25,7 +25,7 @@ from .action import (
     predict,
 )
 from .measurement import Measurement, measure, relative_change
-from .objectives import GradNorm, Lookahead, LooksAhead
+from .objectives import GradNorm, Lookahead
 from .options import Options
 from .paths import Path, choose_path
 from .problem import Holdout, Problem
@@ -158,16 +158,6 @@ class Task:
         largest = self.options.max_growth * gradient_norm
         return largest * largest
 
-    @property
-    def wants_gain(self) -> bool:
-        """Whether `min_gain` counts: the objective is then the loss after a step, and the search a trust region."""
-        options = self.options
-        return options.min_gain > 0 and options.step_size is None and isinstance(options.objective, LooksAhead)
-
-    def is_futile(self, before: Measurement) -> bool:
-        """Whether no search can satisfy `min_gain`: the step ahead gains nothing that could be multiplied."""
-        return self.wants_gain and not before.objective < before.loss
-
     def bounds(self, data_loss: float | Tensor, holdout: float | Tensor | None) -> tuple[LossBound, ...]:
         """What an accepted state keeps, given the losses at the start: the batch's loss where it can drift, and the
         holdout's where there is one."""
@@ -202,6 +192,11 @@ class Task:
     def _holdout_loss(self, state: State) -> Tensor:
         assert self.held is not None
         return self.held.loss.value(predict(self.problem.network, self.plan, state, self.held.others)).double()
+
+
+def is_futile(options: Options, before: Measurement) -> bool:
+    """Whether no search can satisfy `min_gain`: the step ahead gains nothing that could be multiplied."""
+    return options.wants_gain and not before.objective < before.loss
 
 
 def describe_backend(network: Network, how: str) -> str:

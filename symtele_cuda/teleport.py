@@ -14,15 +14,15 @@ from . import device_search
 from .action import Network, parameter_list
 from .kernels import products_for
 from .loss import LossFunction
-from .measurement import Measurement, read, relative_change
+from .measurement import Measurement, measure_own, read, relative_change
 from .mlp import Chain, read_chain
 from .objectives import Objective
 from .options import POSITIVE_DIAGONAL, Options, make_options
-from .planning import make_plan, match_inputs, observe_inputs
+from .planning import make_plan, match_inputs, observe_inputs, report_unmatched
 from .problem import Holdout, Problem, at_work
-from .report import TeleportReport
-from .search import STEPS_LONG_ENOUGH, SearchResult, ascend, ascend_fixed, holding
-from .task import Found, Task, describe_backend, drift_refusal, holdout_refusal
+from .report import LayerReport, TeleportReport
+from .search import STEPS_LONG_ENOUGH, SearchResult, StepRecord, ascend, ascend_fixed, holding
+from .task import Found, Task, describe_backend, drift_refusal, holdout_refusal, is_futile
 
 
 def teleport_mlp(
@@ -138,6 +138,26 @@ def teleport_mlp(
     return replace(report, seconds=time.perf_counter() - start)
 
 
+def refuse_futile(
+    model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: LossFunction | None, options: Options
+) -> TeleportReport | None:
+    """The report of a teleport that `min_gain` refuses whatever a search would find, or None.
+
+    It takes a forward and a backward pass and the step ahead: the inputs of no layer are matched.
+    """
+    start = time.perf_counter()
+    chain = read_chain(model)
+    with at_work(chain):
+        products = products_for(chain.linears[0].weight.device, options.backend)
+        problem = Problem.make(model, chain, batch, loss_fn, products)
+        before = measure_own(problem, options.objective)
+    if not is_futile(options, before):
+        return None
+    backend = describe_backend(problem.network, "decisions on the host")
+    report = _unchanged(before, STEPS_LONG_ENOUGH, report_unmatched(problem), (), backend)
+    return replace(report, seconds=time.perf_counter() - start)
+
+
 def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple[TeleportReport, Network]:
     """Plan, search and check; the report (without its time) and the weights to write if it is accepted."""
     matches = observe_inputs(problem) if options.group == POSITIVE_DIAGONAL else match_inputs(problem, options.layers)
@@ -152,10 +172,17 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
     )
     task = Task(problem, held, tuple(matches), plan, options)
     found = device_search.find(task) if device_search.can_find(task) else _find_on_host(task)
-    before = found.before
-    unchanged = TeleportReport(
+    unchanged = _unchanged(found.before, found.result.reason, layer_reports, found.result.records, found.backend)
+    return _settle(task, found, unchanged)
+
+
+def _unchanged(
+    before: Measurement, reason: str, layers: tuple[LayerReport, ...], trace: tuple[StepRecord, ...], backend: str
+) -> TeleportReport:
+    """The report (without its time) of weights that stay as they are."""
+    return TeleportReport(
         accepted=False,
-        reason=found.result.reason,
+        reason=reason,
         steps=0,
         loss_before=before.loss,
         loss_after=before.loss,
@@ -166,12 +193,11 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
         drift=0.0,
         holdout_before=before.holdout,
         holdout_after=before.holdout,
-        layers=layer_reports,
-        trace=found.result.records,
+        layers=layers,
+        trace=trace,
         seconds=0.0,
-        backend=found.backend,
+        backend=backend,
     )
-    return _settle(task, found, unchanged)
 
 
 def _find_on_host(task: Task) -> Found:
@@ -179,7 +205,7 @@ def _find_on_host(task: Task) -> Found:
     options, network = task.options, task.problem.network
     start, before = task.start(), read(task.measure(network, task.problem.outputs))
     backend = describe_backend(network, "decisions on the host")
-    if task.is_futile(before):
+    if is_futile(options, before):
         return Found(start, before, SearchResult((start.waypoint,), (), STEPS_LONG_ENOUGH), None, backend)
     search = task.search()
     evaluation = search.path.evaluate(start)
@@ -259,7 +285,7 @@ def _no_gain(options: Options, before: Measurement, after: Measurement) -> str |
 
 def _too_little_gain(task: Task, before: Measurement, after: Measurement) -> str | None:
     """Why the gain of the step ahead is less than `min_gain` asks for, or None."""
-    if not task.wants_gain:
+    if not task.options.wants_gain:
         return None
     gain, least = before.loss - after.objective, task.options.min_gain * (before.loss - before.objective)
     if gain >= least:

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from .checks import check_int, check_name
 from .loss import LossFunction
-from .measurement import gradient_norm
+from .measurement import measure_own
 from .mlp import Chain, check_batch, read_chain
 from .momentum import check_first_moment_known, with_momentum
-from .objectives import Objective
+from .objectives import GradNorm, Objective
 from .optimizer_step import OptimizerLookahead, muon_length, read_step, sgd_rate
 from .options import GL, Options, make_options
 from .problem import Problem, at_work
 from .report import LayerReport, TeleportReport
 from .sampling import input_columns, layers_to_match, matched_samples
 from .search import StepRecord
-from .teleport import teleport_mlp
+from .teleport import refuse_futile, teleport_mlp
 
 AUTO_BATCH_SIZE = 200  # the most samples that batch_size="auto" gathers
 AUTO_HOLDOUT_SIZE = 200  # so many tell a change of the loss by a few percent from chance
@@ -90,7 +90,8 @@ class Teleporter:
         schedule: a Schedule; the default is three teleports at the start of epoch 0.
         batch_size: samples of one teleport. "auto" gathers the smaller of 200 and the number of columns of the inputs
             of the layers that GL is to move (the bias' column included), and teleports on those of them that all these
-            layers can tell apart well, `matched_samples`; `report.layers[0].n` says how many. With
+            layers can tell apart well, `matched_samples`; `report.layers[0].n` says how many. Where the step ahead does
+            not lower the loss of all that is gathered, `min_gain` refuses the teleport before any are chosen. With
             group="positive_diagonal" there are no such layers, with "auto" those with a positively homogeneous
             activation and an input of fewer than 50 columns are none; without any it is 200 samples as they come.
         optimizer_state: what an accepted teleport does to the optimizer's state of the model's parameters: "keep"
@@ -100,11 +101,11 @@ class Teleporter:
             teleport (schedulers are followed). For torch.optim.SGD it is a gradient step of the rate that its steps
             come to with momentum, lr (1 − dampening)/(1 − momentum), the largest over the groups that hold parameters
             of the model. For Muon, whose steps are of one length whatever the gradient, it is a gradient step of that
-            length, at the rate that it takes before the teleport. For Adagrad, RMSprop, Adam and AdamW it is their next
-            step, `OptimizerLookahead`, weight decay included. While the lr of all these groups is 0, as at the start of
-            a warm-up, `step` does nothing: there is no step to look ahead to. With `lr` it is the gradient step of that
-            rate, for any optimizer. "next_step" is `OptimizerLookahead` for all: with momentum it sees little of what
-            the new gradient will do, since the buffer stays as it is.
+            length, at the rate that it takes before the teleport on the samples gathered. For Adagrad, RMSprop, Adam
+            and AdamW it is their next step, `OptimizerLookahead`, weight decay included. While the lr of all these
+            groups is 0, as at the start of a warm-up, `step` does nothing: there is no step to look ahead to. With `lr`
+            it is the gradient step of that rate, for any optimizer. "next_step" is `OptimizerLookahead` for all: with
+            momentum it sees little of what the new gradient will do, since the buffer stays as it is.
         holdout_size: so many further samples of the stream, those behind the teleport's own, are gathered as its
             `holdout`, the guard on samples that the search does not see. "auto" is 200 (none where a `holdout` is
             given), 0 is none.
@@ -266,10 +267,13 @@ class Teleporter:
         """Teleport on the first of the samples, with those behind them as the holdout if one is wanted."""
         own, held = slice(self._wanted), slice(self._wanted, self._wanted + self._holdout_size)
         batch = inputs[own], targets[own]
+        options = self._options | (self._own_lookahead(batch) if self._reads_step else {})
         if self._matched_layers:
+            checked = _check_options(options, read_chain(self.model))
+            if checked.wants_gain and (refusal := refuse_futile(self.model, batch, self.loss_fn, checked)) is not None:
+                return refusal  # choosing among the samples would take several times as long
             chosen = matched_samples(self.model, batch[0], self._matched_layers)
             batch = batch[0][chosen], batch[1][chosen]
-        options = self._options | (self._own_lookahead(batch) if self._reads_step else {})
         if self._holdout_size > 0:
             options["holdout"] = (inputs[held], targets[held])
         teleport = functools.partial(teleport_mlp, self.model, batch, self.loss_fn, **options)
@@ -289,7 +293,7 @@ class Teleporter:
             return {"lr": max(map(sgd_rate, groups))}
         if kind is torch.optim.Muon:
             with at_work(chain):
-                norm = gradient_norm(Problem.make(self.model, chain, batch, self.loss_fn))
+                norm = measure_own(Problem.make(self.model, chain, batch, self.loss_fn), GradNorm()).gradient_norm
             length = _muon_length(groups, chain)
             return {"lr": length / norm if norm > 0 else length}  # a gradient of 0 steps nowhere at any rate
         step = read_step(self.optimizer, _parameters(chain))

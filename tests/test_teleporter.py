@@ -70,6 +70,12 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Ba
     optimizer.step()
 
 
+def loss_and_gradient_norm(model: nn.Module, batch: Batch) -> tuple[float, float]:
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.item(), math.hypot(*(gradient.norm().item() for gradient in gradients))
+
+
 # --- gathering and schedule ---------------------------------------------------------------------------------------
 
 
@@ -201,6 +207,44 @@ def test_auto_leaves_out_samples_that_repeat(copied: int) -> None:
     assert (report.layers[0].n, report.layers[0].rank) == (6, 6)
     st.teleport_mlp(expected, (x[others], y[others]), objective="lookahead", lr=0.05)
     assert_same_parameters(model, expected)
+
+
+def test_auto_chooses_no_samples_where_the_step_ahead_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(*_: object) -> Tensor:
+        raise AssertionError("samples were chosen")
+
+    monkeypatch.setattr("symtele_cuda.teleporter.matched_samples", choose)
+    model, batch = make_model(), join(make_batches(2), 7)
+    loss, norm = loss_and_gradient_norm(model, batch)
+    ahead, expected = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer_step(ahead, torch.optim.SGD(ahead.parameters(), lr=4.0 * 20.0), batch)
+    options = {**AS_MLP, "min_gain": 2.0, "batch_size": "auto"}
+    report = st.Teleporter(model, make_sgd(model, lr=20.0), schedule=EVERY_EPOCH, **options).step(batch, epoch=0)
+    assert report is not None and not report.accepted and "does not lower" in report.reason
+    assert (report.loss_before, report.loss_after) == (pytest.approx(loss), report.loss_before)
+    assert (report.grad_norm_before, report.grad_norm_after) == (pytest.approx(norm), report.grad_norm_before)
+    assert report.objective_before == pytest.approx(loss_and_gradient_norm(ahead, batch)[0])
+    assert report.objective_before > loss
+    assert [(r.n, r.width, r.rank, r.teleported, r.reason) for r in report.layers] == [
+        (7, 16, None, False, "no search"),
+        (7, 12, None, False, "no search"),
+    ]
+    assert str(report) and report.seconds > 0
+    assert_same_parameters(model, expected)
+
+
+def test_auto_asks_muon_for_its_rate_on_all_that_was_gathered() -> None:
+    model, (x, y) = make_model(bias=False), join(make_batches(2), 6)
+    x[5] = x[0]
+    optimizer, expected = torch.optim.Muon(model.parameters(), lr=0.01), copy.deepcopy(model)
+    _, norm = loss_and_gradient_norm(model, (x, y))
+    length = 0.01 * math.hypot(*(s * r**0.5 for s, r in (((16 / 6) ** 0.5, 6), (1.0, 12), (1.0, 3))))
+    options = {**AS_MLP, "batch_size": "auto"}
+    report = st.Teleporter(model, optimizer, schedule=EVERY_EPOCH, **options).step((x, y), epoch=0)
+    assert report is not None and report.accepted and report.layers[0].n == 5
+    st.teleport_mlp(expected, (x[:5], y[:5]), objective="lookahead", lr=length / norm)
+    for got, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got, other, rtol=1e-6, atol=1e-8)
 
 
 def test_auto_without_an_independent_sample_is_an_error() -> None:
@@ -641,8 +685,7 @@ def test_muon_looks_ahead_by_a_gradient_step_as_long_as_its_own(
     optimizer = torch.optim.Muon(model.parameters(), lr=0.01, **options)
     take_steps(model, optimizer)
     expected = copy.deepcopy(model)
-    loss = F.cross_entropy(expected(batch[0]), batch[1])
-    norm = math.hypot(*(g.norm().item() for g in torch.autograd.grad(loss, list(expected.parameters()))))
+    _, norm = loss_and_gradient_norm(expected, batch)
     scales = [0.2 * 16**0.5, 0.2 * 16**0.5, 0.2 * 12**0.5] if options else [(16 / 6) ** 0.5, 1.0, 1.0]
     length = 0.01 * math.hypot(*(s * rank**0.5 for s, rank in zip(scales, (6, 12, 3), strict=True)))
     st.Teleporter(model, optimizer, loss_fn, schedule=EVERY_EPOCH, batch_size=4, **AS_MLP).step(batch, epoch=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,8 @@ def measure(job: Job, task: Task, kind: type[Teleporter] = Teleporter) -> Record
     that sees it."""
     training = job.training
     warm_up(task, training)
+    gc.collect()
+    gc.freeze()  # else the collector goes through all that torch has loaded, once in a while, as long as a short run
     run = _Run(job, start(task, training, job.teleports, job.seed, kind))
     try:
         run.check()
