@@ -95,7 +95,7 @@ ROWS = (
     Row(
         "study",
         ("study",),
-        135,
+        115,
         data=True,
         alone=True,
         quick=("--quick", "--problem", "digits", "--optimizer", "sgd"),
