@@ -149,8 +149,11 @@ def forget(rows: Sequence[Row], place: Place) -> None:
         shutil.rmtree(place.work / row.name, ignore_errors=True)
 
 
-def execute(row: Row, place: Place) -> None:
+def execute(row: Row, place: Place) -> float | None:
     """Run the command of the row; what it prints goes to files in the row's folder.
+
+    Returns:
+        The minutes of wall-clock it took; None where it went on from records, and they are not of the whole.
 
     Raises:
         RuntimeError: it failed; the text is the last line of its errors.
@@ -160,19 +163,22 @@ def execute(row: Row, place: Place) -> None:
     for kept in _records(row, place.results):
         if not (folder / kept.name).exists():
             shutil.copyfile(kept, folder / kept.name)
+    goes_on = bool(_records(row, folder))
     words = [sys.executable, "-m", "symtele_cuda", *row.arguments, "--out", str(folder)]
     if row.data:
         words += ["--data-dir", str(place.data_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     printed, errors = folder / "printed.txt", folder / "errors.txt"
+    started = time.perf_counter()
     with printed.open("w", encoding="utf-8") as stdout, errors.open("w", encoding="utf-8") as stderr:
         outcome = subprocess.run(words, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
     if outcome.returncode != 0:
         lines = errors.read_text(encoding="utf-8").splitlines()
         raise RuntimeError(lines[-1] if lines else f"exit code {outcome.returncode}")
+    return None if goes_on else (time.perf_counter() - started) / 60
 
 
-def publish(row: Row, place: Place) -> None:
+def publish(row: Row, place: Place, minutes: float | None) -> None:
     """Copy the figures and the records of the row, and then, rounded, its numbers, which so say that all is there."""
     folder = place.work / row.name
     place.figures.mkdir(parents=True, exist_ok=True)
@@ -183,7 +189,7 @@ def publish(row: Row, place: Place) -> None:
         shutil.copyfile(path, place.results / path.name)
     document = json.loads((folder / f"{row.command}.json").read_text(encoding="utf-8"))
     partial = place.numbers(row).with_suffix(".partial")
-    partial.write_text(as_text(place.origin(row) | document), encoding="utf-8")
+    partial.write_text(as_text(place.origin(row) | {"minutes": minutes} | document), encoding="utf-8")
     partial.replace(place.numbers(row))
 
 
@@ -218,8 +224,7 @@ def _run_row(row: Row, place: Place) -> str | None:
     """Run and publish; why it failed, or None."""
     _say(f"{row.name}: {' '.join(row.arguments)}")
     try:
-        execute(row, place)
-        publish(row, place)
+        publish(row, place, minutes=execute(row, place))
     except (RuntimeError, OSError, ValueError) as error:
         return str(error)
     return None

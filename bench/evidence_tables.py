@@ -229,10 +229,12 @@ TABLES: dict[str, Callable[[Document], str]] = {
 
 
 def _origin(document: Document) -> str:
-    """What the numbers were made with."""
+    """What the numbers were made with, and in what time."""
     versions, seeds = document["versions"], document["settings"].get("seeds", [])
     parts = [f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else "", document["data"]]
     parts += [f"symtele_cuda {versions['symtele_cuda']}", f"torch {versions['torch']}"]
+    if document.get("minutes") is not None:
+        parts.append(f"in {document['minutes']:.2g} minutes")
     return ", ".join(part for part in parts if part) + "."
 
 

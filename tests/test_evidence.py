@@ -121,6 +121,7 @@ def test_a_row_is_run_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert evidence.run([row], place, processes=1) == []
     document = read(place.numbers(row))
     assert document["arguments"] == ["booth", "--seeds", "1"] and len(document["runs"]) == 3
+    assert 0 < document["minutes"] < 5
     assert {path.name for path in place.figures.iterdir()} == {"other-name_curves.png", "other-name_trajectory.png"}
     assert evidence.is_done(row, place) and not evidence.is_done(replace(row, arguments=("booth",)), place)
     assert "(1 of 1" in capsys.readouterr().err
@@ -146,6 +147,7 @@ def test_a_row_goes_on_from_the_records_that_are_kept(tmp_path: Path, monkeypatc
     shutil.rmtree(place.work / row.name)
     assert evidence.run([row], place, processes=1) == []
     assert kept.read_text() == 2 * "one more run\n"
+    assert read(place.numbers(row))["minutes"] is None  # they would not be of the whole
     evidence.forget([row], place)
     assert not kept.exists()
 
