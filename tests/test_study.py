@@ -48,7 +48,7 @@ needs_extras = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[1]
 
 TINY = Problem("digits", "digits", (16,), batch_size=40, epochs=2, check_every=4, samples=400)
-TINY_STUDY = Study(TINY, {"sgd": (0.1,)}, targets=(2.0, 1e-9), seconds=(1.0, 1.0), seeds=(1,), state_seeds=(1,))
+TINY_STUDY = Study(TINY, {"sgd": (0.01,)}, targets=(2.0, 1e-9), seconds=(1.0, 1.0), seeds=(1,), state_seeds=(1,))
 LADDER = Study(
     TINY, {"sgd": (0.1, 0.3, 1.0), "adam": (0.01, 0.1)}, targets=(1.0, 0.5), seconds=(9.0, 1.0), seeds=(1, 2)
 )
@@ -61,7 +61,9 @@ def made_up(losses: Sequence[float], teleports: Sequence[Teleport] = (), accurac
 
 
 def all_records(study: Study, plain: Record, teleported: Record) -> dict[Job, Record]:
-    return {job: plain if job.teleports is None else teleported for job in study.jobs()}
+    """Those of the first jobs, and of the nudged ones of all rates."""
+    jobs = {replace(job, teleports=NUDGE) for job in study.main_jobs()} | set(study.first_jobs())
+    return {job: plain if job.teleports is None else teleported for job in jobs}
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
@@ -95,26 +97,35 @@ def test_the_teleported_arm_has_the_defaults_of_the_library() -> None:
             assert getattr(DEFAULTS, field.name) == defaults[field.name], field.name
 
 
+@pytest.mark.parametrize("studies", [FULL, QUICK])
+def test_every_problem_has_every_optimizer(studies: dict[str, Study]) -> None:
+    briefly = {name for name, study in studies.items() if study.brief}
+    assert briefly == {"mnist-512-muon"}
+    assert set(studies["mnist-512"].rates) | set(studies["mnist-512-muon"].rates) == set(OPTIMIZERS)
+    assert all(set(studies[name].rates) == set(OPTIMIZERS) for name in studies if not name.startswith("mnist-512"))
+
+
 @pytest.mark.parametrize("study", [*FULL.values(), *QUICK.values()], ids=lambda study: study.problem.name)
-def test_the_grid_has_every_optimizer_rate_arm_and_seed_once(study: Study) -> None:
-    left_out = {"muon"} if study.problem.name == "mnist-512" else set()
-    assert set(study.rates) == set(OPTIMIZERS) - left_out
-    jobs = study.jobs()
+def test_the_grid_has_every_rate_arm_and_seed_once(study: Study) -> None:
+    jobs = study.first_jobs()
     keys = [job.key for job in jobs]
     assert len(set(keys)) == len(keys)
     main = {(job.optimizer, job.lr, job.teleports, job.seed) for job in study.main_jobs()}
     rates = sum(len(rates) for rates in study.rates.values())
-    assert len(main) == rates * len(MAIN_ARMS) * (1 + len(study.seeds))
+    assert len(main) == rates * len(MAIN_ARMS) * (1 if study.brief else 1 + len(study.seeds))
     for ladder in study.rates.values():
         assert list(ladder) == sorted(set(ladder))
         assert len(ladder) >= (5 if study in FULL.values() else 2)
     assert study.tuning_seed not in study.seeds and set(study.state_seeds) <= set(study.seeds)
-    # one of the ways with the state is the default, so that its runs are main runs
     state = set(study.state_jobs()) - set(study.main_jobs())
+    if study.brief:
+        assert state == set()
+        return
+    # one of the ways with the state is the default, so that its runs are main runs
     assert {job.teleports for job in state} == set(state_arms("momentum").values()) - set(MAIN_ARMS.values())
     # Adam's lookahead is along its next step by default
     own_step = {job.optimizer for job in state if job.teleports.objective == "next_step"}
-    assert own_step == {"momentum", "muon"} - left_out
+    assert own_step == {"momentum", "muon"} & set(study.rates)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -285,8 +296,9 @@ def test_harm_counts_what_diverged_only_with_teleports() -> None:
     assert third.by_chance == pytest.approx(1.01) and third.beyond_chance
     lucky = replace(third, by_chance=1.04)
     assert lucky.curve_is_higher and not lucky.beyond_chance and "**1.030**" not in tables.harm_table([lucky])
-    sentence = tables.harm_sentence([first, second, lucky])
-    assert sentence.startswith("1 of 6 runs diverged only with teleports. At 1 of 3")
+    still = replace(second, teleports=0, by_chance=math.nan)
+    sentence = tables.harm_sentence([first, still, lucky])
+    assert sentence.startswith("1 of 6 runs diverged only with teleports. Something was teleported at 2 of 3 rates.")
     assert "next to nothing, it was at 1. At 0 it was higher than both." in sentence
 
 
@@ -339,8 +351,33 @@ def test_states_are_compared_at_the_rates_in_the_middle() -> None:
 def test_only_optimizers_with_all_their_runs_are_reported() -> None:
     records = all_records(LADDER, made_up([2.0, 1.0]), made_up([2.0, 0.5]))
     assert results.complete(LADDER, records) == LADDER
-    del records[next(job for job in LADDER.state_jobs() if job.optimizer == "adam")]
-    assert set(results.complete(LADDER, records).rates) == {"sgd"}
+    without_state = dict(records)
+    del without_state[next(job for job in LADDER.state_jobs() if job.optimizer == "adam")]
+    assert set(results.complete(LADDER, without_state).rates) == {"sgd"}
+    nudged = Job(TINY, "sgd", 0.3, NUDGE, 2)
+    del records[nudged]
+    assert results.complete(LADDER, records) == LADDER  # nothing was teleported at this rate
+    records[Job(TINY, "sgd", 0.3, DEFAULTS, 1)] = made_up([2.0, 0.5], [Teleport(0, 0.1, True, 2.0, 1.9, math.nan)])
+    assert set(results.complete(LADDER, records).rates) == {"adam"}
+    assert results.following_jobs(LADDER, records) == [replace(nudged, seed=1), nudged]
+
+
+def test_a_brief_study_runs_all_seeds_at_the_best_rates_alone() -> None:
+    study = replace(LADDER, rates={"muon": (0.1, 0.2, 0.3)}, brief=True)
+    losses = {None: {0.1: 0.9, 0.2: 0.5, 0.3: 0.7}, DEFAULTS: {0.1: 0.8, 0.2: 0.6, 0.3: 0.4}}
+    records = {job: made_up([2.0, losses[job.teleports][job.lr]]) for job in study.first_jobs()}
+    assert {job.seed for job in records} == {study.tuning_seed} and len(records) == 6
+    assert set(results.complete(study, records).rates) == set()
+    following = results.following_jobs(study, records)
+    assert {(job.lr, job.teleports, job.seed) for job in following} == {
+        (lr, teleports, seed) for lr, teleports in ((0.2, None), (0.3, DEFAULTS)) for seed in study.seeds
+    }
+    records |= {job: made_up([2.0, 0.25]) for job in following}
+    assert results.complete(study, records) == study
+    plain, teleported = results.worth(study, records)
+    assert (plain.choice.lr, teleported.choice.lr) == (0.2, 0.3)
+    assert plain.train_loss == teleported.train_loss == results.Spread(0.25, 0.0, 2, 2)
+    assert results.no_harm(study, records) == results.by_rate(study, records) == results.states(study, records) == []
 
 
 def test_the_page_is_made_from_the_summary_file(tmp_path: Path) -> None:
@@ -350,12 +387,12 @@ def test_the_page_is_made_from_the_summary_file(tmp_path: Path) -> None:
     records |= {Job(TINY, "sgd", 0.3, DEFAULTS, seed): made_up([2.0, 1 / 3, 0.2], made) for seed in LADDER.seeds}
     for job, record in records.items():
         store.append(job, "made-up data", "torch", record)
-    summary = summarise(LADDER, store.of(LADDER.jobs()))
+    summary = summarise(LADDER, store.of(records))
     path = save_summaries(tmp_path / "study.json", [LADDER], [summary])
     (loaded,) = load_summaries(path)
     assert tables.page([loaded]) == tables.page([summary])
     assert loaded.worth[1].train_loss == results.Spread(0.2, 0.0, 2, 2)
-    assert loaded.made == {"torch": len(records)}
+    assert loaded.made == {"torch": len(LADDER.first_jobs()) + 2}  # nudged at one rate, on two seeds
     assert math.isnan(loaded.harm[0].ratio)  # no teleport in these records
     assert (loaded.by_rate[1].lr, loaded.by_rate[1].teleports) == (0.3, 2)
     for heading in (
@@ -523,16 +560,15 @@ def test_failed_runs_do_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[Job], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run_jobs(jobs: dict[Job, float], data_dir: Path | None, processes: int):
-        first, *others = jobs
-        yield first, TeleportError("no way")
-        for job in others:
-            yield job, runner.run_job(job, data_dir)
+        for job in jobs:
+            bad = job.seed == TINY_STUDY.tuning_seed and job.teleports is None
+            yield job, TeleportError("no way") if bad else runner.run_job(job, data_dir)
 
     monkeypatch.setattr(program, "run_jobs", run_jobs)
     assert run_study("--quick", "--out", tmp_path) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "1 of 5 runs failed, the first (digits sgd 0.1 plain, seed 0) with: no way" in message
-    assert len((tmp_path / "study-digits.jsonl").read_text().splitlines()) == 4
+    assert "1 of 4 runs failed, the first (digits sgd 0.01 plain, seed 0) with: no way" in message
+    assert len((tmp_path / "study-digits.jsonl").read_text().splitlines()) == 3  # all but those that depend on it
 
 
 @needs_extras
@@ -569,13 +605,15 @@ def test_an_interrupted_study_ends_cleanly_and_goes_on(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     finished = path.read_text().count("\n")
-    jobs = QUICK["digits"].only(["sgd"]).jobs()
+    study = QUICK["digits"].only(["sgd"])
     assert process.returncode == 130 and errors.endswith(b"interrupted\n") and b"Traceback" not in errors
-    assert 1 <= finished < len(jobs)
+    assert 1 <= finished < len(study.first_jobs())
 
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
-    keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
-    assert sorted(keys) == sorted(job.key for job in jobs)
+    store = Store(tmp_path, "digits")
+    records = {job: line.record for job, line in store.of(study.first_jobs()).items()}
+    jobs = [*study.first_jobs(), *results.following_jobs(study, records)]
+    assert sorted(line.key for line in store.lines) == sorted(job.key for job in jobs)
 
 
 @needs_extras
@@ -611,5 +649,6 @@ def test_bad_options_exit_2(arguments: tuple[str, ...], message: str, capsys: py
 def test_problems_that_need_a_folder_are_left_out_aloud(capsys: pytest.CaptureFixture[str]) -> None:
     names = [study.problem.name for study in program.select(FULL, None, ["sgd"], None)]
     assert names == ["digits", "diabetes"]
-    assert "left out without --data-dir: mnist-512, mnist-128" in capsys.readouterr().err
-    assert [set(study.rates) for study in program.select(FULL, None, ["sgd"], Path())] == [{"sgd"}] * 4
+    assert "left out without --data-dir: mnist-512, mnist-512-muon, mnist-128" in capsys.readouterr().err
+    chosen = {study.problem.name: set(study.rates) for study in program.select(FULL, None, ["sgd"], Path())}
+    assert chosen == {name: {"sgd"} for name in FULL if name != "mnist-512-muon"}

@@ -5,6 +5,7 @@ matplotlib is imported when a figure is drawn, and through its object interface:
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,9 +102,9 @@ def epoch_series(runs: Sequence[Run], field: str) -> list[Series]:
 
 
 def curves(path: Path, title: str, panels: Sequence[Panel]) -> Path:
-    """The panels side by side, four of them two by two, one colour a series; triangles mark the teleports."""
+    """The panels side by side, from four on in two rows, one colour a series; triangles mark the teleports."""
     with _styled():
-        figure, all_axes = _figure(len(panels), width=5.2, height=4.2, rows=2 if len(panels) == 4 else 1)
+        figure, all_axes = _figure(len(panels), width=5.2, height=4.2, rows=1 if len(panels) < 4 else 2)
         for axes, panel in zip(all_axes, panels, strict=True):
             axes.set(xscale=panel.x_scale, yscale="log", xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
             if panel.x_scale == "linear":
@@ -241,11 +242,14 @@ def _styled() -> Any:
 
 
 def _figure(panels: int, width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
-    """A figure of equal panels, and their axes row by row."""
+    """A figure of equal panels, and their axes row by row; places without a panel stay empty."""
     figure_class = require_extra("matplotlib.figure").Figure
-    columns = panels // rows
+    columns = math.ceil(panels / rows)
     figure = figure_class(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for place in places[panels:]:
+        place.set_axis_off()
+    return figure, places[:panels]
 
 
 def _save(figure: Any, path: Path) -> Path:

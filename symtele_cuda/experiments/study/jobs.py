@@ -78,6 +78,7 @@ class Study:
 
     rates: of every optimizer, rising. targets: the train losses, falling, whose time is compared. The rate of an arm is
     chosen on `tuning_seed` and judged on `seeds`; what becomes of the optimizer's state is compared on `state_seeds`.
+    brief: no more than that choice and that judgement, without what needs all seeds at all rates: harm, and the state.
     seconds: of about one run on one core, with Muon and with any other optimizer: for the order of the jobs and the
     estimates of the time that is left.
     """
@@ -89,31 +90,34 @@ class Study:
     tuning_seed: int = 0
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     state_seeds: tuple[int, ...] = (1, 2, 3)
+    brief: bool = False
 
     def main_jobs(self) -> Iterator[Job]:
-        """All rates, without and with teleports, all seeds."""
+        """All rates, without and with teleports, all seeds; of a brief study the tuning seed alone."""
+        seeds = (self.tuning_seed, *(() if self.brief else self.seeds))
         for optimizer, rates in self.rates.items():
-            yield from self._jobs(optimizer, rates, MAIN_ARMS, (self.tuning_seed, *self.seeds))
-
-    def nudged_jobs(self) -> Iterator[Job]:
-        """All rates, with the teleports that are none, on the seeds on which harm is judged."""
-        for optimizer, rates in self.rates.items():
-            yield from self._jobs(optimizer, rates, {"": NUDGE}, self.seeds)
+            yield from self._jobs(optimizer, rates, MAIN_ARMS, seeds)
 
     def state_jobs(self) -> Iterator[Job]:
         """The ways with the optimizer's state and step, at the rates in the middle; some are main jobs too."""
-        for optimizer in STATE_OPTIMIZERS:
-            if optimizer in self.rates:
-                yield from self._jobs(optimizer, self.state_rates(optimizer), state_arms(optimizer), self.state_seeds)
+        for optimizer in self.state_optimizers():
+            yield from self._jobs(optimizer, self.state_rates(optimizer), state_arms(optimizer), self.state_seeds)
+
+    def judged_rates(self) -> list[tuple[str, float]]:
+        """(optimizer, rate) of which all seeds have main jobs."""
+        return [] if self.brief else [(optimizer, lr) for optimizer, rates in self.rates.items() for lr in rates]
+
+    def state_optimizers(self) -> list[str]:
+        return [] if self.brief else [optimizer for optimizer in STATE_OPTIMIZERS if optimizer in self.rates]
 
     def state_rates(self, optimizer: str) -> tuple[float, ...]:
         """The rates of `optimizer` without the smallest and the largest, or all if that leaves none."""
         rates = self.rates[optimizer]
         return rates[1:-1] or rates
 
-    def jobs(self) -> list[Job]:
-        """Each once."""
-        return list(dict.fromkeys((*self.main_jobs(), *self.nudged_jobs(), *self.state_jobs())))
+    def first_jobs(self) -> list[Job]:
+        """Main and state jobs, each once; which others follow is in their records (`results.following_jobs`)."""
+        return list(dict.fromkeys((*self.main_jobs(), *self.state_jobs())))
 
     def estimate(self, job: Job) -> float:
         """Seconds of about one run on one core."""
@@ -138,9 +142,9 @@ class Study:
 _TENTHS = (0.001, 0.003, 0.01, 0.03, 0.1)
 _ADAPTIVE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _HIGH_ADAPTIVE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-# Rates around the best ones of short looks at the tuning seed. Seconds: measured. Muon is not on mnist-512: its
-# orthogonalization of these matrices is some fifty times the work of a batch of 20 samples, and the grid of this one
-# optimizer would take several times as long as all the others together.
+# Rates around the best ones of short looks at the tuning seed. Seconds: measured. Muon is not on mnist-512 but briefly,
+# and for fewer epochs, on mnist-512-muon: its orthogonalization of these matrices is some fifty times the work of a
+# batch of 20 samples, and the whole grid of this one optimizer would take several times as long as all the others'.
 FULL = {
     study.problem.name: study
     for study in (
@@ -170,6 +174,13 @@ FULL = {
             },
             targets=(0.1, 0.03, 0.01),
             seconds=(900, 16),
+        ),
+        Study(
+            PROBLEMS["mnist-512-muon"],
+            rates={"muon": (0.001, 0.003, 0.006, 0.01, 0.02)},
+            targets=(0.1, 0.03, 0.01),
+            seconds=(120, 6),
+            brief=True,
         ),
         Study(
             PROBLEMS["mnist-128"],

@@ -56,6 +56,7 @@ PROBLEMS = {
     for problem in (
         Problem("digits", "digits", (128, 128), batch_size=20, epochs=20, check_every=36),
         Problem("mnist-512", "mnist", (512, 512), batch_size=20, epochs=8, check_every=100),
+        Problem("mnist-512-muon", "mnist", (512, 512), batch_size=20, epochs=3, check_every=100),
         Problem("mnist-128", "mnist", (128,), batch_size=200, epochs=40, check_every=40),
         Problem("diabetes", "diabetes", (64, 64), batch_size=20, epochs=40, check_every=36),
     )

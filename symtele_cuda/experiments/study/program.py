@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from symtele_cuda.experiments import require_extra
 from symtele_cuda.experiments.study import figure, tables
 from symtele_cuda.experiments.study.jobs import Job, Study
-from symtele_cuda.experiments.study.problems import fingerprint, load
-from symtele_cuda.experiments.study.results import Records, complete
+from symtele_cuda.experiments.study.problems import Problem, fingerprint, load
+from symtele_cuda.experiments.study.results import Records, begun, complete, following_jobs
 from symtele_cuda.experiments.study.runner import run_jobs
 from symtele_cuda.experiments.study.store import Store
 from symtele_cuda.experiments.study.summary import save_summaries, summarise
@@ -41,32 +41,37 @@ def select(
         absent = [study.problem.name for study in chosen if study.problem.needs_folder]
         chosen = [study for study in chosen if not study.problem.needs_folder]
         _say(f"left out without --data-dir: {', '.join(absent)}")
-    return chosen if optimizers is None else [study.only(optimizers) for study in chosen]
+    if optimizers is not None:
+        chosen = [study.only(optimizers) for study in chosen]
+    return [study for study in chosen if study.rates]
 
 
 def train(studies: Sequence[Study], data_dir: Path | None, out: Path, processes: int) -> None:
     """Run every job of the studies that has no record in `out`, the longest first; append its record there at once.
 
     Raises:
-        StudyError: runs failed; all others have been done.
+        StudyError: runs failed; all others have been done but those that depend on these.
         ValueError, FileNotFoundError: the data cannot be loaded, or a file in `out` holds something else.
     """
     stores = {study.problem: _open(out, study) for study in studies}
     data = {study.problem: fingerprint(load(study.problem, data_dir)) for study in studies}
-    seconds = _todo(studies, stores, data)
     made = f"torch {torch.__version__}, {processes} processes of one thread on {processor()}"
-    failed = []
-    with _progress(seconds, processes) as bar:
-        for job, outcome in run_jobs(seconds, data_dir, processes):
-            if isinstance(outcome, Exception):
-                failed.append((job, outcome))
-            else:
-                stores[job.problem].append(job, data[job.problem], made, outcome)
-            bar.set_description(str(job), refresh=False)
-            bar.update(seconds[job])
+    failed: list[tuple[Job, Exception]] = []
+    count = 0
+    for kind, choose in (("first", _first_jobs), ("further", _following_jobs)):
+        seconds = _todo(studies, stores, data, choose)
+        count += len(seconds)
+        with _progress(kind, seconds, processes) as bar:
+            for job, outcome in run_jobs(seconds, data_dir, processes):
+                if isinstance(outcome, Exception):
+                    failed.append((job, outcome))
+                else:
+                    stores[job.problem].append(job, data[job.problem], made, outcome)
+                bar.set_description(str(job), refresh=False)
+                bar.update(seconds[job])
     if failed:
         job, error = failed[0]
-        raise StudyError(f"{len(failed)} of {len(seconds)} runs failed, the first ({job}) with: {error}") from error
+        raise StudyError(f"{len(failed)} of {count} runs failed, the first ({job}) with: {error}") from error
 
 
 def report(studies: Iterable[Study], out: Path) -> str:
@@ -80,7 +85,8 @@ def report(studies: Iterable[Study], out: Path) -> str:
     parts: list[tuple[Study, Records]] = []
     summaries, missing = [], []
     for study in studies:
-        lines = _open(out, study).of(study.jobs())
+        store = _open(out, study)
+        lines = store.of((*study.first_jobs(), *_following_jobs(study, store)))
         records = {job: line.record for job, line in lines.items()}
         whole = complete(study, records)
         lacking = ", ".join(optimizer for optimizer in study.rates if optimizer not in whole.rates)
@@ -99,20 +105,35 @@ def report(studies: Iterable[Study], out: Path) -> str:
     return text
 
 
-def _todo(studies: Iterable[Study], stores: Mapping[Any, Store], data: Mapping[Any, str]) -> dict[Job, float]:
-    """The jobs without a record, the longest first, with their estimated seconds."""
+def _first_jobs(study: Study, store: Store) -> list[Job]:
+    return study.first_jobs()
+
+
+def _following_jobs(study: Study, store: Store) -> list[Job]:
+    """Those of the optimizers that have all their first records."""
+    records = {job: line.record for job, line in store.of(study.first_jobs()).items()}
+    return following_jobs(begun(study, records), records)
+
+
+def _todo(
+    studies: Iterable[Study],
+    stores: Mapping[Problem, Store],
+    data: Mapping[Problem, str],
+    choose: Callable[[Study, Store], list[Job]],
+) -> dict[Job, float]:
+    """The chosen jobs without a record, the longest first, with their estimated seconds."""
     estimates = {
         job: study.estimate(job)
         for study in studies
-        for job in stores[study.problem].missing(study.jobs(), data[study.problem])
+        for job in stores[study.problem].missing(choose(study, stores[study.problem]), data[study.problem])
     }
     return dict(sorted(estimates.items(), key=lambda entry: -entry[1]))
 
 
-def _progress(seconds: Mapping[Job, float], processes: int) -> Any:
+def _progress(kind: str, seconds: Mapping[Job, float], processes: int) -> Any:
     """A bar over the estimated seconds of all runs, so that its own estimate knows the long from the short."""
     total = sum(seconds.values())
-    _say(f"{len(seconds)} runs to do, about {total / processes / 60:.0f} minutes with {processes} processes")
+    _say(f"{len(seconds)} {kind} runs to do, about {total / processes / 60:.0f} minutes with {processes} processes")
     return require_extra("tqdm").tqdm(total=total, bar_format=PROGRESS, dynamic_ncols=True, delay=0.1)
 
 

@@ -10,12 +10,12 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 from symtele_cuda.experiments.study.jobs import (
     MAIN_ARMS,
     NUDGE,
     PLAIN,
-    STATE_OPTIMIZERS,
     TELEPORTED,
     Job,
     Study,
@@ -105,7 +105,8 @@ class Harm:
 
     teleports: accepted ones, in all the seeds' runs together; without one they are the plain runs over again.
     ratio: of the means over the seeds that diverged in neither arm, NaN without one; epoch, plain_loss: at that check.
-    by_chance: the ratio of runs with teleports that are none, `jobs.NUDGE`, in the place of the teleported ones.
+    by_chance: the ratio of runs with teleports that are none, `jobs.NUDGE`, in the place of the teleported ones, NaN
+    where those have made no teleport.
     """
 
     optimizer: str
@@ -191,13 +192,13 @@ def chosen_records(study: Study, records: Records, optimizer: str, arm: str) -> 
 
 
 def no_harm(study: Study, records: Records) -> list[Harm]:
-    """Every optimizer at every rate."""
-    return [_harm(study, records, optimizer, lr) for optimizer, rates in study.rates.items() for lr in rates]
+    """Every optimizer at every rate; nothing of a brief study."""
+    return [_harm(study, records, optimizer, lr) for optimizer, lr in study.judged_rates()]
 
 
 def by_rate(study: Study, records: Records) -> list[Rate]:
-    """Every optimizer at every rate."""
-    return [_rate(study, records, optimizer, lr) for optimizer, rates in study.rates.items() for lr in rates]
+    """Every optimizer at every rate; nothing of a brief study."""
+    return [_rate(study, records, optimizer, lr) for optimizer, lr in study.judged_rates()]
 
 
 def states(study: Study, records: Records) -> list[States]:
@@ -211,8 +212,7 @@ def states(study: Study, records: Records) -> list[States]:
                 for arm, settings in state_arms(optimizer).items()
             },
         )
-        for optimizer in STATE_OPTIMIZERS
-        if optimizer in study.rates
+        for optimizer in study.state_optimizers()
         for lr in study.state_rates(optimizer)
     ]
 
@@ -283,11 +283,40 @@ def verdicts(study: Study, outcomes: Sequence[Outcome]) -> list[Verdict]:
     ]
 
 
+def following_jobs(study: Study, records: Records) -> list[Job]:
+    """The jobs that depend on the records of the first ones.
+
+    The nudged jobs of the rates at which something was teleported: elsewhere there is nothing to compare with chance.
+    Of a brief study the arms at their best rates, on the seeds that did not choose these.
+    """
+    if study.brief:
+        arms = product(study.rates, MAIN_ARMS.items())
+        runs = [
+            (optimizer, choose_rate(study, records, optimizer, arm).lr, teleports)
+            for optimizer, (arm, teleports) in arms
+        ]
+    else:
+        runs = [(rate.optimizer, rate.lr, NUDGE) for rate in by_rate(study, records) if rate.teleports]
+    return [
+        Job(study.problem, optimizer, lr, teleports, seed)
+        for optimizer, lr, teleports in runs
+        if lr is not None
+        for seed in study.seeds
+    ]
+
+
+def begun(study: Study, records: Records) -> Study:
+    """The study with those of its optimizers that have the records of all first jobs."""
+    return study.only(
+        optimizer for optimizer in study.rates if all(job in records for job in study.only([optimizer]).first_jobs())
+    )
+
+
 def complete(study: Study, records: Records) -> Study:
     """The study with those of its optimizers that have all their records."""
-    return study.only(
-        optimizer for optimizer in study.rates if all(job in records for job in study.only([optimizer]).jobs())
-    )
+    kept = begun(study, records)
+    lacking = {job.optimizer for job in following_jobs(kept, records) if job not in records}
+    return kept.only(optimizer for optimizer in kept.rates if optimizer not in lacking)
 
 
 def _best(outcomes: Iterable[Outcome], arm: str, value: Callable[[Outcome], Spread]) -> Best | None:
@@ -331,15 +360,16 @@ def _outcome(study: Study, records: Records, optimizer: str, arm: str) -> Outcom
 
 def _harm(study: Study, records: Records, optimizer: str, lr: float) -> Harm:
     plain, teleported = _arms(study, records, optimizer, lr)
-    nudged = _select(study, records, optimizer, lr, NUDGE, study.seeds)
+    teleports = sum(len(ours.accepted) for ours in teleported)
+    nudged = _select(study, records, optimizer, lr, NUDGE, study.seeds) if teleports else []
     pairs = list(zip(plain, teleported, strict=True))
     ratio, epoch, loss = worst_of_sound(plain, teleported)
-    by_chance, *_ = worst_of_sound(plain, nudged)
+    by_chance = worst_of_sound(plain, nudged)[0] if nudged else math.nan
     return Harm(
         optimizer,
         lr,
         len(pairs),
-        teleports=sum(len(ours.accepted) for ours in teleported),
+        teleports=teleports,
         plain_diverged=sum(theirs.diverged for theirs in plain),
         teleported_diverged=sum(ours.diverged for ours in teleported),
         harmed_seeds=sum(ours.diverged and not theirs.diverged for theirs, ours in pairs),

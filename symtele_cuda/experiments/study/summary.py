@@ -35,10 +35,10 @@ class Summary:
 
 
 def summarise(study: Study, lines: Mapping[Job, Line]) -> Summary:
-    """The results of a study whose every job has a line, rounded as the file keeps them."""
+    """The results of a study that is complete in these lines, rounded as the file keeps them."""
     records = {job: line.record for job, line in lines.items()}
     outcomes = results.worth(study, records)
-    own = [lines[job] for job in study.jobs()]
+    own = [lines[job] for job in (*study.first_jobs(), *results.following_jobs(study, records))]
     summary = Summary(
         problem=study.problem.name,
         data=own[0].data,

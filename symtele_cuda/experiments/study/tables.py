@@ -52,10 +52,9 @@ def section(summary: Summary) -> str:
         verdict_table(summary.verdicts),
         "### Every optimizer at its best rate",
         worth_table(summary.worth),
-        "### Harm",
-        harm_sentence(summary.harm),
-        harm_table(summary.harm),
     ]
+    if summary.harm:
+        parts += ["### Harm", harm_sentence(summary.harm), harm_table(summary.harm)]
     if any(rate.teleports for rate in summary.by_rate):
         parts += ["### Rate by rate, where something was teleported", rate_table(summary.by_rate)]
     if summary.states:
@@ -132,14 +131,15 @@ def harm_table(harms: Sequence[Harm]) -> str:
 def harm_sentence(harms: Sequence[Harm]) -> str:
     """How many of the rates did harm."""
     diverged = sum(harm.harmed_seeds for harm in harms)
-    higher = sum(harm.curve_is_higher for harm in harms)
-    by_chance = sum(harm.by_chance > HARMLESS_RATIO for harm in harms)
-    beyond = sum(harm.beyond_chance for harm in harms)
+    made = [harm for harm in harms if harm.teleports]
+    higher = sum(harm.curve_is_higher for harm in made)
+    by_chance = sum(harm.by_chance > HARMLESS_RATIO for harm in made)
+    beyond = sum(harm.beyond_chance for harm in made)
     return (
-        f"{diverged} of {sum(harm.seeds for harm in harms)} runs diverged only with teleports. "
-        f"At {higher} of {len(harms)} rates the mean train loss was somewhere after the teleports more than 2 % above "
-        "the plain one; with teleports of a thousandth of the length, which change next to nothing, it was at "
-        f"{by_chance}. At {beyond} it was higher than both."
+        f"{diverged} of {sum(harm.seeds for harm in harms)} runs diverged only with teleports. Something was "
+        f"teleported at {len(made)} of {len(harms)} rates. At {higher} of these the mean train loss was somewhere "
+        "after the teleports more than 2 % above the plain one; with teleports of a thousandth of the length, which "
+        f"change next to nothing, it was at {by_chance}. At {beyond} it was higher than both."
     )
 
 
