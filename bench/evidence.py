@@ -6,7 +6,8 @@
 DIR holds MNIST's IDX files; rows that need them are left out without it. Rows run as processes of their own with one
 thread each, those that use several processes themselves first and alone, then the longest first. A row whose numbers
 are there, made with the same arguments on the same data, is not run again, so that an interrupted command can be given
-again; where the program has changed, --again forgets them first.
+again; where the program has changed, --again forgets them first. Rows that are the beginning of longer ones are cut out
+of their numbers, last of all, where those are there.
 
 Figures go to docs/figures, numbers, rounded to five digits, to bench/results/evidence, and the tables of
 docs/experiments.md are made from these. The study's records of single runs, a line each, are kept there too: without
@@ -29,9 +30,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench import evidence_tables
+from bench import evidence_cut, evidence_tables
 from bench.evidence_files import as_text, read
 from bench.harness import RESULTS
+from symtele_cuda import __main__ as command_line
+from symtele_cuda.experiments import classification
 from symtele_cuda.experiments.data import load_mnist
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +46,7 @@ class Row:
 
     minutes: about how long it takes with a core for each process. data: whether it needs MNIST's files. alone: whether
     it uses several processes itself. quick: its further options in the quick profile. records: a pattern of files from
-    which the command goes on where they are in its folder.
+    which the command goes on where they are in its folder. of: the row of whose longer runs its own are the beginning.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Row:
     alone: bool = False
     quick: tuple[str, ...] = ()
     records: str | None = None
+    of: str | None = None
 
     @property
     def command(self) -> str:
@@ -60,12 +64,12 @@ class Row:
         return self.arguments[0]
 
     def in_short(self) -> Row:
-        return replace(self, arguments=self.arguments + self.quick)
+        return replace(self, arguments=self.arguments + self.quick, of=None)
 
 
-def _mnist(name: str, minutes: float, *options: str) -> Row:
+def _mnist(name: str, minutes: float, *options: str, of: str | None = None) -> Row:
     quick = ("--epochs", "2", "--teleport-epochs", "1")
-    return Row(name, ("mnist", *options), minutes, data=True, quick=quick)
+    return Row(name, ("mnist", *options), minutes, data=True, quick=quick, of=of)
 
 
 def _spike(name: str, *options: str) -> Row:
@@ -80,12 +84,12 @@ ROWS = (
     _mnist("mnist-paper-one-published", 13, "--preset", "paper-one", "--published"),
     _mnist("mnist-paper-several", 18, "--preset", "paper-several"),
     _mnist("mnist-paper-several-published", 3, "--preset", "paper-several", "--published"),
-    _mnist("mnist-one", 8, "--preset", "one"),
-    _mnist("mnist-one-published", 5, "--preset", "one", "--published"),
+    _mnist("mnist-one", 8, "--preset", "one", of="mnist-paper-one"),
+    _mnist("mnist-one-published", 8, "--preset", "one", "--published", of="mnist-paper-one-published"),
     _mnist("mnist-six", 12, "--preset", "six"),
     _mnist("mnist-six-published", 6, "--preset", "six", "--published"),
-    _mnist("mnist-several", 6, "--preset", "several"),
-    _mnist("mnist-several-published", 2, "--preset", "several", "--published"),
+    _mnist("mnist-several", 6, "--preset", "several", of="mnist-paper-several"),
+    _mnist("mnist-several-published", 2, "--preset", "several", "--published", of="mnist-paper-several-published"),
     _mnist("mnist-batch-200", 3, "--preset", "batch-200", "--both"),
     _spike("spike", "--epochs", "6", "--step-size", "0.0001"),
     _spike("spike-batch-200", "--epochs", "60", "--batch-size", "200"),
@@ -188,9 +192,24 @@ def publish(row: Row, place: Place, minutes: float | None) -> None:
     for path in _records(row, folder):
         shutil.copyfile(path, place.results / path.name)
     document = json.loads((folder / f"{row.command}.json").read_text(encoding="utf-8"))
-    partial = place.numbers(row).with_suffix(".partial")
-    partial.write_text(as_text(place.origin(row) | {"minutes": minutes} | document), encoding="utf-8")
-    partial.replace(place.numbers(row))
+    _write(place.numbers(row), place.origin(row) | {"minutes": minutes} | document)
+
+
+def publish_beginning(row: Row, longer: Row, place: Place) -> None:
+    """Cut the numbers of the row out of those of the longer one, and draw its figure."""
+    options = command_line.make_parser().parse_args([*row.arguments, "--data-dir", str(place.data_dir)])
+    preset = classification.PRESETS[options.preset]
+    labels = classification.labelled(preset.teleports(options.algorithms))
+    document = evidence_cut.cut(read(place.numbers(longer)), labels, preset.epochs)
+    evidence_cut.draw(document, place.figures / f"{row.name}.png")
+    _write(place.numbers(row), document | place.origin(row) | {"minutes": None, "beginning_of": longer.name})
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    """All of it or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(as_text(document), encoding="utf-8")
+    partial.replace(path)
 
 
 def _records(row: Row, folder: Path) -> list[Path]:
@@ -205,7 +224,7 @@ def run(rows: Sequence[Row], place: Place, processes: int) -> list[str]:
             _say(f"{row.name}: left out, it needs --data-dir")
         elif row not in waiting:
             _say(f"{row.name}: done before")
-    together = sorted((row for row in waiting if not row.alone), key=lambda row: -row.minutes)
+    together = sorted((row for row in waiting if not row.alone and row.of is None), key=lambda row: -row.minutes)
     progress = _Progress(len(waiting))
     for row in (row for row in waiting if row.alone):
         progress.ended(row, _run_row(row, place))
@@ -217,14 +236,21 @@ def run(rows: Sequence[Row], place: Place, processes: int) -> list[str]:
         except KeyboardInterrupt:  # the running commands have got it too
             pool.shutdown(cancel_futures=True)
             raise
+    for row in (row for row in waiting if row.of is not None):
+        progress.ended(row, _run_row(row, place))
     return progress.failed
 
 
 def _run_row(row: Row, place: Place) -> str | None:
-    """Run and publish; why it failed, or None."""
-    _say(f"{row.name}: {' '.join(row.arguments)}")
+    """Run and publish, or cut out of what is there; why it failed, or None."""
+    longer = next((other for other in ROWS if other.name == row.of), None)
     try:
-        publish(row, place, minutes=execute(row, place))
+        if longer is not None and is_done(longer, place):
+            _say(f"{row.name}: the beginning of {longer.name}")
+            publish_beginning(row, longer, place)
+        else:
+            _say(f"{row.name}: {' '.join(row.arguments)}")
+            publish(row, place, minutes=execute(row, place))
     except (RuntimeError, OSError, ValueError) as error:
         return str(error)
     return None

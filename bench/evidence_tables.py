@@ -235,6 +235,8 @@ def _origin(document: Document) -> str:
     parts += [f"symtele_cuda {versions['symtele_cuda']}", f"torch {versions['torch']}"]
     if document.get("minutes") is not None:
         parts.append(f"in {document['minutes']:.2g} minutes")
+    if "beginning_of" in document:
+        parts.append(f"the beginning of the runs of {document['beginning_of']}")
     return ", ".join(part for part in parts if part) + "."
 
 

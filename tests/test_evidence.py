@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import evidence, evidence_tables
+from bench import evidence, evidence_cut, evidence_tables
 from bench.evidence import ROWS, Place, Row
 from bench.evidence_files import as_text, read
 from symtele_cuda import __main__ as command_line
-from symtele_cuda.experiments import planar
+from symtele_cuda.experiments import classification, planar
+from symtele_cuda.experiments.data import Dataset
+from symtele_cuda.experiments.training import TeleportSettings, TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = evidence_tables.PAGE.read_text(encoding="utf-8")
@@ -177,6 +180,51 @@ def test_a_row_that_fails_says_why_and_stops_no_other(
     assert "digits: left out, it needs --data-dir" in said
     assert {path.stem for path in place.results.iterdir()} == {"right", "alone"}
     assert said.index("alone: done") < said.index("right: good")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.of is not None], ids=lambda row: row.name)
+def test_a_row_is_cut_out_of_the_longer_one(row: Row, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    document, longer = numbers(row.name), numbers(row.of)
+    place = replace(place_at(tmp_path), data=longer["data"])
+    place.results.mkdir()
+    shutil.copy(evidence_tables.FOLDER / f"{row.of}.json", place.results)
+    assert evidence.run([row], place, processes=1) == []
+    assert f"{row.name}: the beginning of {row.of}" in capsys.readouterr().err
+    assert read(place.numbers(row)) == document
+    assert (place.figures / f"{row.name}.png").stat().st_size > 0
+    runs = {run["label"]: run for run in document["runs"]}
+    assert set(runs) == set(document["settings"]["arms"]) < set(longer["settings"]["arms"])
+    assert max(run["epochs"][-1]["epoch"] for run in runs.values()) == document["settings"]["training"]["epochs"] == 80
+    for run in longer["runs"]:
+        if run["label"] in runs:
+            beginning = runs[run["label"]]
+            assert beginning["epochs"] == run["epochs"][: len(beginning["epochs"])]
+            assert beginning["teleports"] == run["teleports"]  # all are made early
+
+
+@needs_matplotlib
+def test_the_beginning_of_a_run_is_the_shorter_run(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(600, 40, generator=generator)
+    dataset = Dataset("noise", inputs, inputs[:, :3].argmax(dim=1))
+    training = TrainingSettings(epochs=3, batch_size=20, optimizer="sgd", lr=0.05)
+    ways = [TeleportSettings(epochs=(epoch,), min_gain=0.0) for epoch in (0, 1)]
+
+    def document(epochs: int, teleports: list[TeleportSettings]) -> dict:
+        settings = replace(training, epochs=epochs)
+        classification.run("mnist", dataset, (30,), settings, teleports, range(1), tmp_path, lambda run: None)
+        return json.loads((tmp_path / "mnist.json").read_text())
+
+    def without_seconds(found: dict) -> dict:
+        for run in found["runs"]:
+            for record in (*run["epochs"], *run["teleports"]):
+                del record["seconds"]
+        return found
+
+    cut_out = evidence_cut.cut(document(3, ways), classification.labelled(ways[1:]), epochs=2)
+    assert without_seconds(cut_out) == without_seconds(document(2, ways[1:]))
+    assert [len(run["epochs"]) for run in cut_out["runs"]] == [3, 3] and cut_out["runs"][1]["teleports"]
 
 
 def test_rows_made_on_other_data_are_run_again(tmp_path: Path) -> None:

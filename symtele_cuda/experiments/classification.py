@@ -95,9 +95,9 @@ def run(
     on_epoch: Callable[[Run], None],
 ) -> str:
     """The plain run and one for each of `teleports`, for every seed; figure and JSON in `out`, the tables returned."""
-    arms: dict[str, TeleportSettings | None] = {PLAIN: None, **_labelled(teleports)}
+    arms = labelled(teleports)
     runs = compare(lambda seed: make_task(dataset, widths, seed), training, arms, seeds, on_epoch)
-    _draw(f"{name}: {dataset.name}, {training.optimizer}, lr {training.lr:g}", runs, out / f"{name}.png")
+    draw(name, dataset.name, training, runs, out / f"{name}.png")
     settings = {"data": dataset.name, "widths": widths, "training": training, "arms": arms, "seeds": list(seeds)}
     save_json(out / f"{name}.json", name, settings, runs=runs)
     first = [member for member in runs if member.seed == seeds[0]]
@@ -152,8 +152,8 @@ def no_worse_at_end(teleported: Run, plain: Run) -> bool:
     return ours is not None and theirs is not None and ours <= theirs
 
 
-def _labelled(teleports: list[TeleportSettings]) -> dict[str, TeleportSettings]:
-    """Names that say what differs between the ways of teleporting."""
+def labelled(teleports: list[TeleportSettings]) -> dict[str, TeleportSettings | None]:
+    """The plain arm and the others, under names that say what differs between the ways of teleporting."""
     several_rules = len({settings.step_size for settings in teleports}) > 1
 
     def label(settings: TeleportSettings) -> str:
@@ -161,7 +161,7 @@ def _labelled(teleports: list[TeleportSettings]) -> dict[str, TeleportSettings]:
         rule = f", {_rule(settings)}" if several_rules else ""
         return f"teleports in epoch{'s' if len(settings.epochs) > 1 else ''} {epochs}{rule}"
 
-    return {label(settings): settings for settings in teleports}
+    return {PLAIN: None, **{label(settings): settings for settings in teleports}}
 
 
 def _rule(settings: TeleportSettings) -> str:
@@ -169,10 +169,10 @@ def _rule(settings: TeleportSettings) -> str:
     return str(settings.objective) if isinstance(settings.step_size, str) else f"rate {settings.step_size:g}"
 
 
-def _draw(title: str, runs: list[Run], path: Path) -> None:
+def draw(name: str, data: str, training: TrainingSettings, runs: list[Run], path: Path) -> None:
     panels = [
         figures.Panel("epochs", "train loss", figures.epoch_series(runs, "train_loss")),
         figures.Panel("epochs", "validation loss", figures.epoch_series(runs, "validation_loss")),
         figures.Panel("epochs", "gradient norm ‖∇L‖", figures.epoch_series(runs, "gradient_norm")),
     ]
-    figures.curves(path, title, panels)
+    figures.curves(path, f"{name}: {data}, {training.optimizer}, lr {training.lr:g}", panels)
