@@ -220,6 +220,11 @@ def test_time_to_a_loss_is_that_of_the_first_check_with_it() -> None:
     assert all(map(math.isnan, results.time_to(record, 0.1)))
 
 
+def test_numbers_have_no_exponent_that_their_digits_do_not_need() -> None:
+    shown = [tables._spread(results.Spread(mean, deviation, 2, 2)) for mean, deviation in ((136.4, 9.6), (0.0123, 14))]
+    assert shown == ["136 ± 10", "0.0123 ± 14"]
+
+
 def test_spreads_say_how_many_got_there() -> None:
     spread = results.spread([1.0, 3.0, math.nan])
     assert (spread.mean, spread.count, spread.of) == (2.0, 2, 3)

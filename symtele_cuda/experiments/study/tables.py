@@ -219,7 +219,8 @@ def _spread(spread: Spread, percent: bool = False) -> str:
 
 def _digits(value: float, digits: int) -> str:
     """To so many significant digits, or all those before the point."""
-    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    short = f"{value:.{digits}g}"
+    return f"{value:.0f}" if abs(float(short)) >= 10**digits else short
 
 
 def _number(value: float, form: str) -> str:
