@@ -73,33 +73,33 @@ def _mnist(name: str, minutes: float, *options: str, of: str | None = None) -> R
 
 
 def _spike(name: str, *options: str) -> Row:
-    return Row(name, ("spike", *options), 5, data=True, quick=("--seeds", "1", "--epochs", "1"))
+    return Row(name, ("spike", *options), 4, data=True, quick=("--seeds", "1", "--epochs", "1"))
 
 
 ROWS = (
     Row("booth", ("booth",), 0.1),
     Row("rosenbrock", ("rosenbrock",), 0.1),
-    Row("regression", ("regression",), 0.3, quick=("--seeds", "1", "--epochs", "10")),
+    Row("regression", ("regression",), 0.4, quick=("--seeds", "1", "--epochs", "10")),
     _mnist("mnist-paper-one", 14, "--preset", "paper-one"),
-    _mnist("mnist-paper-one-published", 13, "--preset", "paper-one", "--published"),
-    _mnist("mnist-paper-several", 18, "--preset", "paper-several"),
-    _mnist("mnist-paper-several-published", 3, "--preset", "paper-several", "--published"),
+    _mnist("mnist-paper-one-published", 12, "--preset", "paper-one", "--published"),
+    _mnist("mnist-paper-several", 19, "--preset", "paper-several"),
+    _mnist("mnist-paper-several-published", 4, "--preset", "paper-several", "--published"),
     _mnist("mnist-one", 8, "--preset", "one", of="mnist-paper-one"),
     _mnist("mnist-one-published", 8, "--preset", "one", "--published", of="mnist-paper-one-published"),
-    _mnist("mnist-six", 12, "--preset", "six"),
-    _mnist("mnist-six-published", 6, "--preset", "six", "--published"),
+    _mnist("mnist-six", 11, "--preset", "six"),
+    _mnist("mnist-six-published", 8, "--preset", "six", "--published"),
     _mnist("mnist-several", 6, "--preset", "several", of="mnist-paper-several"),
     _mnist("mnist-several-published", 2, "--preset", "several", "--published", of="mnist-paper-several-published"),
-    _mnist("mnist-batch-200", 3, "--preset", "batch-200", "--both"),
+    _mnist("mnist-batch-200", 4, "--preset", "batch-200", "--both"),
     _spike("spike", "--epochs", "6", "--step-size", "0.0001"),
     _spike("spike-batch-200", "--epochs", "60", "--batch-size", "200"),
-    Row("trade", ("trade",), 15, data=True, quick=("--seeds", "1", "--epochs", "1")),
-    Row("guards", ("guards",), 5, quick=("--seeds", "1", "--epochs", "1")),
-    Row("minima", ("minima",), 5, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
+    Row("trade", ("trade",), 16, data=True, quick=("--seeds", "1", "--epochs", "1")),
+    Row("guards", ("guards",), 9, quick=("--seeds", "1", "--epochs", "1")),
+    Row("minima", ("minima",), 7, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
     Row(
         "study",
         ("study",),
-        115,
+        117,
         data=True,
         alone=True,
         quick=("--quick", "--problem", "digits", "--optimizer", "sgd"),
