@@ -1,6 +1,6 @@
 """The committed results as tables: `python -m bench.tables > docs/measurements.md`.
 
-Those of a GPU, `bench/results/gpu`, come behind the others where there are any.
+Those of a second machine, `bench/results/xeon`, stand below those of the first. Those of a GPU, `bench/results/gpu`, come behind the others where there are any.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ TELEPORT_TEXT = """## A teleport of ten steps
 measured right before in the same run; set-up and the writing of the weights included. The published algorithm (SVD
 pseudo-inverse per layer and step, first-order inverse, double backward) is written in `bench/baselines.py` in two
 readings: as its authors' program differentiates, through everything, and leaner, with ∇L taken at fixed weights.
+"""
+SECOND_MACHINE_TEXT = """The same with `--rounds 7 --out bench/results/xeon/teleport.json` on another machine:
 """
 TRAINING_TEXT = """## Training on MNIST digits
 
@@ -228,6 +230,8 @@ def page() -> str:
     sections = ["# Measurements", "Made by `python -m bench.tables` from the files in `bench/results/`."]
     teleport, training = load("teleport"), load("training")
     sections += [TELEPORT_TEXT.rstrip(), teleport_table(teleport), _machine(teleport)]
+    elsewhere = load("teleport", RESULTS / "xeon")
+    sections += [SECOND_MACHINE_TEXT.rstrip(), teleport_table(elsewhere), _machine(elsewhere)]
     sections += [TRAINING_TEXT.rstrip(), training_table(training), TARGET_TEXT.rstrip(), target_table(training)]
     sections += [_machine(training)]
     operator = load("layer")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.tables import load, page, teleport_table, training_table
+from bench.tables import RESULTS, load, page, teleport_table, training_table
+from bench.teleport import GRAD_NORM, PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,6 +18,15 @@ def test_the_readme_s_tables_are_made_from_the_result_files():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert teleport_table(load("teleport")) in readme
     assert training_table(load("training")) in readme
+
+
+def test_the_readme_s_second_machine_is_that_of_its_file():
+    timings = [shape["timings"] for shape in load("teleport", RESULTS / "xeon")["shapes"].values()]
+    units = [timing[GRAD_NORM]["units"] for timing in timings]
+    faster = [timing[PUBLISHED]["units"] / timing[GRAD_NORM]["units"] for timing in timings]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"`grad_norm` takes {min(units):.0f} to {max(units):.0f} such passes" in readme
+    assert f"is {min(faster):.0f} to {max(faster):.0f} times faster than the published algorithm" in readme
 
 
 def test_what_the_results_must_show_is_what_they_show():
