@@ -1,7 +1,7 @@
 """The committed results as tables: `python -m bench.tables > docs/measurements.md`.
 
-Those of a second machine, `bench/results/xeon`, stand below those of the first. Those of a GPU, `bench/results/gpu`, come
-behind the others where there are any.
+Those of a second machine, `bench/results/xeon`, stand below those of the first. Those of a GPU, `bench/results/gpu`,
+come behind the others where there are any.
 """
 
 from __future__ import annotations
