@@ -383,6 +383,10 @@ def test_a_brief_study_runs_all_seeds_at_the_best_rates_alone() -> None:
     assert (plain.choice.lr, teleported.choice.lr) == (0.2, 0.3)
     assert plain.train_loss == teleported.train_loss == results.Spread(0.25, 0.0, 2, 2)
     assert results.no_harm(study, records) == results.by_rate(study, records) == results.states(study, records) == []
+    tunings = results.tuning(study, records)
+    assert tunings[0] == results.Tuning("muon", 0.1, 0.9, 0.8, teleports=0) and len(tunings) == 3
+    assert "| muon, 0.3 | 0 | 0.7 | 0.4 |" in tables.tuning_table(tunings)
+    assert results.tuning(LADDER, all_records(LADDER, made_up([2.0]), made_up([2.0]))) == []
 
 
 def test_the_page_is_made_from_the_summary_file(tmp_path: Path) -> None:

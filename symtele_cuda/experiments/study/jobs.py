@@ -103,9 +103,9 @@ class Study:
         for optimizer in self.state_optimizers():
             yield from self._jobs(optimizer, self.state_rates(optimizer), state_arms(optimizer), self.state_seeds)
 
-    def judged_rates(self) -> list[tuple[str, float]]:
-        """(optimizer, rate) of which all seeds have main jobs."""
-        return [] if self.brief else [(optimizer, lr) for optimizer, rates in self.rates.items() for lr in rates]
+    def all_rates(self) -> list[tuple[str, float]]:
+        """(optimizer, rate)."""
+        return [(optimizer, lr) for optimizer, rates in self.rates.items() for lr in rates]
 
     def state_optimizers(self) -> list[str]:
         return [] if self.brief else [optimizer for optimizer in STATE_OPTIMIZERS if optimizer in self.rates]

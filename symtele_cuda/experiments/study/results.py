@@ -163,6 +163,17 @@ class States:
     losses: Mapping[str, Spread]
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """The train loss at the end at one rate, on the seed that chooses among the rates; NaN where the run diverged."""
+
+    optimizer: str
+    lr: float
+    plain_loss: float
+    teleported_loss: float
+    teleports: int
+
+
 def worth(study: Study, records: Records) -> list[Outcome]:
     """Every optimizer's two arms, each at its own best rate."""
     return [_outcome(study, records, optimizer, arm) for optimizer in study.rates for arm in MAIN_ARMS]
@@ -191,14 +202,27 @@ def chosen_records(study: Study, records: Records, optimizer: str, arm: str) -> 
     return _select(study, records, optimizer, choice.lr, MAIN_ARMS[arm], study.seeds)
 
 
+def tuning(study: Study, records: Records) -> list[Tuning]:
+    """Every optimizer at every rate of a brief study; of others, `by_rate` has all seeds."""
+    found = []
+    for optimizer, lr in study.all_rates() if study.brief else ():
+        seed = (study.tuning_seed,)
+        plain, teleported = (
+            _select(study, records, optimizer, lr, MAIN_ARMS[arm], seed) for arm in (PLAIN, TELEPORTED)
+        )
+        (plain_loss,), (teleported_loss,) = final_losses(plain), final_losses(teleported)
+        found.append(Tuning(optimizer, lr, plain_loss, teleported_loss, teleports=len(teleported[0].accepted)))
+    return found
+
+
 def no_harm(study: Study, records: Records) -> list[Harm]:
     """Every optimizer at every rate; nothing of a brief study."""
-    return [_harm(study, records, optimizer, lr) for optimizer, lr in study.judged_rates()]
+    return [] if study.brief else [_harm(study, records, *rate) for rate in study.all_rates()]
 
 
 def by_rate(study: Study, records: Records) -> list[Rate]:
     """Every optimizer at every rate; nothing of a brief study."""
-    return [_rate(study, records, optimizer, lr) for optimizer, lr in study.judged_rates()]
+    return [] if study.brief else [_rate(study, records, *rate) for rate in study.all_rates()]
 
 
 def states(study: Study, records: Records) -> list[States]:

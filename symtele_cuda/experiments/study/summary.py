@@ -29,6 +29,7 @@ class Summary:
     state_seeds: tuple[int, ...]
     verdicts: tuple[results.Verdict, ...]
     worth: tuple[results.Outcome, ...]
+    tuning: tuple[results.Tuning, ...]
     harm: tuple[results.Harm, ...]
     by_rate: tuple[results.Rate, ...]
     states: tuple[results.States, ...]
@@ -48,6 +49,7 @@ def summarise(study: Study, lines: Mapping[Job, Line]) -> Summary:
         state_seeds=study.state_seeds,
         verdicts=tuple(results.verdicts(study, outcomes)),
         worth=tuple(outcomes),
+        tuning=tuple(results.tuning(study, records)),
         harm=tuple(results.no_harm(study, records)),
         by_rate=tuple(results.by_rate(study, records)),
         states=tuple(results.states(study, records)),

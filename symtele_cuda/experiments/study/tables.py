@@ -16,6 +16,7 @@ from symtele_cuda.experiments.study.results import (
     Spread,
     States,
     Target,
+    Tuning,
     Verdict,
 )
 from symtele_cuda.experiments.study.summary import Summary
@@ -53,6 +54,8 @@ def section(summary: Summary) -> str:
         "### Every optimizer at its best rate",
         worth_table(summary.worth),
     ]
+    if summary.tuning:
+        parts += ["### Every rate, on the seed that chooses", tuning_table(summary.tuning)]
     if summary.harm:
         parts += ["### Harm", harm_sentence(summary.harm), harm_table(summary.harm)]
     if any(rate.teleports for rate in summary.by_rate):
@@ -98,6 +101,20 @@ def worth_table(outcomes: Sequence[Outcome]) -> str:
         for outcome in outcomes
     ]
     return markdown(header, rows)
+
+
+def tuning_table(tunings: Sequence[Tuning]) -> str:
+    """A row for each optimizer and rate."""
+    rows = [
+        [
+            f"{tuning.optimizer}, {tuning.lr:g}",
+            str(tuning.teleports),
+            _number(tuning.plain_loss, ".3g"),
+            _number(tuning.teleported_loss, ".3g"),
+        ]
+        for tuning in tunings
+    ]
+    return markdown(("optimizer, rate", "teleports", "train loss, plain", "teleported"), rows)
 
 
 def harm_table(harms: Sequence[Harm]) -> str:
