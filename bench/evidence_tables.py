@@ -2,7 +2,8 @@
 
     python -m bench.evidence_tables
 
-A table stands between the lines `<!-- table NAME -->` and `<!-- end of table -->`; NAME.json is the file of its row.
+A table stands between the lines `<!-- table NAME -->` and `<!-- end of table -->`; NAME.json is the file of its row. In
+the place of a table, NAME `minutes` is how long they all took.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from symtele_cuda.experiments.study.summary import summaries_of
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "experiments.md"
 FOLDER = RESULTS / "evidence"
 NOT_RUN = "Not run yet."
+MINUTES, STUDY = "minutes", "study"
 MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 
 Document = dict[str, Any]
@@ -40,6 +42,8 @@ def filled(page: str, folder: Path) -> str:
     """The page with the table of each file between its markers, or a line that says that there is none yet."""
 
     def fill(found: re.Match[str]) -> str:
+        if found["name"] == MINUTES:
+            return f"{found[1]}\n{time_sentence([read(path) for path in sorted(folder.glob('*.json'))])}\n\n"
         path = folder / f"{found['name']}.json"
         if not path.exists():
             return f"{found[1]}\n{NOT_RUN}\n\n"
@@ -47,6 +51,17 @@ def filled(page: str, folder: Path) -> str:
         return f"{found[1]}\n{TABLES[document['experiment']](document)}\n\n{_origin(document)}\n\n"
 
     return MARKED.sub(fill, page)
+
+
+def time_sentence(documents: Sequence[Document]) -> str:
+    """How many minutes the rows took whose files say so."""
+    timed = {document["row"]: document["minutes"] for document in documents if document["minutes"] is not None}
+    study = timed.pop(STUDY, None)
+    alone = "was not trained in one go" if study is None else f"took {study:.0f} minutes with its two processes"
+    return (
+        f"The rows of one process each took {sum(timed.values()):.0f} minutes together, half as long two at a time; "
+        f"the study {alone}."
+    )
 
 
 def planar_table(document: Document) -> str:

@@ -245,6 +245,15 @@ def test_the_quick_profile_stays_in_its_folder(tmp_path: Path) -> None:
         assert command_line.make_parser().parse_args(arguments).command == row.command
 
 
+def test_the_time_is_that_of_the_rows_that_were_timed() -> None:
+    rows = [("booth", 0.6), ("mnist-one", None), ("spike", 3.0)]
+    documents = [{"row": row, "minutes": minutes} for row, minutes in rows]
+    untimed = evidence_tables.time_sentence([*documents, {"row": "study", "minutes": None}])
+    assert "took 4 minutes together" in untimed and "the study was not trained in one go." in untimed
+    timed = evidence_tables.time_sentence([*documents, {"row": "study", "minutes": 117.2}])
+    assert "took 4 minutes together" in timed and "the study took 117 minutes" in timed
+
+
 def test_the_table_of_a_run_that_diverges() -> None:
     epochs = [
         {"epoch": e, "train_loss": loss, "validation_loss": loss, "validation_accuracy": 0.5}
