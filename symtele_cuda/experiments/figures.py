@@ -109,6 +109,8 @@ def curves(path: Path, title: str, panels: Sequence[Panel]) -> Path:
             axes.set(xscale=panel.x_scale, yscale="log", xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
             if panel.x_scale == "linear":
                 axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
+            else:
+                axes.xaxis.set_minor_locator(require_extra("matplotlib.ticker").LogLocator(subs=[2, 5]))
             for index, series in enumerate(panel.series):
                 colour = series.colour or COLOURS[index % len(COLOURS)]
                 _draw_series(axes, series, colour, series.dashes or DASHES[index % len(DASHES)])
