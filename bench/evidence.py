@@ -275,10 +275,21 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def choose(names: Sequence[str] | None) -> list[Row]:
+    """The rows with these names, and those that are the beginning of them; None: all."""
+    return [row for row in ROWS if names is None or row.name in names or row.of in names]
+
+
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make the evidence of docs/experiments.md again.")
     parser.add_argument("--data-dir", type=Path, help="folder of MNIST's IDX files")
-    parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], metavar="NAME", help="these rows only")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[row.name for row in ROWS],
+        metavar="NAME",
+        help="these rows only, and those that are the beginning of them",
+    )
     parser.add_argument("--quick", action="store_true", help="a few epochs of every row, into --out only")
     parser.add_argument("--again", action="store_true", help="forget the numbers of these rows first")
     parser.add_argument("--processes", type=int, default=2, help="rows at a time, by default 2")
@@ -289,7 +300,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    rows = [row for row in ROWS if arguments.only is None or row.name in arguments.only]
+    rows = choose(arguments.only)
     if arguments.quick:
         rows = [row.in_short() for row in rows]
     place = Place.make(arguments.out.resolve(), arguments.quick, arguments.data_dir)

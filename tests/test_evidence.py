@@ -182,6 +182,16 @@ def test_a_row_that_fails_says_why_and_stops_no_other(
     assert said.index("alone: done") < said.index("right: good")
 
 
+def test_a_row_that_is_run_again_takes_its_beginning_along() -> None:
+    assert [row.name for row in evidence.choose(["booth", "mnist-paper-one"])] == [
+        "booth",
+        "mnist-paper-one",
+        "mnist-one",
+    ]
+    assert [row.name for row in evidence.choose(["mnist-one"])] == ["mnist-one"]
+    assert tuple(evidence.choose(None)) == ROWS
+
+
 @pytest.mark.parametrize("row", [row for row in ROWS if row.of is not None], ids=lambda row: row.name)
 def test_a_row_is_cut_out_of_the_longer_one(row: Row, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
