@@ -5,13 +5,12 @@ Runs are deterministic, so that on one machine both ways give the same numbers, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from symtele_cuda.experiments import classification
-from symtele_cuda.experiments.records import EpochRecord, Run, TeleportRecord
+from symtele_cuda.experiments.records import EpochRecord, Run, TeleportRecord, finite_or_infinity
 from symtele_cuda.experiments.training import TrainingSettings
 
 
@@ -42,11 +41,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _restored(run: Mapping[str, Any]) -> Run:
-    """The run of a JSON file; null, what is not finite, comes back as infinity."""
-
-    def finite_or_infinity(fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: math.inf if value is None else value for name, value in fields.items()}
-
+    """The run of a JSON file."""
     epochs = tuple(EpochRecord(**finite_or_infinity(record)) for record in run["epochs"])
     teleports = tuple(TeleportRecord(**finite_or_infinity(teleport)) for teleport in run["teleports"])
     return Run(run["label"], run["seed"], epochs, teleports)

@@ -192,9 +192,9 @@ def test_a_row_that_is_run_again_takes_its_beginning_along() -> None:
     assert tuple(evidence.choose(None)) == ROWS
 
 
+@needs_matplotlib
 @pytest.mark.parametrize("row", [row for row in ROWS if row.of is not None], ids=lambda row: row.name)
 def test_a_row_is_cut_out_of_the_longer_one(row: Row, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     document, longer = numbers(row.name), numbers(row.of)
     place = replace(place_at(tmp_path), data=longer["data"])
     place.results.mkdir()

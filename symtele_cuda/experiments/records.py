@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -101,6 +101,11 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def finite_or_infinity(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of an object of such a file; null, what was not finite, comes back as infinity."""
+    return {name: math.inf if value is None else value for name, value in fields.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from symtele_cuda.experiments import figures
 from symtele_cuda.experiments.classification import MNIST_TRAINING, MNIST_WIDTHS, PLAIN, make_task
 from symtele_cuda.experiments.data import Dataset
-from symtele_cuda.experiments.records import by_label, save_json
+from symtele_cuda.experiments.records import by_label, finite_or_infinity, save_json
 from symtele_cuda.experiments.tables import format_table
 from symtele_cuda.experiments.training import Task, Trainee, TrainingSettings, make_optimizer, start, validate
 from symtele_cuda.report import TeleportReport
@@ -249,9 +249,6 @@ def run(
 
 def restore(values: Mapping[str, Any]) -> SpikeRun:
     """The run that a JSON file holds as `values`; null, what is not finite, comes back as infinity."""
-
-    def finite_or_infinity(fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: math.inf if value is None else value for name, value in fields.items()}
 
     def jump(fields: Mapping[str, Any]) -> Jump:
         before, after = (Point(**finite_or_infinity(fields[end])) for end in ("before", "after"))
