@@ -249,7 +249,7 @@ def _origin(document: Document) -> str:
     parts = [f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else "", document["data"]]
     parts += [f"symtele_cuda {versions['symtele_cuda']}", f"torch {versions['torch']}"]
     if document.get("minutes") is not None:
-        parts.append(f"in {document['minutes']:.2g} minutes")
+        parts.append(f"in {document['minutes']:.{0 if document['minutes'] >= 10 else 1}f} minutes")
     if "beginning_of" in document:
         parts.append(f"the beginning of the runs of {document['beginning_of']}")
     return ", ".join(part for part in parts if part) + "."

@@ -4,14 +4,10 @@
 
 Nothing is computed and nothing is timed. Each program runs once on tensors without data (fake tensors), and every
 kernel that it would launch on a GPU is written down with the bytes that it reads and writes, each operand once, and its
-floating-point operations. A launch is then taken to last
-
-    max(launch latency + chain, bytes / bandwidth, operations / (rate of its route · share of the device it fills))
-
-and the launches to follow each other; the chain is the time of steps that wait for one another inside a kernel, which
-only the inverse has. That leaves out everything else: caches that hold operands from one launch to
-the next (which would make small shapes faster), the ends of waves, and all that a kernel does below its rate. The
-constants below are rounded figures for such devices, not measurements of these kernels.
+floating-point operations; `bench.launches` says how long each is taken to last. The opponents of `bench.layer` and
+`bench.teleport` are predicted the same way, with what is unknown of them left out in their favour: the published
+algorithm without the time of its singular value decompositions, and a compiled program as if only its products and
+factorizations were left.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -29,14 +25,28 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from bench import layer, teleport
+from bench.baselines import published_teleport
 from bench.harness import RESULTS, UNIT, write_json
+from bench.launches import (
+    DEVICES,
+    EAGER_LAUNCH,
+    FURTHER_LAUNCH,
+    GRAPH_LAUNCH,
+    MULTIPROCESSORS,
+    PIVOT_SECONDS,
+    RATES,
+    SVD,
+    Device,
+    Launch,
+    launch_aten,
+    launch_fused,
+)
 from symtele_cuda import graphs, kernels, ops
 from symtele_cuda.activations import Activation, LeakyReLU, Softplus, Tanh
 from symtele_cuda.device_search import run_program
@@ -46,89 +56,22 @@ from symtele_cuda.planning import make_plan, match_inputs
 from symtele_cuda.problem import Problem
 from symtele_cuda.task import Task
 
-# --- what is assumed of the devices ----------------------------------------------------------------------------------
-
-# Seconds from one launch to the next: the processor's work for an operator of torch, and that of a captured graph.
-EAGER_LAUNCH = 6e-6
-GRAPH_LAUNCH = 2e-6
-
-# Operations a second by route (a multiplication and an addition are two), where all multiprocessors are busy.
-RATES = {
-    "fused float32": 60e12,  # FFMA on the ordinary cores
-    "fused float64": 30e12,  # DFMA there
-    "tensor": 110e12,  # float32 as three TF32 products, on the instructions of compute capability 8.0
-    "library float32": 60e12,
-    "library float64": 60e12,  # on the tensor cores
-    "library tf32": 400e12,
-    "solver": 20e12,  # Cholesky factorizations and triangular solves in float64
-    "elementwise": math.inf,  # bytes alone decide
-}
-
-# Of one pivot of the inverse: about 230 cycles from one barrier to the next.
-PIVOT_SECONDS = 1.3e-7
-
-MULTIPROCESSORS = 132  # of both devices
-
-
-@dataclass(frozen=True)
-class Device:
-    """Bytes a second are those of a large copy, reads and writes together."""
-
-    name: str
-    bytes_per_second: float
-
-
-DEVICES = {device.name: device for device in (Device("H200", 4.3e12), Device("H100", 2.9e12))}
-
-# --- a launch and its cost -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Kernels launched one after the other by one operator, `kernels` of them, and their bytes and operations in all.
-
-    `tiles` are the blocks that work side by side on the operations, None where they fill every device. `chain` are the
-    seconds of what cannot go side by side at all. `captured`: from the second call on they are launched by a graph.
-    """
-
-    operator: str
-    route: str
-    bytes_read: int
-    bytes_written: int
-    operations: int = 0
-    tiles: int | None = None
-    kernels: int = 1
-    chain: float = 0.0
-    captured: bool = False
-
-    def limits(self, device: Device, latency: float) -> dict[str, float]:
-        """The least seconds that it takes for each reason."""
-        share = 1.0 if self.tiles is None else min(1.0, self.tiles / MULTIPROCESSORS)
-        return {
-            "launches": latency * self.kernels + self.chain,
-            "bytes": (self.bytes_read + self.bytes_written) / device.bytes_per_second,
-            "operations": self.operations / (RATES[self.route] * share),
-        }
-
-    def seconds(self, device: Device, latency: float) -> float:
-        return max(self.limits(device, latency).values())
-
-    def bound(self, device: Device) -> str:
-        """The reason that decides in a captured graph."""
-        limits = self.limits(device, GRAPH_LAUNCH)
-        return max(limits, key=lambda reason: limits[reason])
+# --- a prediction ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a program: seconds, with the parts that graphs hold launched by them; as if all were launched one by one, and
-    as if all were captured; its totals, and where a graph's time goes."""
+    """Of a program: seconds, with the parts that graphs hold launched by them; as if all were launched one by one, as
+    if all were captured, and of the products and factorizations alone, one by one; its totals, and where a graph's time
+    goes."""
 
     seconds: float
     eager_seconds: float
     graph_seconds: float
+    product_seconds: float
     kernels: int
     waits: int  # for a value on the device; a program with any cannot be captured
+    decompositions: int  # by singular values, of whose time nothing is assumed
     gigabytes: float
     gigaflops: float
     share_of_bound: dict[str, float]
@@ -137,6 +80,7 @@ class Prediction:
 
 def predict(launches: Sequence[Launch], waits: int, device: Device) -> Prediction:
     graph = sum(launch.seconds(device, GRAPH_LAUNCH) for launch in launches)
+    products = [launch for launch in launches if launch.route != "elementwise"]
 
     def shares(key: Callable[[Launch], str]) -> dict[str, float]:
         parts: Counter[str] = Counter()
@@ -148,151 +92,15 @@ def predict(launches: Sequence[Launch], waits: int, device: Device) -> Predictio
         seconds=sum(launch.seconds(device, GRAPH_LAUNCH if launch.captured else EAGER_LAUNCH) for launch in launches),
         eager_seconds=sum(launch.seconds(device, EAGER_LAUNCH) for launch in launches),
         graph_seconds=graph,
+        product_seconds=sum(launch.seconds(device, EAGER_LAUNCH) for launch in products),
         kernels=sum(launch.kernels for launch in launches),
         waits=waits,
+        decompositions=sum(launch.route == SVD for launch in launches),
         gigabytes=sum(launch.bytes_read + launch.bytes_written for launch in launches) / 1e9,
         gigaflops=sum(launch.operations for launch in launches) / 1e9,
         share_of_bound=shares(lambda launch: launch.bound(device)),
         share_of_operator=shares(lambda launch: f"{launch.operator} ({launch.route})"),
     )
-
-
-# --- what an operator launches ---------------------------------------------------------------------------------------
-
-# As in csrc: the tiles of the Gram matrix's kernel and the pivot blocks of its inverse's, the multiply-adds up to which
-# a product is fused, and the tiles of products, the first that fill the device.
-GRAM_TILE, PIVOT_BLOCK = 16, 32
-MOST_FUSED = {torch.float32: 2**27, torch.float64: 2**26}
-PRODUCTS = ("linear", "linear_activation", "inverse_activation", "over_slope", "times_slope", "masked")
-FUSED_TILES, TENSOR_TILES = (64, 32, 16), (128, 64)
-ENOUGH_TILES = 96
-
-# Of the library: the tiles of its products, and the panels of its factorizations, which follow each other.
-LIBRARY_TILES, PANEL = (128, 64, 32), 64
-
-
-def bytes_of(values: Any) -> int:
-    """Of all tensors among the (nested) values."""
-    return sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
-
-
-def count_tiles(rows: int, columns: int, sides: Sequence[int]) -> int:
-    """How many tiles: the largest of which there are enough, or else the smallest."""
-    counts = [math.ceil(rows / side) * math.ceil(columns / side) for side in sides]
-    return next((count for count in counts if count >= ENOUGH_TILES), counts[-1])
-
-
-def product_route(a: Tensor, columns: int, allow_tf32: bool) -> tuple[str, int]:
-    """The route of a product and the tiles that work on it, as choose_route has it for aligned operands."""
-    dtype = str(a.dtype).removeprefix("torch.")
-    rows, inner = a.shape
-    if rows * columns * inner <= MOST_FUSED[a.dtype]:
-        return f"fused {dtype}", count_tiles(rows, columns, FUSED_TILES)
-    if a.dtype == torch.float32 and not allow_tf32 and columns % 4 == 0 and inner % 4 == 0:
-        return "tensor", count_tiles(rows, columns, TENSOR_TILES)
-    precision = "tf32" if a.dtype == torch.float32 and allow_tf32 else dtype
-    return f"library {precision}", count_tiles(rows, columns, LIBRARY_TILES)
-
-
-def launch_product(name: str, arguments: Sequence[Any], results: Any, allow_tf32: bool) -> list[Launch]:
-    a, b = arguments[:2]
-    (rows, inner), columns = a.shape, b.shape[1]
-    route, tiles = product_route(a, columns, allow_tf32)
-    operations = 2 * rows * columns * inner
-    read, written = bytes_of(arguments), bytes_of(results)
-    if not route.startswith("library") or (name == "linear" and len(arguments) < 5):
-        return [Launch(name, route, read, written, operations, tiles)]
-    product = a.itemsize * rows * columns
-    return [
-        Launch(name, route, bytes_of([a, b]), product, operations, tiles),
-        Launch(f"{name}, its epilogue", "elementwise", read - bytes_of([a, b]) + product, written),
-    ]
-
-
-def launch_gram(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
-    n, inner = arguments[0].shape
-    read, written = bytes_of(arguments), bytes_of(results)
-    if n <= graphs.LARGEST_OWN_FACTOR:  # half of the tiles, the others are mirrored
-        edge = math.ceil(n / GRAM_TILE)
-        return [Launch(name, "fused float64", read, written, n * (n + 1) * inner, edge * (edge + 1) // 2)]
-    wide, exact = 8 * n * inner, 8 * n * n
-    return [
-        Launch(f"{name}, its copies", "elementwise", read + exact, wide + written - exact, kernels=2),
-        Launch(name, "library float64", wide, exact, 2 * n * n * inner, count_tiles(n, n, LIBRARY_TILES)),
-    ]
-
-
-def launch_inverse(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
-    count, n = len(arguments[0]), len(arguments[0][0])
-    read, written = bytes_of(arguments), bytes_of(results)
-    if n <= graphs.LARGEST_OWN_FACTOR:  # each step reads and writes all of the matrices
-        steps, tiles = math.ceil(n / PIVOT_BLOCK), count * count_tiles(n, n, (PIVOT_BLOCK,))
-        chain = n * PIVOT_SECONDS
-        return [Launch(name, "fused float64", read * steps, written * steps, 2 * n**3 * count, tiles, steps, chain)]
-    panels = 2 * count * math.ceil(n / PANEL)
-    operations, tiles = 2 * n**3 * count, count_tiles(n, n, LIBRARY_TILES)
-    return [
-        Launch(f"{name}, its factors", "solver", 2 * read, 2 * written, (n**3 // 3 + n**3) * count, None, panels),
-        Launch(name, "library float64", read, written, operations, tiles, count),
-    ]
-
-
-def launch_pseudo_inverse(name: str, arguments: Sequence[Any], results: Tensor) -> list[Launch]:
-    """A copy in float64, with the ones in another launch, the product and its rounding."""
-    inverse, rows, bias = arguments
-    wide = results.new_empty(results.shape, dtype=torch.float64)
-    return [
-        Launch(f"{name}, its copy", "elementwise", bytes_of(rows), bytes_of(wide), kernels=1 + bias),
-        *launch_product("linear", (inverse, wide), wide, False),
-        Launch(f"{name}, its rounding", "elementwise", bytes_of(wide), bytes_of(results)),
-    ]
-
-
-def launch_remainder(name: str, arguments: Sequence[Any], results: Tensor, allow_tf32: bool) -> list[Launch]:
-    """The vectors, and `rounds` products with g and its transpose each."""
-    g, _, rounds = arguments
-    products = launch_product("linear", (results, g, results), results, allow_tf32)
-    return [Launch(name, "elementwise", 0, bytes_of(results)), *(2 * rounds * products)]
-
-
-def launch_fused(name: str, arguments: Sequence[Any], results: Any, allow_tf32: bool) -> list[Launch]:
-    """The launches of one of csrc's operators."""
-    if name == "gram":
-        return launch_gram(name, arguments, results)
-    if name == "invert_grams":
-        return launch_inverse(name, arguments, results)
-    if name == "pseudo_inverse":
-        return launch_pseudo_inverse(name, arguments, results)
-    if name == "identity_remainder":
-        return launch_remainder(name, arguments, results, allow_tf32)
-    if name in PRODUCTS:
-        return launch_product(name, arguments, results, allow_tf32)
-    kernels_of_it = 2 if name in ("dot_sum", "squared_norms", "near_dependence") else 1
-    return [Launch(name, "elementwise", bytes_of(arguments), bytes_of(results), kernels=kernels_of_it)]
-
-
-SOLVERS = ("cholesky", "triangular", "linalg_inv", "linalg_lu")
-
-
-def launch_aten(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], results: Any) -> Launch | None:
-    """The launch of one of torch's own operators, None for those that launch nothing."""
-    schema = function._schema
-    namespace, name = schema.name.split("::")
-    views = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
-    if namespace != "aten" or views or name.startswith(("empty", "new_empty", "detach", "lift")):
-        return None
-    read = bytes_of([arguments, [value for key, value in keywords.items() if key != "out"]])
-    written = bytes_of(results)
-    dtype = next((str(leaf.dtype) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)), "")
-    if any(word in name for word in SOLVERS):
-        n = results[0].shape[-1] if isinstance(results, (list, tuple)) else results.shape[-1]
-        return Launch(name, "solver", read, written, n**3 // 3, None, math.ceil(n / PANEL))
-    if function._overloadpacket in flop_registry:
-        operations = flop_registry[function._overloadpacket](*arguments, **keywords, out_val=results)
-        route = "library float64" if dtype == "torch.float64" else "library float32"
-        tiles = count_tiles(results.shape[-2], results.shape[-1], LIBRARY_TILES)
-        return Launch(name, route, read, written, operations, tiles)
-    return Launch(name, "elementwise", read, written)
 
 
 class Recorder(TorchDispatchMode):
@@ -369,7 +177,7 @@ WHERE = torch.device("cuda" if torch.version.cuda else "cpu")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """W' of one layer and, for a given ∂f/∂W', ∂f/∂g: what `bench.layer` times."""
+    """W' of one layer and, for a given ∂f/∂W', ∂f/∂g: what `bench.layer` times, and its opponent."""
 
     n: int
     d_in: int
@@ -378,17 +186,23 @@ class LayerShape:
 
     def run(self, recorder: Recorder) -> Iterator[str]:
         sigma = self.activation.name, self.activation.parameter
-        shapes = (self.d_out, self.d_in), (self.n, self.d_in), (self.d_out, self.d_out)
-        layer = (*(torch.empty(shape, device=WHERE) for shape in shapes), None, *sigma, "least_change", "cuda")
-        yield "forward and backward"
-        new_weight, new_bias, *saved, _ = call_kernel("teleport_layer", *layer)
+        weight, inputs, square = (self.d_out, self.d_in), (self.n, self.d_in), (self.d_out, self.d_out)
+        tensors = (torch.empty(shape, device=WHERE) for shape in (weight, inputs, square))
+        arguments = (*tensors, None, *sigma, "paper", "cuda")
+        yield layer.OPERATOR
+        new_weight, new_bias, *saved, _ = call_kernel("teleport_layer", *arguments)
         changes = torch.empty_like(new_weight), torch.empty_like(new_bias)
-        call_kernel("teleport_layer_backward", False, *changes, *saved, *layer)
+        call_kernel("teleport_layer_backward", False, *changes, *saved, *arguments)
+        yield layer.EAGER
+        with torch.enable_grad():
+            w, h, t, v = (torch.empty(shape) for shape in (weight, inputs, square, weight))
+            layer.by_cholesky(layer.Problem(w, h, t, v, self.activation))
 
 
 @dataclass(frozen=True)
 class TeleportShape:
-    """A teleport of `STEPS` steps: its set-up, the program from the first state to the new weights, and the unit."""
+    """A teleport: its set-up, the program from the first state to the new weights, of ten steps and of twenty, the unit
+    and, where it is an opponent, the published algorithm."""
 
     dims: tuple[int, ...]
     n: int
@@ -398,19 +212,24 @@ class TeleportShape:
     def run(self, recorder: Recorder) -> Iterator[str]:
         model = self.make_model()
         chain = read_chain(model)
-        batch = torch.empty(self.n, self.dims[0]), torch.empty(self.n, dtype=torch.int64)
+        x, y = torch.empty(self.n, self.dims[0]), torch.empty(self.n, dtype=torch.int64)
         options = make_options(**OPTIONS, objective=self.objective, hidden_layers=len(self.dims) - 2)
-        yield "set-up"
-        problem = Problem.make(model, chain, batch, None, recorder.products)
+        yield SETUP
+        problem = Problem.make(model, chain, (x, y), None, recorder.products)
         matches = tuple(match_inputs(problem))
         plan, _ = make_plan(problem, matches, None, action=options.action, inverse=options.inverse, group_steps=False)
-        task = Task(problem, None, matches, plan, options)
-        on_device = task.with_tensors([torch.empty_like(tensor, device=WHERE) for tensor in task.tensors()])
-        yield "search and weights"
-        graphs.run(on_device, run_program)
-        yield UNIT
+        for part, steps in ((SEARCH, teleport.STEPS), (LONGER_SEARCH, teleport.LONGER_STEPS)):
+            task = Task(problem, None, matches, plan, replace(options, steps=steps))
+            on_device = task.with_tensors([torch.empty_like(tensor, device=WHERE) for tensor in task.tensors()])
+            yield part
+            graphs.run(on_device, run_program)
         with torch.enable_grad():
-            functional.cross_entropy(model(batch[0]), batch[1]).backward()
+            yield UNIT
+            functional.cross_entropy(model(x), y).backward()
+            if self.n <= layer.LARGEST_SVD:
+                weights = list(model.parameters())
+                yield teleport.PUBLISHED
+                published_teleport(weights, x, y, functional.cross_entropy, self.activation, teleport.STEPS, 1.0, True)
 
     def make_model(self) -> nn.Sequential:
         layers: list[nn.Module] = []
@@ -423,11 +242,11 @@ class TeleportShape:
         return modules[self.activation.name]
 
 
-STEPS = 10
+SETUP, SEARCH, LONGER_SEARCH = "set-up", "search and weights", "search and weights of twenty steps"
 OPTIONS: dict[str, Any] = {
     "lr": 0.01,
     "margin": 4.0,
-    "steps": STEPS,
+    "steps": teleport.STEPS,
     "step_size": "auto",
     "first_radius": 0.02,
     "max_growth": math.inf,
@@ -502,7 +321,7 @@ def main(arguments: argparse.Namespace) -> None:
         "assumed": {
             "device": device,
             "multiprocessors": MULTIPROCESSORS,
-            "seconds_per_launch": {"eager": EAGER_LAUNCH, "graph": GRAPH_LAUNCH},
+            "seconds_per_launch": {"eager": EAGER_LAUNCH, "further": FURTHER_LAUNCH, "graph": GRAPH_LAUNCH},
             "seconds_per_pivot": PIVOT_SECONDS,
             "operations_per_second": RATES,
             "tf32_allowed": arguments.tf32,

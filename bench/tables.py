@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import layer, roofline
+from bench import layer, predict, roofline
 from bench.harness import UNIT
-from bench.teleport import GRAD_NORM, LOOKAHEAD, PUBLISHED, PUBLISHED_LEAN
+from bench.teleport import GRAD_NORM, LONGER_STEPS, LOOKAHEAD, PUBLISHED, PUBLISHED_LEAN, STEPS
 from bench.training import PLAIN, TELEPORTED
 from bench.training import PUBLISHED as PUBLISHED_RULE
 
@@ -40,6 +40,13 @@ the largest of four fixed rates that overflowed on no seed.
 TARGET_TEXT = """Wall-clock to the end of the first epoch with a train loss no larger than a given one, teleports
 included, mean over the seeds:
 """
+AGAIN_TEXT = """## The study of optimizers, trained twice
+
+`python -m bench.evidence_again FOLDER`, file `bench/results/again.json`: the runs of
+[docs/experiments.md](experiments.md#is-it-worth-it), trained a second time in one go of {minutes:.0f} minutes. The same
+are those that have all losses, accuracies and teleports of the first time to the last digit kept, five; the factors
+are how many times as long a run's training took as the first time.
+"""
 LAYER_TEXT = """## The operator
 
 `python -m bench.layer`, file `bench/results/layer.json`. `teleport_layer` forward and backward, float32, one CPU
@@ -53,10 +60,16 @@ PREDICTION_TEXT = """## Predicted for a GPU
 the programs would launch on an {device}, counted with their bytes and operations, over assumed rates, which the file
 holds. A teleport of ten steps, `grad_norm`, float32, from the second of its kind on: its set-up is launched kernel by
 kernel with some waits for the device, but for the factors of the layers' inputs; these, and the search with the new
-weights, are CUDA graphs at the smaller shapes.
+weights, are CUDA graphs at the smaller shapes. A step is a tenth of what twenty steps cost more than ten, in
+forward+backward passes on the same batch, launched one by one.
+"""
+PREDICTED_PUBLISHED_TEXT = """The published algorithm there, without the time of its singular value decompositions,
+of which nothing is assumed: what each must take for our teleport to be 300 times faster.
 """
 PREDICTED_LAYER_TEXT = """`teleport_layer` forward and backward, float32: launched one by one, and if launching cost no
-more than in a graph.
+more than in a graph. Its opponents, launched one by one: the formula as one would write it with a Cholesky factor, and
+what no compiler can take from that, its products and factorizations. The last column is the time that the counted work
+must take at the assumed rates of the library, as a share of ours.
 """
 
 GPU_TEXT = """## On a GPU
@@ -144,6 +157,15 @@ def target_table(results: Results) -> str:
     return table(("run, train loss", "plain SGD", "teleported", "published rule"), rows)
 
 
+def again_table(results: Results) -> str:
+    rows = []
+    for name, problem in results["problems"].items():
+        factors = problem["seconds, second / first"]
+        counts = (problem["runs"], problem["same"])
+        rows.append([name, *map(str, counts), *(f"{factors[key]:.2f}×" for key in ("least", "median", "largest"))])
+    return table(("problem", "runs", "the same", "factor, least", "median", "largest"), rows)
+
+
 def layer_table(results: Results) -> str:
     contestants = list(next(iter(results["shapes"].values()))["timings"])
     rows = [
@@ -154,10 +176,10 @@ def layer_table(results: Results) -> str:
 
 
 def predicted_teleport_table(results: Results) -> str:
-    rows = []
+    rows, more = [], LONGER_STEPS - STEPS
     for name, parts in results["predicted"].items():
         if name.startswith("mlp-"):
-            setup, search = parts["set-up"], parts["search and weights"]
+            setup, search, unit = parts[predict.SETUP], parts[predict.SEARCH], parts[UNIT]["seconds"]
             rows.append(
                 [
                     f"`{name}`",
@@ -167,22 +189,58 @@ def predicted_teleport_table(results: Results) -> str:
                     _milliseconds(setup["seconds"] + search["seconds"]),
                     str(search["kernels"]),
                     f"{100 * search['share_of_bound'].get('launches', 0.0):.0f} %",
-                    _milliseconds(parts[UNIT]["seconds"]),
+                    f"{(parts[predict.LONGER_SEARCH]['seconds'] - search['seconds']) / more / unit:.2f}",
+                    _milliseconds(unit),
                 ]
             )
     bound = "of these bound by launches"
-    header = ("shape", "set-up", "waits", "search and weights", "whole", "kernels of the search", bound, UNIT)
+    header = ("shape", "set-up", "waits", "search and weights", "whole", "kernels of the search", bound, "a step", UNIT)
     return table(header, rows)
 
 
-def predicted_layer_table(results: Results) -> str:
+def predicted_published_table(results: Results) -> str:
     rows = []
     for name, parts in results["predicted"].items():
-        if name.startswith("layer-"):
-            (part,) = parts.values()
-            seconds = (part["eager_seconds"], part["graph_seconds"])
-            rows.append([f"`{name}`", *map(_milliseconds, seconds), str(part["kernels"])])
-    return table(("shape", "one by one", "as in a graph", "kernels"), rows)
+        if PUBLISHED in parts:
+            published, whole = parts[PUBLISHED], parts[predict.SETUP]["seconds"] + parts[predict.SEARCH]["seconds"]
+            decomposition = (300 * whole - published["seconds"]) / published["decompositions"]
+            times = (whole, published["seconds"])
+            rows.append(
+                [
+                    f"`{name}`",
+                    *map(_milliseconds, times),
+                    str(published["decompositions"]),
+                    _milliseconds(decomposition),
+                ]
+            )
+    return table(("shape", "whole", "published, the rest", "decompositions", "each, for 300×"), rows)
+
+
+def predicted_layer_table(results: Results) -> str:
+    assumed = results["assumed"]
+    rates = {
+        precision: assumed["operations_per_second"][f"library {precision}"]
+        for precision in (roofline.FLOAT32, roofline.FLOAT64)
+    }
+    ceilings = roofline.Ceilings(assumed["device"]["bytes_per_second"], rates)
+    rows = []
+    for name, parts in results["predicted"].items():
+        shape = predict.SHAPES[name]
+        if isinstance(shape, predict.LayerShape):
+            ours, theirs = parts[layer.OPERATOR], parts[layer.EAGER]
+            seconds, theirs = ours["eager_seconds"], (theirs["eager_seconds"], theirs["product_seconds"])
+            least = roofline.layer_work(shape.n, shape.d_in, shape.d_out, roofline.FLOAT32).seconds(ceilings)
+            rows.append(
+                [
+                    f"`{name}`",
+                    *map(_milliseconds, (seconds, ours["graph_seconds"])),
+                    str(ours["kernels"]),
+                    *(cell for other in theirs for cell in (_milliseconds(other), f"{other / seconds:.2f}×")),
+                    f"{100 * least / seconds:.0f} %",
+                ]
+            )
+    opponents = (layer.EAGER, "faster", "its products alone", "faster")
+    return table(("shape", "one by one", "as in a graph", "kernels", *opponents, "ceilings"), rows)
 
 
 def gpu_teleport_table(results: Results) -> str:
@@ -235,11 +293,14 @@ def page() -> str:
     sections += [SECOND_MACHINE_TEXT.rstrip(), teleport_table(elsewhere), _machine(elsewhere)]
     sections += [TRAINING_TEXT.rstrip(), training_table(training), TARGET_TEXT.rstrip(), target_table(training)]
     sections += [_machine(training)]
+    again = load("again")
+    sections += [AGAIN_TEXT.format(**again).rstrip(), again_table(again), _machine(again)]
     operator = load("layer")
     sections += [LAYER_TEXT.rstrip(), layer_table(operator), _machine(operator)]
     predicted = load("prediction")
     sections += [PREDICTION_TEXT.format(device=predicted["assumed"]["device"]["name"]).rstrip()]
     sections += [predicted_teleport_table(predicted)]
+    sections += [PREDICTED_PUBLISHED_TEXT.rstrip(), predicted_published_table(predicted)]
     sections += [PREDICTED_LAYER_TEXT.rstrip(), predicted_layer_table(predicted)]
     return "\n\n".join(sections + gpu_sections(RESULTS / "gpu"))
 

@@ -444,15 +444,13 @@ def advance(
         else:
             moved = products.step_batch(inputs[layer], *how)
         inputs[layer], targets[layer - 1], slopes[layer - 1] = moved
-        if activation.bounded:
-            left = torch.isfinite(targets[layer - 1]).all().logical_not()
-            hindrances.append((left, f"an activation left the domain of the inverse of {activation}"))
         if step.generator is not None:
             references[layer], singular = _right_inverse(
                 references[layer], step.generator, size, plan.first_order_inverse
             )
             if singular is not None:
                 hindrances.append((singular, "the group element of the step is singular"))
+    hindrances = _leave_domain(network, direction, targets) + hindrances
     for layer, rates in direction.scales.items():
         _scale(layer, torch.exp(size * rates), inputs, targets, references, offsets)
     if plan.first_order_inverse:
@@ -475,6 +473,20 @@ def advance(
         images=state.images,
     )
     return trial, tuple(hindrances)
+
+
+def _leave_domain(network: Network, direction: Direction, targets: Sequence[Tensor]) -> list[Hindrance]:
+    """Whether the targets Y = σ⁻¹(B) of a layer that GL has moved are not finite, where σ⁻¹ has a domain to leave.
+
+    Seen in their norms, of all layers in one pass: a square that overflows is as far outside as an infinite one.
+    """
+    layers = [layer for layer in direction.steps if network.activations[layer - 1].bounded]
+    if not layers:
+        return []
+    norms = network.products.squared_norms([targets[layer - 1] for layer in layers])
+    left = (norms < math.inf).logical_not()  # NaN is not below
+    texts = (f"an activation left the domain of the inverse of {network.activations[layer - 1]}" for layer in layers)
+    return list(zip(left.unbind(), texts, strict=True))
 
 
 def _scale(

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import evidence, evidence_cut, evidence_tables
+from bench import evidence, evidence_again, evidence_cut, evidence_tables
 from bench.evidence import ROWS, Place, Row
 from bench.evidence_files import as_text, read
+from bench.tables import load
 from symtele_cuda import __main__ as command_line
 from symtele_cuda.experiments import classification, planar
 from symtele_cuda.experiments.data import Dataset
@@ -273,3 +274,41 @@ def test_the_table_of_a_run_that_diverges() -> None:
     run = {"label": "plain", "epochs": epochs, "teleports": [teleport]}
     line = evidence_tables.training_table({"runs": [run]}).splitlines()[-1]
     assert line == "| plain | 1 | inf | inf | 50.00% | ×3 | +inf% |"
+
+
+# --- the study trained a second time ----------------------------------------------------------------------------------
+
+
+def record(seed: int, losses: list[float], seconds: float) -> dict:
+    name = {"problem": "digits", "optimizer": "sgd", "lr": 0.1, "arm": "plain", "seed": seed}
+    checks = {"iteration": [10, 20], "seconds": [seconds / 2, seconds], "train_loss": losses}
+    return {"key": str(seconds), "data": "d", "made": "m", **name, "checks": checks, "validations": {}, "teleports": {}}
+
+
+def folder_of(place: Path, *records: dict) -> Path:
+    place.mkdir()
+    (place / "study-digits.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    return place
+
+
+def test_runs_are_the_same_up_to_their_time(tmp_path: Path) -> None:
+    first = folder_of(tmp_path / "first", record(1, [2.0, 1.0], 4.0), record(2, [2.0, 1.5], 4.0))
+    second = folder_of(tmp_path / "second", record(2, [2.0, 1.4], 4.0), record(1, [2.0, 1.0], 6.0))
+    problem = evidence_again.compare(first, second)["digits"]
+    assert (problem["runs"], problem["same"]) == (2, 1)
+    assert problem["seconds, second / first"] == {"least": 1.0, "median": 1.25, "largest": 1.5}
+
+
+def test_a_run_that_is_missing_the_second_time_is_an_error(tmp_path: Path) -> None:
+    first = folder_of(tmp_path / "first", record(1, [2.0, 1.0], 4.0), record(2, [2.0, 1.5], 4.0))
+    second = folder_of(tmp_path / "second", record(1, [2.0, 1.0], 4.0))
+    with pytest.raises(ValueError, match="got 1 for 2"):
+        evidence_again.compare(first, second)
+
+
+def test_what_the_page_says_of_the_second_time_is_what_its_file_says() -> None:
+    again = load("again")
+    assert all(problem["runs"] == problem["same"] > 0 for problem in again["problems"].values())
+    factors = again["problems"]["mnist-512"]["seconds, second / first"]
+    said = f"{factors['least']:.1f} to {factors['largest']:.0f} times as long as the first"
+    assert said in " ".join(PAGE.split()) and f"go of {again['minutes']:.0f} minutes" in PAGE

@@ -8,14 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import predict
-from bench.predict import DEVICES, GRAPH_LAUNCH, MULTIPROCESSORS, RATES, Launch, recording
+from bench import layer, predict, teleport
+from bench.launches import (
+    DEVICES,
+    EAGER_LAUNCH,
+    FURTHER_LAUNCH,
+    GRAPH_LAUNCH,
+    MULTIPROCESSORS,
+    PIVOT_SECONDS,
+    RATES,
+    SVD,
+    Launch,
+)
+from bench.predict import recording
 
 H200 = DEVICES["H200"]
 
 
 def test_a_launch_takes_what_decides_most() -> None:
     assert Launch("", "elementwise", 8, 8).seconds(H200, GRAPH_LAUNCH) == GRAPH_LAUNCH
+    panels = Launch("", "solver", 8, 8, kernels=3, chain=1e-6)
+    assert panels.seconds(H200, EAGER_LAUNCH) == pytest.approx(EAGER_LAUNCH + 2 * FURTHER_LAUNCH + 1e-6)
+    assert panels.seconds(H200, GRAPH_LAUNCH) == pytest.approx(3 * GRAPH_LAUNCH + 1e-6)
+    assert Launch("", "elementwise", 8, 8, further=True).seconds(H200, EAGER_LAUNCH) == FURTHER_LAUNCH
     many = 10**9
     assert Launch("", "elementwise", many, many).seconds(H200, GRAPH_LAUNCH) == 2 * many / H200.bytes_per_second
     half = Launch("", "tensor", 0, 0, many**2, MULTIPROCESSORS // 2)
@@ -37,6 +52,7 @@ def test_a_product_is_counted_by_its_route(rows: int, dtype: torch.dtype, route:
         recorder.products.masked(a, b, None, at)
     found = recorder.launches
     assert [found[0].route, len(found)] == [route, kernels]
+    assert [one.further for one in found] == [False, True][:kernels]  # by one operator
     assert found[0].operations == 2 * rows * 512 * 1024
     again = 2 * at.numel() if kernels == 2 else 0  # the product is written and read once more
     moved = a.numel() + b.numel() + 3 * at.numel() + again
@@ -47,9 +63,37 @@ def test_torchs_own_operators_are_counted_and_views_are_not() -> None:
     with recording() as recorder:
         a = torch.empty(64, 32)
         (a.T @ a).add_(1.0)
+        torch.zeros(0)
     product, addition = recorder.launches
     assert (product.operator, product.operations) == ("mm", 2 * 32 * 64 * 32)
     assert (addition.operator, addition.bytes_read, addition.bytes_written) == ("add_", 4 * 32 * 32, 4 * 32 * 32)
+
+
+def test_a_factorization_counts_its_columns_and_a_decomposition_is_one_launch_of_unknown_length() -> None:
+    with recording() as recorder:
+        a = torch.empty(128, 128, dtype=torch.float64)
+        triangle = torch.linalg.cholesky_ex(a).L
+        torch.cholesky_inverse(triangle)
+        torch.linalg.pinv(torch.empty(20, 784))
+    factor, inverse, decomposition = (one for one in recorder.launches if one.route != "elementwise")
+    assert (factor.operations, factor.kernels, factor.chain) == (128**3 // 3, 2, 128 * PIVOT_SECONDS)
+    assert (inverse.operations, inverse.kernels, inverse.chain) == (2 * 128**3, 2, 0)
+    assert (decomposition.route, decomposition.seconds(H200, EAGER_LAUNCH)) == (SVD, EAGER_LAUNCH)
+
+
+def test_an_unknown_solver_is_an_error() -> None:
+    with recording(), pytest.raises(NotImplementedError, match="linalg_eigh"):
+        torch.linalg.eigvalsh(torch.empty(4, 4))
+
+
+def test_the_opponents_are_counted_whole() -> None:
+    """Five products of the formula and two of its gradient, two solvers; three pseudo-inverses and one wait a step."""
+    operator = predict.measure("layer-n4096-4096-4096", H200, allow_tf32=False)
+    products, solved = 7 * 2 * 4096**3, (1 / 3 + 2) * 4096**3
+    assert operator[layer.EAGER].gigaflops == pytest.approx((products + solved) / 1e9, rel=1e-6)
+    assert operator[layer.EAGER].product_seconds < operator[layer.EAGER].eager_seconds
+    published = predict.measure("mlp-784-512-512-10-n20-leaky_relu", H200, allow_tf32=False)[teleport.PUBLISHED]
+    assert published.decompositions == published.waits * 3 == 30
 
 
 @pytest.mark.parametrize("name", ["mlp-784-512-512-10-n20-leaky_relu", "mlp-784-512-512-10-n200-softplus"])
@@ -57,7 +101,7 @@ def test_the_search_on_the_device_waits_for_nothing(name: str) -> None:
     if predict.WHERE.type != "cuda":
         pytest.skip("this torch is a build without CUDA, so that the decisions are those taken on the CPU")
     parts = predict.measure(name, H200, allow_tf32=False)
-    assert parts["search and weights"].waits == 0 < parts["set-up"].waits
+    assert parts[predict.SEARCH].waits == parts[predict.LONGER_SEARCH].waits == 0 < parts[predict.SETUP].waits
 
 
 def test_a_larger_problem_takes_longer_and_the_document_says_that_it_predicts(tmp_path: Path) -> None:
@@ -66,7 +110,7 @@ def test_a_larger_problem_takes_longer_and_the_document_says_that_it_predicts(tm
     predict.main(predict.make_arguments().parse_args(["--shape", *names, "--out", str(out)]))
     document = json.loads(out.read_text())
     assert "PREDICTION" in document["note"]
-    small, large = (document["predicted"][name]["forward and backward"] for name in names)
+    small, large = (document["predicted"][name][layer.OPERATOR] for name in names)
     assert large["graph_seconds"] > 10 * small["graph_seconds"]
     assert small["graph_seconds"] <= small["eager_seconds"]
     assert sum(large["share_of_bound"].values()) == pytest.approx(1, abs=0.01)
