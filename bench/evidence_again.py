@@ -10,20 +10,17 @@ are those of its training, teleports included.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.evidence_files import read
 from bench.harness import RESULTS, write_json
-
-Record = dict[str, Any]
+from symtele_cuda.experiments.study.records import Line, Record, read_line
 
 FIRST = RESULTS / "evidence"
-# What tells a run by its settings.
-NAME = ("problem", "optimizer", "lr", "arm", "seed")
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
@@ -34,13 +31,13 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     """
     problems = {}
     for path in sorted(first.glob("study-*.jsonl")):
-        before, after = read_records(path), read_records(second / path.name)
+        before, after = read_lines(path), read_lines(second / path.name)
         if before.keys() != after.keys():
             raise ValueError(f"{second / path.name} must hold the runs of {path}, got {len(after)} for {len(before)}")
-        factors = [seconds_of(after[name]) / seconds_of(before[name]) for name in before]
+        factors = [after[key].record.final.seconds / before[key].record.final.seconds for key in before]
         problems[path.stem.removeprefix("study-")] = {
             "runs": len(before),
-            "same": sum(outcome_of(before[name]) == outcome_of(after[name]) for name in before),
+            "same": sum(outcome_of(before[key]) == outcome_of(after[key]) for key in before),
             "seconds, second / first": {
                 "least": min(factors),
                 "median": statistics.median(factors),
@@ -50,29 +47,25 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     return problems
 
 
-def read_records(path: Path) -> dict[tuple[Any, ...], Record]:
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {tuple(record[key] for key in NAME): record for record in records}
+def read_lines(path: Path) -> dict[str, Line]:
+    """The lines of a file of records, by the keys of their jobs."""
+    lines = map(read_line, path.read_text(encoding="utf-8").splitlines())
+    return {line.key: line for line in lines}
 
 
-def seconds_of(record: Record) -> float:
-    return record["checks"]["seconds"][-1]
-
-
-def outcome_of(record: Record) -> Record:
-    """All of a run but its time."""
-    timeless = {key: value for key, value in record.items() if key not in ("key", "made")}
-    return timeless | {
-        part: {key: column for key, column in record[part].items() if key != "seconds"}
-        for part in ("checks", "validations", "teleports")
-    }
+def outcome_of(line: Line) -> tuple[str, Record]:
+    """All of a run but its time. What is not finite is equal here: read_line has one NaN for all."""
+    record = line.record
+    checks = tuple(replace(check, seconds=0.0) for check in record.checks)
+    teleports = tuple(replace(teleport, seconds=0.0) for teleport in record.teleports)
+    return line.data, replace(record, checks=checks, teleports=teleports)
 
 
 def main(arguments: argparse.Namespace) -> None:
     study = read(arguments.folder / "study.json")
     document = {
         "benchmark": "again",
-        "machine": next(iter(read_records(arguments.folder / "study-digits.jsonl").values()))["made"],
+        "machine": next(iter(read_lines(arguments.folder / "study-digits.jsonl").values())).made,
         "minutes": study["minutes"],
         "problems": compare(FIRST, arguments.folder),
     }

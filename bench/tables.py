@@ -228,19 +228,19 @@ def predicted_layer_table(results: Results) -> str:
         shape = predict.SHAPES[name]
         if isinstance(shape, predict.LayerShape):
             ours, theirs = parts[layer.OPERATOR], parts[layer.EAGER]
-            seconds, theirs = ours["eager_seconds"], (theirs["eager_seconds"], theirs["product_seconds"])
+            seconds, opponents = ours["eager_seconds"], (theirs["eager_seconds"], theirs["product_seconds"])
             least = roofline.layer_work(shape.n, shape.d_in, shape.d_out, roofline.FLOAT32).seconds(ceilings)
             rows.append(
                 [
                     f"`{name}`",
                     *map(_milliseconds, (seconds, ours["graph_seconds"])),
                     str(ours["kernels"]),
-                    *(cell for other in theirs for cell in (_milliseconds(other), f"{other / seconds:.2f}×")),
+                    *(cell for other in opponents for cell in (_milliseconds(other), f"{other / seconds:.2f}×")),
                     f"{100 * least / seconds:.0f} %",
                 ]
             )
-    opponents = (layer.EAGER, "faster", "its products alone", "faster")
-    return table(("shape", "one by one", "as in a graph", "kernels", *opponents, "ceilings"), rows)
+    against = (layer.EAGER, "faster", "its products alone", "faster")
+    return table(("shape", "one by one", "as in a graph", "kernels", *against, "ceilings"), rows)
 
 
 def gpu_teleport_table(results: Results) -> str:

@@ -279,10 +279,12 @@ def test_the_table_of_a_run_that_diverges() -> None:
 # --- the study trained a second time ----------------------------------------------------------------------------------
 
 
-def record(seed: int, losses: list[float], seconds: float) -> dict:
-    name = {"problem": "digits", "optimizer": "sgd", "lr": 0.1, "arm": "plain", "seed": seed}
+def record(seed: int, losses: list[float | None], seconds: float) -> dict:
+    head = {"key": str(seed), "data": "d", "made": "m", "iterations_per_epoch": 10, "refused": 0}
     checks = {"iteration": [10, 20], "seconds": [seconds / 2, seconds], "train_loss": losses}
-    return {"key": str(seconds), "data": "d", "made": "m", **name, "checks": checks, "validations": {}, "teleports": {}}
+    columns = ("iteration", "seconds", "accepted", "loss_before", "loss_after", "loss_later")
+    teleports = dict(zip(columns, ([5], [seconds / 9], [True], [2.5], [2.5], [None]), strict=True))
+    return {**head, "checks": checks, "validations": {"loss": [1.0], "accuracy": [None]}, "teleports": teleports}
 
 
 def folder_of(place: Path, *records: dict) -> Path:
