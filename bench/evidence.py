@@ -99,7 +99,7 @@ ROWS = (
     Row(
         "study",
         ("study",),
-        117,
+        97,
         data=True,
         alone=True,
         quick=("--quick", "--problem", "digits", "--optimizer", "sgd"),

@@ -1,10 +1,11 @@
-"""The study of optimizers trained a second time, run by run beside the committed records of the first.
+"""The study of optimizers trained another time, run by run beside the committed records.
 
     python -m bench.evidence_again FOLDER [--out FILE]
 
 FOLDER holds what `python -m bench.evidence --only study --again` has written in another checkout: study.json and
 study-*.jsonl. A run is the same if all its losses, accuracies and teleports are, to the last digit kept; its seconds
-are those of its training, teleports included.
+are those of its training, teleports included. Runs that were cut short are completed by the plain ones, so that they
+can be held against the same runs in full.
 """
 
 from __future__ import annotations
@@ -18,27 +19,32 @@ from typing import Any
 
 from bench.evidence_files import read
 from bench.harness import RESULTS, write_json
-from symtele_cuda.experiments.study.records import Line, Record, read_line
+from symtele_cuda.experiments.study.jobs import FULL, Job, Study
+from symtele_cuda.experiments.study.program import known_jobs
+from symtele_cuda.experiments.study.records import Line, Record
+from symtele_cuda.experiments.study.store import Store
 
-FIRST = RESULTS / "evidence"
+COMMITTED = RESULTS / "evidence"
 
 
-def compare(first: Path, second: Path) -> dict[str, Any]:
-    """By problem: how many runs both folders hold, how many are the same, and how many times as long the second took.
+def compare(committed: Path, other: Path) -> dict[str, Any]:
+    """By problem: how many runs both folders hold, how many are the same, and how many times as long the other took.
 
     Raises:
-        ValueError: the folders do not hold the same runs.
+        ValueError: they have no run of a problem in common.
     """
     problems = {}
-    for path in sorted(first.glob("study-*.jsonl")):
-        before, after = read_lines(path), read_lines(second / path.name)
-        if before.keys() != after.keys():
-            raise ValueError(f"{second / path.name} must hold the runs of {path}, got {len(after)} for {len(before)}")
-        factors = [after[key].record.final.seconds / before[key].record.final.seconds for key in before]
-        problems[path.stem.removeprefix("study-")] = {
-            "runs": len(before),
-            "same": sum(outcome_of(before[key]) == outcome_of(after[key]) for key in before),
-            "seconds, second / first": {
+    for study in FULL.values():
+        ours, theirs = (lines_of(study, folder) for folder in (committed, other))
+        both = ours.keys() & theirs.keys()
+        if not both:
+            raise ValueError(f"{other} must hold runs of {study.problem.name} that {committed} holds too, got none")
+        factors = [theirs[job].record.final.seconds / ours[job].record.final.seconds for job in both]
+        problems[study.problem.name] = {
+            "runs": len(both),
+            "same": sum(outcome_of(ours[job]) == outcome_of(theirs[job]) for job in both),
+            "in one alone": len(ours.keys() ^ theirs.keys()),
+            "seconds, other / committed": {
                 "least": min(factors),
                 "median": statistics.median(factors),
                 "largest": max(factors),
@@ -47,17 +53,23 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     return problems
 
 
-def read_lines(path: Path) -> dict[str, Line]:
-    """The lines of a file of records, by the keys of their jobs."""
-    lines = map(read_line, path.read_text(encoding="utf-8").splitlines())
-    return {line.key: line for line in lines}
+def lines_of(study: Study, folder: Path) -> dict[Job, Line]:
+    """All that the folder holds of the study."""
+    store = Store(folder, study.problem.name)
+    return store.of(known_jobs(study, store))
 
 
 def outcome_of(line: Line) -> tuple[str, Record]:
-    """All of a run but its time. What is not finite is equal here: read_line has one NaN for all."""
+    """All of a run but its time. What is not finite is equal here: a line read has one NaN for all.
+
+    A refusal wrote nothing: a run that was cut short has not looked at the loss a while after it.
+    """
     record = line.record
     checks = tuple(replace(check, seconds=0.0) for check in record.checks)
-    teleports = tuple(replace(teleport, seconds=0.0) for teleport in record.teleports)
+    teleports = tuple(
+        replace(teleport, seconds=0.0, loss_later=teleport.loss_later if teleport.accepted else 0.0)
+        for teleport in record.teleports
+    )
     return line.data, replace(record, checks=checks, teleports=teleports)
 
 
@@ -65,16 +77,16 @@ def main(arguments: argparse.Namespace) -> None:
     study = read(arguments.folder / "study.json")
     document = {
         "benchmark": "again",
-        "machine": next(iter(read_lines(arguments.folder / "study-digits.jsonl").values())).made,
+        "machine": next(iter(study["summaries"][0]["made"])),
         "minutes": study["minutes"],
-        "problems": compare(FIRST, arguments.folder),
+        "problems": compare(COMMITTED, arguments.folder),
     }
     write_json(arguments.out, document)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The study trained a second time, beside the first.")
-    parser.add_argument("folder", type=Path, help="the results of the second")
+    parser = argparse.ArgumentParser(description="The study trained another time, beside the committed one.")
+    parser.add_argument("folder", type=Path, help="the results of the other")
     parser.add_argument("--out", type=Path, default=RESULTS / "again.json", help="the JSON file to write")
     return parser.parse_args(words)
 

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,11 @@ from bench.tables import load
 from symtele_cuda import __main__ as command_line
 from symtele_cuda.experiments import classification, planar
 from symtele_cuda.experiments.data import Dataset
+from symtele_cuda.experiments.study.jobs import DEFAULTS, Job, Study
+from symtele_cuda.experiments.study.problems import Problem
+from symtele_cuda.experiments.study.records import Check, Record, Teleport, Validation
+from symtele_cuda.experiments.study.store import Store
+from symtele_cuda.experiments.study.summary import summaries_of
 from symtele_cuda.experiments.training import TeleportSettings, TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -276,41 +282,62 @@ def test_the_table_of_a_run_that_diverges() -> None:
     assert line == "| plain | 1 | inf | inf | 50.00% | ×3 | +inf% |"
 
 
-# --- the study trained a second time ----------------------------------------------------------------------------------
+# --- the study trained another time -----------------------------------------------------------------------------------
+
+PROBLEM = Problem("digits", "digits", (16,), batch_size=40, epochs=2, check_every=4)
+ONE_RATE = Study(PROBLEM, {"sgd": (0.1,)}, targets=(1.0,), seconds=(1.0, 1.0), seeds=(1,), state_seeds=(1,))
 
 
-def record(seed: int, losses: list[float | None], seconds: float) -> dict:
-    head = {"key": str(seed), "data": "d", "made": "m", "iterations_per_epoch": 10, "refused": 0}
-    checks = {"iteration": [10, 20], "seconds": [seconds / 2, seconds], "train_loss": losses}
-    columns = ("iteration", "seconds", "accepted", "loss_before", "loss_after", "loss_later")
-    teleports = dict(zip(columns, ([5], [seconds / 9], [True], [2.5], [2.5], [None]), strict=True))
-    return {**head, "checks": checks, "validations": {"loss": [1.0], "accuracy": [None]}, "teleports": teleports}
-
-
-def folder_of(place: Path, *records: dict) -> Path:
-    place.mkdir()
-    (place / "study-digits.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+def folder_of(place: Path, teleported: Sequence[Record], plain: Record | None = None) -> Path:
+    """The records of seeds 0, 1, …, of plain runs and teleported ones."""
+    store = Store(place, "digits")
+    for seed, record in enumerate(teleported):
+        for teleports, one in ((None, plain or record), (DEFAULTS, record)):
+            store.append(Job(PROBLEM, "sgd", 0.1, teleports, seed), "data", "machine", one)
     return place
 
 
-def test_runs_are_the_same_up_to_their_time(tmp_path: Path) -> None:
-    first = folder_of(tmp_path / "first", record(1, [2.0, 1.0], 4.0), record(2, [2.0, 1.5], 4.0))
-    second = folder_of(tmp_path / "second", record(2, [2.0, 1.4], 4.0), record(1, [2.0, 1.0], 6.0))
-    problem = evidence_again.compare(first, second)["digits"]
-    assert (problem["runs"], problem["same"]) == (2, 1)
-    assert problem["seconds, second / first"] == {"least": 1.0, "median": 1.25, "largest": 1.5}
+def run_of(losses: Sequence[float], seconds: float, accepted: bool = False, cut_short: bool = False) -> Record:
+    checks = tuple(Check(5 * step, seconds * step, loss) for step, loss in enumerate(losses))
+    later = losses[-1] if accepted or not cut_short else math.nan
+    teleports = (Teleport(3, 1.0, accepted, 2.5, 2.5, later),)
+    return Record(10, checks, (Validation(1.0, math.nan),), teleports, refused=0, cut_short=cut_short)
 
 
-def test_a_run_that_is_missing_the_second_time_is_an_error(tmp_path: Path) -> None:
-    first = folder_of(tmp_path / "first", record(1, [2.0, 1.0], 4.0), record(2, [2.0, 1.5], 4.0))
-    second = folder_of(tmp_path / "second", record(1, [2.0, 1.0], 4.0))
-    with pytest.raises(ValueError, match="got 1 for 2"):
-        evidence_again.compare(first, second)
+def test_runs_are_the_same_up_to_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence_again, "FULL", {"digits": ONE_RATE})
+    ours = folder_of(tmp_path / "ours", [run_of([2.0, 1.0, 0.5], 2.0), run_of([2.0, 1.0, 0.5], 2.0)])
+    others = folder_of(tmp_path / "others", [run_of([2.0, 1.0, 0.5], 3.0), run_of([2.0, 1.0, 0.4], 2.0)])
+    problem = evidence_again.compare(ours, others)["digits"]
+    assert (problem["runs"], problem["same"], problem["in one alone"]) == (4, 2, 0)
+    assert problem["seconds, other / committed"] == {"least": 1.0, "median": 1.25, "largest": 1.5}
 
 
-def test_what_the_page_says_of_the_second_time_is_what_its_file_says() -> None:
-    again = load("again")
-    assert all(problem["runs"] == problem["same"] > 0 for problem in again["problems"].values())
-    factors = again["problems"]["mnist-512"]["seconds, second / first"]
-    said = f"{factors['least']:.1f} to {factors['largest']:.0f} times as long as the first"
-    assert said in " ".join(PAGE.split()) and f"go of {again['minutes']:.0f} minutes" in PAGE
+def test_a_run_that_was_cut_short_is_held_against_one_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence_again, "FULL", {"digits": ONE_RATE})
+    plain, short = run_of([2.0, 1.0, 0.5], 2.0), run_of([2.0, 1.0], 2.0, cut_short=True)
+    ours = folder_of(tmp_path / "ours", [short, short], plain)
+    others = folder_of(tmp_path / "others", [run_of([2.0, 1.0, 0.5], 2.5)], plain)
+    problem = evidence_again.compare(ours, others)["digits"]
+    assert (problem["runs"], problem["same"], problem["in one alone"]) == (2, 2, 2)
+    assert problem["seconds, other / committed"] == {"least": 1.0, "median": 1.0, "largest": 1.0}  # 4 + 1 and 5 seconds
+    with pytest.raises(ValueError, match=r"must hold runs of digits that .*ours holds too, got none"):
+        evidence_again.compare(ours, tmp_path)
+
+
+def test_what_the_page_says_of_another_time_is_what_its_file_says() -> None:
+    problems = load("again")["problems"].values()
+    assert all(problem["runs"] == problem["same"] > 0 for problem in problems)
+    factors = [problem["seconds, other / committed"] for problem in problems]
+    least, largest = min(entry["least"] for entry in factors), max(entry["largest"] for entry in factors)
+    assert f"by factors from {least:.1f} to {largest:.1f}," in " ".join(PAGE.split())
+
+
+def test_no_harm_beyond_chance_is_left_on_the_fresh_seeds() -> None:
+    """What the page and the README say of the rates that were looked at again."""
+    summaries = summaries_of(numbers("study"))
+    suspects = {(harm.optimizer, harm.lr) for summary in summaries for harm in summary.harm if harm.beyond_chance}
+    again = [harm for summary in summaries for harm in summary.fresh_harm]
+    assert {(harm.optimizer, harm.lr) for harm in again} == suspects and len(suspects) == 4
+    assert not any(harm.beyond_chance or harm.harmed_seeds for harm in again)
+    assert all(harm.seeds == 20 for harm in again)

@@ -36,7 +36,7 @@ from symtele_cuda.experiments.study.jobs import (
 )
 from symtele_cuda.experiments.study.measure import LATER, measure, train_loss
 from symtele_cuda.experiments.study.problems import PROBLEMS, Problem, fingerprint, load, make_task
-from symtele_cuda.experiments.study.records import Check, Record, Teleport, Validation, read_line, write_line
+from symtele_cuda.experiments.study.records import Check, Line, Record, Teleport, Validation, read_line, write_line
 from symtele_cuda.experiments.study.store import Store
 from symtele_cuda.experiments.study.summary import load_summaries, save_summaries, summarise
 from symtele_cuda.experiments.training import OPTIMIZERS, TeleportSettings, start, train
@@ -142,6 +142,30 @@ def test_a_record_survives_its_line() -> None:
     assert math.isnan(read.record.final.train_loss) and math.isnan(read.record.validations[1].accuracy)
     assert read.record.checks[1] == record.checks[1] and read.record.validations[0] == record.validations[0]
     assert repr(read.record.teleports) == repr(record.teleports)
+
+
+def test_a_run_that_was_cut_short_is_the_plain_one_and_its_refusals(tmp_path: Path) -> None:
+    plain_job = Job(TINY, "sgd", 0.1, None, 3)
+    job = replace(plain_job, teleports=DEFAULTS)
+    plain = made_up([2.0, 1.0, 0.5, 0.25])
+    refusals = [Teleport(at, seconds, False, 1.5, 1.5, math.nan) for at, seconds in ((0, 0.5), (10, 0.25))]
+    short = replace(made_up([2.0, 1.0], refusals), validations=(Validation(0.7, 0.5),), cut_short=True)
+    store = Store(tmp_path, "digits")
+    store.append(job, "data", "torch", short)
+    assert '"cut_short":true' in store.path.read_text() and store.missing([job], "data") == []
+    assert store.of([job]) == {}  # what it goes on as is not there
+    store.append(plain_job, "data", "torch", plain)
+    assert '"cut_short"' not in store.path.read_text().splitlines()[1]
+    record = store.of([job])[job].record
+    assert [check.seconds for check in record.checks] == [0.0, 2.5, 4.75, 6.75]
+    assert [check.train_loss for check in record.checks] == [2.0, 1.0, 0.5, 0.25]
+    assert (record.validations, record.accepted, record.cut_short) == (plain.validations, [], False)
+    assert record.teleport_share == pytest.approx(0.75 / 6.75)
+    other = replace(job, seed=4)
+    store.append(other, "data", "torch", replace(short, checks=made_up([2.0, 1.1]).checks))
+    store.append(replace(plain_job, seed=4), "data", "torch", plain)
+    with pytest.raises(ValueError, match=r"seed 4: a run without a teleport must have .* got 1\.1 for 1\.0 after 10"):
+        store.of([job, other])
 
 
 def test_a_store_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
@@ -367,6 +391,36 @@ def test_only_optimizers_with_all_their_runs_are_reported() -> None:
     assert results.following_jobs(LADDER, records) == [replace(nudged, seed=1), nudged]
 
 
+def test_rates_at_which_teleports_seem_to_do_harm_are_looked_at_again() -> None:
+    teleport = [Teleport(0, 0.1, True, 2.0, 1.9, math.nan)]
+    records = all_records(LADDER, made_up([2.0, 1.0]), made_up([2.0, 0.9]))
+    for lr, nudged in ((0.1, 1.2), (0.3, 1.0)):  # above the plain curve at both, above the nudged one at the second
+        for seed in LADDER.seeds:
+            records[Job(TINY, "sgd", lr, DEFAULTS, seed)] = made_up([2.0, 1.1], teleport)
+            records[Job(TINY, "sgd", lr, NUDGE, seed)] = made_up([2.0, nudged], teleport)
+    again = results.looked_at_again(LADDER, records)
+    assert again.all_rates() == [("sgd", 0.3)] and again.seeds == LADDER.fresh_seeds
+    fresh = [
+        Job(TINY, "sgd", 0.3, teleports, seed) for teleports in (None, DEFAULTS, NUDGE) for seed in LADDER.fresh_seeds
+    ]
+    assert [job for job in results.following_jobs(LADDER, records) if job not in records] == fresh
+    assert set(results.complete(LADDER, records).rates) == {"adam"}
+    lacking = dict(records)
+    del lacking[Job(TINY, "sgd", 0.1, NUDGE, 1)]
+    assert not set(fresh) & set(results.following_jobs(LADDER, lacking))  # chance is not known yet
+    losses = {None: 1.0, DEFAULTS: 0.5, NUDGE: 1.0}
+    records |= {job: made_up([2.0, losses[job.teleports]], [] if job.teleports is None else teleport) for job in fresh}
+    assert results.complete(LADDER, records) == LADDER
+    (harm,) = results.no_harm(again, records)
+    assert (harm.lr, harm.seeds, harm.ratio, harm.beyond_chance) == (0.3, 20, 0.5, False)
+    store_lines = {job: Line(job.key, "data", "torch", record) for job, record in records.items()}
+    text = tables.section(summarise(LADDER, store_lines))
+    assert (
+        "### Harm beyond chance, looked at again on seeds 6 to 25" in text
+        and "| sgd, 0.3 | 20 | 0 of 20 | 0 of 20 | 0.500 |" in text
+    )
+
+
 def test_a_brief_study_runs_all_seeds_at_the_best_rates_alone() -> None:
     study = replace(LADDER, rates={"muon": (0.1, 0.2, 0.3)}, brief=True)
     losses = {None: {0.1: 0.9, 0.2: 0.5, 0.3: 0.7}, DEFAULTS: {0.1: 0.8, 0.2: 0.6, 0.3: 0.4}}
@@ -475,6 +529,33 @@ def test_a_teleport_that_cannot_be_done_is_counted_and_any_other_error_is_raised
     errors["raised"] = ValueError
     with pytest.raises(ValueError, match="no"):
         measure(Job(TINY, "sgd", 0.1, DEFAULTS, 0), task)
+
+
+@needs_extras
+def test_a_run_without_a_teleport_is_cut_short_and_completed_by_the_plain_one(tmp_path: Path) -> None:
+    """What is left out is what would come: the completed run is the one in full, but for its seconds."""
+    problem = replace(TINY, samples=1797, epochs=3)
+    task = make_task(problem, load(problem, None), seed=0)
+    store = Store(tmp_path, "digits")
+    for optimizer in ("sgd", "muon"):
+        for accepts, gain in ((False, 1e6), (True, 0.0)):
+            job = Job(problem, optimizer, 0.02, replace(DEFAULTS, min_gain=gain), 0)
+            full, record = measure(job, task), measure(job, task, in_full=False)
+            assert bool(full.accepted) == bool(record.accepted) == accepts and record.teleports
+            assert record.cut_short == (not accepts) and not full.cut_short
+            assert len(record.validations) == (3 if accepts else 1)
+            for one in (job, replace(job, teleports=None)):
+                if store.missing([one], "data"):
+                    store.append(one, "data", "torch", record if one == job else measure(one, task, in_full=False))
+            completed, whole = store.of([job])[job].record, read_line(write_line(job, "data", "torch", full)).record
+            assert [(check.iteration, check.train_loss) for check in completed.checks] == [
+                (check.iteration, check.train_loss) for check in whole.checks
+            ]
+            assert completed.validations == whole.validations
+            plain = store.of([replace(job, teleports=None)])[replace(job, teleports=None)].record
+            if not accepts:
+                asked = sum(teleport.seconds for teleport in record.teleports)
+                assert completed.final.seconds == pytest.approx(plain.final.seconds + asked, rel=1e-4)
 
 
 @needs_extras

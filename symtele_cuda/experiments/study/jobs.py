@@ -77,7 +77,8 @@ class Study:
     """The part of the study that belongs to one problem.
 
     rates: of every optimizer, rising. targets: the train losses, falling, whose time is compared. The rate of an arm is
-    chosen on `tuning_seed` and judged on `seeds`; what becomes of the optimizer's state is compared on `state_seeds`.
+    chosen on `tuning_seed` and judged on `seeds`; what becomes of the optimizer's state is compared on `state_seeds`;
+    rates at which teleports seem to do harm are looked at again on `fresh_seeds`.
     brief: no more than that choice and that judgement, without what needs all seeds at all rates: harm, and the state.
     seconds: of about one run on one core, with Muon and with any other optimizer: for the order of the jobs and the
     estimates of the time that is left.
@@ -90,6 +91,7 @@ class Study:
     tuning_seed: int = 0
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     state_seeds: tuple[int, ...] = (1, 2, 3)
+    fresh_seeds: tuple[int, ...] = tuple(range(6, 26))
     brief: bool = False
 
     def main_jobs(self) -> Iterator[Job]:
@@ -218,7 +220,8 @@ def _quick(study: Study) -> Study:
     """A small study of the same problem: a few samples, two epochs, two rates, two seeds."""
     problem = replace(study.problem, samples=500, epochs=2, check_every=5)
     rates = {name: ladder[len(ladder) // 2 - 1 :][:2] for name, ladder in study.rates.items()}
-    return replace(study, problem=problem, rates=rates, seconds=(1.5, 0.5), seeds=(1, 2), state_seeds=(1,))
+    few = replace(study, seeds=(1, 2), state_seeds=(1,), fresh_seeds=(3, 4))
+    return replace(few, problem=problem, rates=rates, seconds=(1.5, 0.5))
 
 
 QUICK = {name: _quick(study) for name, study in FULL.items()}

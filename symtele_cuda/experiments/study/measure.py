@@ -27,9 +27,9 @@ class Diverged(Exception):
     """The training loss is no longer finite."""
 
 
-def measure(job: Job, task: Task, kind: type[Teleporter] = Teleporter) -> Record:
+def measure(job: Job, task: Task, kind: type[Teleporter] = Teleporter, in_full: bool = True) -> Record:
     """Train as `job` says, with a teleporter of `kind`. A run whose training loss is no longer finite ends at the check
-    that sees it."""
+    that sees it; unless `in_full`, one in which nothing was teleported ends with its schedule."""
     training = job.training
     warm_up(task, training)
     gc.collect()
@@ -39,6 +39,9 @@ def measure(job: Job, task: Task, kind: type[Teleporter] = Teleporter) -> Record
         run.check()
         for epoch in range(training.epochs):
             run.train_epoch(epoch)
+            if not in_full and run.is_plain_over_again(epoch):
+                run.cut_short = True
+                break
     except Diverged:
         pass
     return run.record()
@@ -81,10 +84,12 @@ class _Run:
     validations: list[Validation] = field(default_factory=list)
     teleports: list[Teleport] = field(default_factory=list)
     refused: int = 0
+    cut_short: bool = False
 
     def record(self) -> Record:
         per_epoch = math.ceil(len(self.trainee.task.train) / self.trainee.batch_size)
-        return Record(per_epoch, tuple(self.checks), tuple(self.validations), tuple(self.teleports), self.refused)
+        lists = tuple(self.checks), tuple(self.validations), tuple(self.teleports)
+        return Record(per_epoch, *lists, self.refused, self.cut_short)
 
     def train_epoch(self, epoch: int) -> None:
         with self.clock.running():
@@ -141,6 +146,13 @@ class _Run:
         if settings is None or epoch not in settings.epochs:
             return False
         return len(self.teleports) < settings.teleports_per_epoch * (1 + settings.epochs.index(epoch))
+
+    def is_plain_over_again(self, epoch: int) -> bool:
+        """Whether the epochs after `epoch` are as without a teleporter, and all that asking took is in `teleports`."""
+        settings = self.job.teleports
+        if settings is None or epoch < max(settings.epochs) or epoch + 1 == self.job.problem.epochs:
+            return False
+        return self.refused == 0 and not any(teleport.accepted for teleport in self.teleports)
 
     def look_back(self) -> None:
         """Measure the loss for the teleports that are `LATER` iterations old."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,10 @@ def train(studies: Sequence[Study], data_dir: Path | None, out: Path, processes:
     data = {study.problem: fingerprint(load(study.problem, data_dir)) for study in studies}
     made = f"torch {torch.__version__}, {processes} processes of one thread on {processor()}"
     failed: list[tuple[Job, Exception]] = []
-    count = 0
-    for kind, choose in (("first", _first_jobs), ("further", _following_jobs)):
-        seconds = _todo(studies, stores, data, choose)
-        count += len(seconds)
-        with _progress(kind, seconds, processes) as bar:
+    tried: set[Job] = set()
+    while seconds := _todo(studies, stores, data, tried):
+        tried |= seconds.keys()
+        with _progress(seconds, processes) as bar:
             for job, outcome in run_jobs(seconds, data_dir, processes):
                 if isinstance(outcome, Exception):
                     failed.append((job, outcome))
@@ -71,7 +70,7 @@ def train(studies: Sequence[Study], data_dir: Path | None, out: Path, processes:
                 bar.update(seconds[job])
     if failed:
         job, error = failed[0]
-        raise StudyError(f"{len(failed)} of {count} runs failed, the first ({job}) with: {error}") from error
+        raise StudyError(f"{len(failed)} of {len(tried)} runs failed, the first ({job}) with: {error}") from error
 
 
 def report(studies: Iterable[Study], out: Path) -> str:
@@ -86,7 +85,7 @@ def report(studies: Iterable[Study], out: Path) -> str:
     summaries, missing = [], []
     for study in studies:
         store = _open(out, study)
-        lines = store.of((*study.first_jobs(), *_following_jobs(study, store)))
+        lines = store.of(known_jobs(study, store))
         records = {job: line.record for job, line in lines.items()}
         whole = complete(study, records)
         lacking = ", ".join(optimizer for optimizer in study.rates if optimizer not in whole.rates)
@@ -105,35 +104,37 @@ def report(studies: Iterable[Study], out: Path) -> str:
     return text
 
 
-def _first_jobs(study: Study, store: Store) -> list[Job]:
-    return study.first_jobs()
-
-
-def _following_jobs(study: Study, store: Store) -> list[Job]:
-    """Those of the optimizers that have all their first records."""
-    records = {job: line.record for job, line in store.of(study.first_jobs()).items()}
-    return following_jobs(begun(study, records), records)
+def known_jobs(study: Study, store: Store) -> list[Job]:
+    """The first jobs and, of the optimizers that have all records of these, those that follow from what is there."""
+    jobs = dict.fromkeys(study.first_jobs())
+    count = 0
+    while count < len(jobs):
+        count = len(jobs)
+        records = {job: line.record for job, line in store.of(jobs).items()}
+        jobs |= dict.fromkeys(following_jobs(begun(study, records), records))
+    return list(jobs)
 
 
 def _todo(
     studies: Iterable[Study],
     stores: Mapping[Problem, Store],
     data: Mapping[Problem, str],
-    choose: Callable[[Study, Store], list[Job]],
+    tried: Collection[Job],
 ) -> dict[Job, float]:
-    """The chosen jobs without a record, the longest first, with their estimated seconds."""
+    """The jobs without a record that have not been tried, the longest first, with their estimated seconds."""
     estimates = {
         job: study.estimate(job)
         for study in studies
-        for job in stores[study.problem].missing(choose(study, stores[study.problem]), data[study.problem])
+        for job in stores[study.problem].missing(known_jobs(study, stores[study.problem]), data[study.problem])
+        if job not in tried
     }
     return dict(sorted(estimates.items(), key=lambda entry: -entry[1]))
 
 
-def _progress(kind: str, seconds: Mapping[Job, float], processes: int) -> Any:
+def _progress(seconds: Mapping[Job, float], processes: int) -> Any:
     """A bar over the estimated seconds of all runs, so that its own estimate knows the long from the short."""
     total = sum(seconds.values())
-    _say(f"{len(seconds)} {kind} runs to do, about {total / processes / 60:.0f} minutes with {processes} processes")
+    _say(f"{len(seconds)} runs to do, about {total / processes / 60:.0f} minutes with {processes} processes")
     return require_extra("tqdm").tqdm(total=total, bar_format=PROGRESS, dynamic_ncols=True, delay=0.1)
 
 

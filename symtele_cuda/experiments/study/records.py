@@ -1,7 +1,7 @@
 """What one training run of the study leaves: a `Record`, and the line of a file that holds it.
 
 A line is {key, data, made, problem, optimizer, lr, arm, seed, …} and the numbers as lists, rounded to five digits; NaN
-and Inf are null there and NaN when read.
+and Inf are null there and NaN when read. Of a run that nothing was teleported in, only the beginning is trained.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from symtele_cuda.experiments.study.jobs import Job
@@ -55,6 +55,7 @@ class Record:
     """One run.
 
     refused: how often a teleport could not be done with the model and its batch (TeleportError), and the run went on.
+    cut_short: whether it was ended with its schedule, because nothing was teleported: see `completed`.
     """
 
     iterations_per_epoch: int
@@ -62,6 +63,7 @@ class Record:
     validations: tuple[Validation, ...]
     teleports: tuple[Teleport, ...]
     refused: int
+    cut_short: bool = False
 
     @property
     def final(self) -> Check:
@@ -81,6 +83,28 @@ class Record:
     def teleport_share(self) -> float:
         """What share of the training time the teleports took."""
         return sum(teleport.seconds for teleport in self.teleports) / self.final.seconds
+
+
+def completed(record: Record, plain: Record) -> Record:
+    """The whole of a run that was cut short: `plain`, the run of the same seed without teleports, over again, with the
+    seconds that asking for teleports took.
+
+    Raises:
+        ValueError: the run does not begin as `plain` does, so that its rest is another.
+    """
+    for ours, theirs in zip(record.checks, plain.checks, strict=False):
+        if (ours.iteration, ours.train_loss) != (theirs.iteration, theirs.train_loss):
+            raise ValueError(
+                "a run without a teleport must have the train losses of the plain run of its seed, got "
+                f"{ours.train_loss} for {theirs.train_loss} after {ours.iteration} iterations: were they trained on "
+                "different machines?"
+            )
+
+    def asked_until(iteration: int) -> float:
+        return sum(teleport.seconds for teleport in record.teleports if teleport.iteration < iteration)
+
+    checks = tuple(replace(check, seconds=check.seconds + asked_until(check.iteration)) for check in plain.checks)
+    return replace(plain, checks=checks, teleports=record.teleports)
 
 
 @dataclass(frozen=True)
@@ -107,6 +131,8 @@ def write_line(job: Job, data: str, made: str, record: Record) -> str:
         "iterations_per_epoch": record.iterations_per_epoch,
         "refused": record.refused,
     }
+    if record.cut_short:
+        head["cut_short"] = True
     body = {name: _columns(kind, getattr(record, name)) for name, kind in _LISTS.items()}
     return json.dumps(head | body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
@@ -120,7 +146,8 @@ def read_line(text: str) -> Line:
     try:
         entry = json.loads(text)
         lists: dict[str, Any] = {name: _rows(kind, entry[name]) for name, kind in _LISTS.items()}
-        record = Record(entry["iterations_per_epoch"], refused=entry["refused"], **lists)
+        cut_short = entry.get("cut_short", False)
+        record = Record(entry["iterations_per_epoch"], refused=entry["refused"], cut_short=cut_short, **lists)
         return Line(entry["key"], entry["data"], entry["made"], record)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"expected the record of a run, got {text[:40]!r} ({error})") from error

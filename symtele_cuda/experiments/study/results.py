@@ -220,6 +220,17 @@ def no_harm(study: Study, records: Records) -> list[Harm]:
     return [] if study.brief else [_harm(study, records, *rate) for rate in study.all_rates()]
 
 
+def looked_at_again(study: Study, records: Records) -> Study:
+    """The study on its fresh seeds, with the rates at which the teleported curve is higher than the plain one and than
+    chance makes it: of so many mean curves of a few runs each, some will be without any harm."""
+    suspects = [(harm.optimizer, harm.lr) for harm in no_harm(study, records) if harm.beyond_chance]
+    rates = {
+        optimizer: tuple(lr for name, lr in suspects if name == optimizer)
+        for optimizer in dict.fromkeys(name for name, _ in suspects)
+    }
+    return replace(study, rates=rates, seeds=study.fresh_seeds)
+
+
 def by_rate(study: Study, records: Records) -> list[Rate]:
     """Every optimizer at every rate; nothing of a brief study."""
     return [] if study.brief else [_rate(study, records, *rate) for rate in study.all_rates()]
@@ -308,10 +319,11 @@ def verdicts(study: Study, outcomes: Sequence[Outcome]) -> list[Verdict]:
 
 
 def following_jobs(study: Study, records: Records) -> list[Job]:
-    """The jobs that depend on the records of the first ones.
+    """The jobs that depend on the records of others.
 
     The nudged jobs of the rates at which something was teleported: elsewhere there is nothing to compare with chance.
-    Of a brief study the arms at their best rates, on the seeds that did not choose these.
+    Of an optimizer that has these, all three arms of its rates that are looked at again. Of a brief study the arms at
+    their best rates, on the seeds that did not choose these.
     """
     if study.brief:
         arms = product(study.rates, MAIN_ARMS.items())
@@ -321,11 +333,23 @@ def following_jobs(study: Study, records: Records) -> list[Job]:
         ]
     else:
         runs = [(rate.optimizer, rate.lr, NUDGE) for rate in by_rate(study, records) if rate.teleports]
-    return [
+    jobs = [
         Job(study.problem, optimizer, lr, teleports, seed)
         for optimizer, lr, teleports in runs
         if lr is not None
         for seed in study.seeds
+    ]
+    return jobs if study.brief else jobs + _fresh_jobs(study, records, jobs)
+
+
+def _fresh_jobs(study: Study, records: Records, nudged: Iterable[Job]) -> list[Job]:
+    unknown = {job.optimizer for job in nudged if job not in records}
+    known = study.only(optimizer for optimizer in study.rates if optimizer not in unknown)
+    again = looked_at_again(known, records)
+    arms = (*MAIN_ARMS.values(), NUDGE)
+    return [
+        Job(study.problem, optimizer, lr, teleports, seed)
+        for (optimizer, lr), teleports, seed in product(again.all_rates(), arms, again.seeds)
     ]
 
 

@@ -20,8 +20,8 @@ from symtele_cuda.experiments.study.records import Record
 
 
 def run_job(job: Job, data_dir: Path | None) -> Record:
-    """One run, in this process."""
-    return measure(job, make_task(job.problem, _dataset(job.problem, data_dir), job.seed))
+    """One run, in this process, as far as it is not the plain one over again."""
+    return measure(job, make_task(job.problem, _dataset(job.problem, data_dir), job.seed), in_full=False)
 
 
 def run_jobs(jobs: Iterable[Job], data_dir: Path | None, processes: int) -> Iterator[tuple[Job, Record | Exception]]:

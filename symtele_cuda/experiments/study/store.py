@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from symtele_cuda.experiments.study.jobs import Job
-from symtele_cuda.experiments.study.records import Line, Record, read_line, write_line
+from symtele_cuda.experiments.study.records import Line, Record, completed, read_line, write_line
 
 
 class Store:
@@ -47,17 +48,30 @@ class Store:
         return [job for job in jobs if job.key not in done]
 
     def of(self, jobs: Iterable[Job]) -> dict[Job, Line]:
-        """What the file holds of the jobs.
+        """What the file holds of the jobs, runs that were cut short completed if the plain ones are there.
 
         Raises:
-            ValueError: they ran on different data.
+            ValueError: they ran on different data, or a run that was cut short does not begin as the plain one.
         """
         wanted = {job.key: job for job in jobs}
         lines = {wanted[line.key]: line for line in self.lines if line.key in wanted}
         data = sorted({line.data for line in lines.values()})
         if len(data) > 1:
             raise ValueError(f"{self.path} must hold runs on one set of data, got {'; '.join(data)}: remove the others")
-        return lines
+        whole = {line.key: line.record for line in self.lines if not line.record.cut_short}
+        return {job: full for job, line in lines.items() if (full := self._whole(job, line, whole)) is not None}
+
+    def _whole(self, job: Job, line: Line, whole: Mapping[str, Record]) -> Line | None:
+        """The line with all of its run; None if that takes a plain run that is not there."""
+        if not line.record.cut_short:
+            return line
+        plain = whole.get(replace(job, teleports=None).key)
+        if plain is None:
+            return None
+        try:
+            return replace(line, record=completed(line.record, plain))
+        except ValueError as error:
+            raise ValueError(f"{self.path}, {job}: {error}") from error
 
     def _read(self, number: int, line: str) -> Line:
         try:

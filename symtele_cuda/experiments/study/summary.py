@@ -19,7 +19,8 @@ from symtele_cuda.experiments.study.records import Line, rounded
 
 @dataclass(frozen=True)
 class Summary:
-    """The results of one problem. made: what has computed how many of the runs."""
+    """The results of one problem. made: what has computed how many of the runs. fresh_harm, fresh_by_rate: of the rates
+    that were looked at again, on the fresh seeds."""
 
     problem: str
     data: str
@@ -27,11 +28,14 @@ class Summary:
     rates: Mapping[str, tuple[float, ...]]
     seeds: tuple[int, ...]
     state_seeds: tuple[int, ...]
+    fresh_seeds: tuple[int, ...]
     verdicts: tuple[results.Verdict, ...]
     worth: tuple[results.Outcome, ...]
     tuning: tuple[results.Tuning, ...]
     harm: tuple[results.Harm, ...]
     by_rate: tuple[results.Rate, ...]
+    fresh_harm: tuple[results.Harm, ...]
+    fresh_by_rate: tuple[results.Rate, ...]
     states: tuple[results.States, ...]
 
 
@@ -39,6 +43,7 @@ def summarise(study: Study, lines: Mapping[Job, Line]) -> Summary:
     """The results of a study that is complete in these lines, rounded as the file keeps them."""
     records = {job: line.record for job, line in lines.items()}
     outcomes = results.worth(study, records)
+    again = results.looked_at_again(study, records)
     own = [lines[job] for job in (*study.first_jobs(), *results.following_jobs(study, records))]
     summary = Summary(
         problem=study.problem.name,
@@ -47,11 +52,14 @@ def summarise(study: Study, lines: Mapping[Job, Line]) -> Summary:
         rates=study.rates,
         seeds=study.seeds,
         state_seeds=study.state_seeds,
+        fresh_seeds=study.fresh_seeds,
         verdicts=tuple(results.verdicts(study, outcomes)),
         worth=tuple(outcomes),
         tuning=tuple(results.tuning(study, records)),
         harm=tuple(results.no_harm(study, records)),
         by_rate=tuple(results.by_rate(study, records)),
+        fresh_harm=tuple(results.no_harm(again, records)),
+        fresh_by_rate=tuple(results.by_rate(again, records)),
         states=tuple(results.states(study, records)),
     )
     return _restored(Summary, _plain(asdict(summary)))

@@ -29,6 +29,8 @@ chosen by the train loss at the end on a seed of its own, without and with telep
 other seeds, mean ± standard deviation, where a share such as (3 of 5) says that the others did not get there. Seconds
 are of training with its teleports, without the measurements; losses are looked at every so many iterations, and a time
 to a loss is that of the first look at which it was no larger. ≤ and ≥: the rate is the lowest or the highest tried.
+A run that refuses all its teleports is the plain one over again, and is trained no further than epoch 0: its losses are
+those of the plain run of its seed, and its seconds that run's and those of its own refusals.
 """
 EDGES = {"": "", "lowest": "≤ ", "highest": "≥ "}
 
@@ -58,6 +60,12 @@ def section(summary: Summary) -> str:
         parts += ["### Every rate, on the seed that chooses", tuning_table(summary.tuning)]
     if summary.harm:
         parts += ["### Harm", harm_sentence(summary.harm), harm_table(summary.harm)]
+    if summary.fresh_harm:
+        parts += [
+            f"### Harm beyond chance, looked at again on seeds {_span(summary.fresh_seeds)}",
+            harm_table(summary.fresh_harm),
+            rate_table(summary.fresh_by_rate),
+        ]
     if any(rate.teleports for rate in summary.by_rate):
         parts += ["### Rate by rate, where something was teleported", rate_table(summary.by_rate)]
     if summary.states:
@@ -206,6 +214,10 @@ def state_table(states: Sequence[States]) -> str:
 
 def _list(seeds: Iterable[int]) -> str:
     return ", ".join(map(str, seeds))
+
+
+def _span(seeds: Sequence[int]) -> str:
+    return f"{seeds[0]} to {seeds[-1]}"
 
 
 def _best(best: Best | None) -> str:
