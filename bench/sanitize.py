@@ -69,6 +69,8 @@ def run_products(products: Products, operands: Operands, sizes: tuple[int, int, 
         products.times_slope(a, b, like, like, -1.0, name, parameter)
         products.step_batch(like, like, size, name, parameter)
         products.step_targets(like, like, size, name, parameter)
+        products.times_curvature(like, like, like, like, name, parameter)
+        products.times_curvature(like, like, like, None, name, parameter)
 
 
 def run_factors(products: Products, operands: Operands) -> None:

@@ -1,4 +1,4 @@
-// The activations elementwise: sigma, its derivative and its inverse, with the formulas of symtele_cuda/activations.py.
+// The activations elementwise: sigma, its derivatives and its inverse, by the formulas of symtele_cuda/activations.py.
 #pragma once
 
 #include "kernels.h"
@@ -19,9 +19,10 @@ struct ActivationOf {
         parameter(static_cast<T>(activation.parameter)),
         reciprocal(static_cast<T>(1 / activation.parameter)) {}
 
-  __device__ T forward(T z) const;     // sigma(z)
-  __device__ T derivative(T z) const;  // sigma'(z); at the kink of leaky_relu the slope
-  __device__ T inverse(T b) const;     // sigma^-1(b); not finite outside of sigma's range
+  __device__ T forward(T z) const;            // sigma(z)
+  __device__ T derivative(T z) const;         // sigma'(z); at the kink of leaky_relu the slope
+  __device__ T second_derivative(T z) const;  // sigma''(z)
+  __device__ T inverse(T b) const;            // sigma^-1(b); not finite outside of sigma's range
 };
 
 // softplus is the identity where beta z is above this, as in torch.
@@ -67,6 +68,28 @@ __device__ T ActivationOf<T>::derivative(T z) const {
       return z > 0 ? T(1) : parameter * exp(z);
     default:
       return T(1);
+  }
+}
+
+template <class T>
+__device__ T ActivationOf<T>::second_derivative(T z) const {
+  switch (kind) {
+    case ActivationKind::tanh: {
+      const T value = tanh(z);
+      return -2 * value * (1 - value * value);
+    }
+    case ActivationKind::sigmoid: {
+      const T value = sigmoid(z), mirrored = sigmoid(-z);
+      return value * mirrored * (mirrored - value);
+    }
+    case ActivationKind::softplus: {
+      const T scaled = z * parameter;
+      return scaled > softplus_threshold ? T(0) : parameter * sigmoid(scaled) * sigmoid(-scaled);
+    }
+    case ActivationKind::elu:
+      return z > 0 ? T(0) : parameter * exp(z);
+    default:
+      return T(0);
   }
 }
 

@@ -103,6 +103,11 @@ cudaError_t launch_step_targets(Dtype dtype, int64_t count, Activation activatio
                                 const void* change, const double* size, void* moved, void* targets, void* slopes,
                                 cudaStream_t stream);
 
+// result = left * right * sigma''(at) + source, over `count` elements; without the last if `source` is null.
+cudaError_t launch_times_curvature(Dtype dtype, int64_t count, Activation activation, const void* left,
+                                   const void* right, const void* at, const void* source, void* result,
+                                   cudaStream_t stream);
+
 // *result = sum over the pairs of their dot products, accumulated in float64, in the same order in every run.
 // `partial` has dot_sum_workspace() bytes.
 struct TensorPairs {

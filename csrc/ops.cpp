@@ -502,6 +502,25 @@ std::tuple<Tensor, Tensor, Tensor> step_targets(const Tensor& targets, const Ten
   return step(launch_step_targets, "launch_step_targets", "targets", targets, change, size, activation, parameter);
 }
 
+Tensor times_curvature(const Tensor& left, const Tensor& right, const Tensor& at, const OptionalTensor& source,
+                       std::string_view activation, double parameter) {
+  check_first("left", left);
+  const auto operand = [&left](const char* name, const Tensor& tensor) {
+    check_follows(name, tensor, left);
+    check_shape(name, tensor, left.sizes());
+    return tensor.contiguous();
+  };
+  const c10::cuda::CUDAGuard guard(left.device());
+  const Tensor one = left.contiguous(), other = operand("right", right), where = operand("at", at);
+  const OptionalTensor sum = source ? OptionalTensor(operand("source", *source)) : std::nullopt;
+  Tensor result = at::empty_like(one);
+  check_cuda(launch_times_curvature(dtype_of(left), left.numel(), make_activation(activation, parameter),
+                                    one.const_data_ptr(), other.const_data_ptr(), where.const_data_ptr(),
+                                    sum ? sum->const_data_ptr() : nullptr, result.mutable_data_ptr(), stream_of(left)),
+             "launch_times_curvature");
+  return result;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // lists of tensors, as many in a launch as its arguments hold
 // ---------------------------------------------------------------------------------------------------------------------
@@ -731,6 +750,8 @@ TORCH_LIBRARY_FRAGMENT(symtele_cuda, library) {
            "-> (Tensor, Tensor, Tensor)",
            "step_targets(Tensor targets, Tensor change, Tensor size, str activation, float parameter) "
            "-> (Tensor, Tensor, Tensor)",
+           "times_curvature(Tensor left, Tensor right, Tensor at, Tensor? source, str activation, float parameter) "
+           "-> Tensor",
            "dot_sum(Tensor[] left, Tensor[] right) -> Tensor",
            "squared_norms(Tensor[] tensors) -> Tensor",
            "identity_remainder(Tensor g, int vectors, int rounds) -> Tensor",
@@ -755,6 +776,7 @@ TORCH_LIBRARY_IMPL(symtele_cuda, CUDA, library) {
   library.impl("pseudo_inverse", symtele::pseudo_inverse);
   library.impl("step_batch", symtele::step_batch);
   library.impl("step_targets", symtele::step_targets);
+  library.impl("times_curvature", symtele::times_curvature);
   library.impl("dot_sum", symtele::dot_sum);
   library.impl("squared_norms", symtele::squared_norms);
   library.impl("identity_remainder", symtele::identity_remainder);

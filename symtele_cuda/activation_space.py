@@ -132,7 +132,7 @@ def pull_back(network: Network, plan: Plan, state: State, backward: Backpropagat
     for layer in range(1, len(network)):
         moved = plan.moved[layer - 1]
         if moved:
-            by_target = add(by_target, _curvature_term(network, state, backward, layer, by_delta))
+            by_target = _with_curvature(network, state, backward, layer, by_delta, by_target)
         reverse = _pull_back_thin if state.formed[layer] is not None else _pull_back_wide
         terms = reverse(network, state, backward, seeds, layer, by_back, moved)
         by_inputs.append(terms.by_inputs)
@@ -269,10 +269,13 @@ def _pull_back_thin(
     return _LayerTerms(by_delta, add(seeds.targets.get(layer), by_residual), by_inputs, by_residual)
 
 
-def _curvature_term(
-    network: Network, state: State, backward: Backpropagation, layer: int, adjoint: Tensor
+def _with_curvature(
+    network: Network, state: State, backward: Backpropagation, layer: int, by_delta: Tensor, by_target: Tensor | None
 ) -> Tensor | None:
-    """∂f/∂Y_{l−1} through σ'(Y_{l−1}) in δ_{l−1}; None for piecewise linear activations."""
-    curvature = network.activations[layer - 1].second_derivative(state.targets[layer - 1])
-    back = backward.backs[layer]
-    return None if curvature is None or back is None else adjoint * back * curvature
+    """∂f/∂Y_{l−1}: `by_target`, and what comes through σ'(Y_{l−1}) in δ_{l−1}, which is nothing where σ is piecewise
+    linear."""
+    activation, back = network.activations[layer - 1], backward.backs[layer]
+    if activation.positively_homogeneous or back is None:
+        return by_target
+    sigma = (activation.name, activation.parameter)
+    return network.products.times_curvature(by_delta, back, state.targets[layer - 1], by_target, *sigma)

@@ -74,6 +74,10 @@ class Products(Protocol):
         self, targets: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
+    def times_curvature(
+        self, left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, parameter: float
+    ) -> Tensor: ...
+
     def dot_sum(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor: ...
 
     def squared_norms(self, tensors: Sequence[Tensor]) -> Tensor: ...
@@ -294,6 +298,14 @@ def _step(base: Tensor, change: Tensor, size: Tensor, activation: str, parameter
     return base.new_empty(base.shape), base.new_empty(base.shape), base.new_empty(base.shape)
 
 
+def _times_curvature(
+    left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, parameter: float
+) -> Tensor:
+    for name, operand in {"right": right, "at": at, "source": source}.items():
+        _check_operand(name, operand, left, left.shape)
+    return left.new_empty(left.shape)
+
+
 def _dot_sum(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     for one, other in zip(left, right, strict=True):
         _check_operand("left", one, left[0], one.shape)
@@ -368,6 +380,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "pseudo_inverse": _pseudo_inverse,
     "step_batch": _step,
     "step_targets": _step,
+    "times_curvature": _times_curvature,
     "dot_sum": _dot_sum,
     "squared_norms": _squared_norms,
     "identity_remainder": _identity_remainder,

@@ -150,6 +150,15 @@ def step_targets(
     return _distinct(chosen.forward(moved), moved), moved, chosen.derivative(moved)
 
 
+def times_curvature(
+    left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, parameter: float
+) -> Tensor:
+    """L ⊙ R ⊙ σ''(Y) + C, with `at` Y and `source` C or None; all of one shape."""
+    curvature = _activation(activation, parameter).second_derivative(at)
+    product = torch.zeros_like(left) if curvature is None else left * right * curvature
+    return product if source is None else product.add_(source)
+
+
 def dot_sum(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Σ_i ⟨left_i, right_i⟩ over the pairs of equal shape, summed in float64: a float64 scalar."""
     dots = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]

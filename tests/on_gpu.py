@@ -143,7 +143,7 @@ ACTIVATION_CALLS: dict[str, tuple[str, Build]] = {
         lambda o, f: (o.a(), o.b(), o.gentle(), o.like_result(), -1.0, f.name, f.parameter),
     ),
 }
-STEP_CALLS: dict[str, tuple[str, Build]] = {
+ELEMENTWISE_CALLS: dict[str, tuple[str, Build]] = {
     "step_batch": (
         "step_batch",
         lambda o, f: (
@@ -164,6 +164,14 @@ STEP_CALLS: dict[str, tuple[str, Build]] = {
             f.parameter,
         ),
     ),
+    "times_curvature": (
+        "times_curvature",
+        lambda o, f: (o.like_result(), o.like_result(), o.gentle(), None, f.name, f.parameter),
+    ),
+    "times_curvature, source": (
+        "times_curvature",
+        lambda o, f: (o.like_result(), o.like_result(), o.gentle(), o.like_result(), f.name, f.parameter),
+    ),
 }
 PLAIN_CALLS: dict[str, tuple[str, Build]] = {
     "gram": ("gram", lambda o, f: (o.a(), False)),
@@ -174,7 +182,7 @@ PLAIN_CALLS: dict[str, tuple[str, Build]] = {
     "squared_norms": ("squared_norms", lambda o, f: ([o.a(), o.b().double(), o.row(), o.like_result()],)),
     "identity_remainder": ("identity_remainder", lambda o, f: (o.half_of_identity(), 8, 2)),
 }
-CALLS = MATRIX_CALLS | ACTIVATION_CALLS | STEP_CALLS | PLAIN_CALLS
+CALLS = MATRIX_CALLS | ACTIVATION_CALLS | ELEMENTWISE_CALLS | PLAIN_CALLS
 
 
 def _pairs(operands: Operands) -> tuple[list[Tensor], list[Tensor]]:

@@ -65,6 +65,7 @@ def arguments_of(name: str, activation: Activation, dtype: torch.dtype, full: bo
         "pseudo_inverse": (normal(3, 3, dtype=torch.float64), a, full),
         "step_batch": (c.abs() / 9, c.abs().T.contiguous().T / 9, size, *sigma),
         "step_targets": (c, c, size, *sigma),
+        "times_curvature": (a, a + 1, a.abs(), a - 1 if full else None, *sigma),
         "dot_sum": ([a, b.T], [2 * a, b.T]) if full else ([a], [a]),
         "squared_norms": ([a, a[0], exact, b.T, info + 3] if full else [a],),
         "identity_remainder": (torch.eye(5, dtype=dtype) + normal(5, 5, dtype=dtype) / 9, 2 + full, 1 + full),

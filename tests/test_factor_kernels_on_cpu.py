@@ -19,7 +19,7 @@ from torch import Tensor
 from symtele_cuda import products
 from symtele_cuda.activations import make_activation
 
-GRAM, INVERT_GRAMS, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE, SQUARED_NORMS, PROBES = range(9)
+GRAM, INVERT_GRAMS, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE, SQUARED_NORMS, PROBES, TIMES_CURVATURE = range(10)
 DTYPES = (torch.float32, torch.float64)
 DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.int32: 2}
 
@@ -319,6 +319,46 @@ def test_step_out_of_the_domain_is_not_finite(program, name, dtype):
 def test_step_of_nothing(program):
     items = [0, 0, 0, 0, 0, 0.0, torch.zeros(1, dtype=torch.float64), None, None]
     assert run_case(program, STEP, items, [(torch.float32, (0,))] * 3) == [None] * 3
+
+
+# --- times_curvature -------------------------------------------------------------------------------------------------
+
+
+def check_times_curvature(
+    program: Path, name: str, dtype: torch.dtype, count: int = 300, offset: int = 0, sums: bool = True
+) -> None:
+    left, right, at, source = (normal(count, dtype=dtype, seed=seed) for seed in range(4))
+    at = 12 * at if name == "softplus" else at  # on both sides of the threshold
+    kind, parameter = list(ACTIVATIONS).index(name), ACTIVATIONS[name]
+    buffers = [offset_buffer(operand, offset) for operand in (left, right, at, source)]
+    items = [DTYPE_NUMBERS[dtype], count, offset, kind, parameter, int(sums), *buffers]
+    (result,) = run_case(program, TIMES_CURVATURE, items, [(dtype, (count + offset,))])
+    wide = left.double(), right.double(), at.double(), source.double() if sums else None
+    assert result is not None and bool((result[:offset].view(torch.int32) == -1).all())
+    assert_near(result[offset:], products.times_curvature(*wide, name, parameter), TOLERANCE[dtype], "sum")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_times_curvature(program, name, sums, dtype):
+    check_times_curvature(program, name, dtype, sums=sums)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("count", [1, 3, 4, 1027])
+def test_times_curvature_of_any_length_and_alignment(program, count, offset, dtype):
+    check_times_curvature(program, "elu", dtype, count, offset)
+
+
+def test_times_curvature_beyond_the_largest_grid(program):
+    check_times_curvature(program, "leaky_relu", torch.float64, 1024 * 256 * 2 + 5)
+
+
+def test_times_curvature_of_nothing(program):
+    items = [0, 0, 0, 0, 0.0, 1, None, None, None, None]
+    assert run_case(program, TIMES_CURVATURE, items, [(torch.float32, (0,))]) == [None]
 
 
 # --- dot_sum ---------------------------------------------------------------------------------------------------------
@@ -632,6 +672,18 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
         "are_aligned(base, change, moved, targets, slopes)",
         "true",
         partial(check_step, of_targets=True, name="tanh", dtype=torch.float32, count=7, offset=1),
+    ),
+    "packs of four operands without alignment": (
+        "curvature.cuh",
+        "are_aligned(left, right, at, source, result)",
+        "true",
+        partial(check_times_curvature, name="tanh", dtype=torch.float32, count=7, offset=1),
+    ),
+    "a source that is not there": (
+        "curvature.cuh",
+        "if (term.source != nullptr) sum",
+        "sum",
+        partial(check_times_curvature, name="tanh", dtype=torch.float32, count=7, sums=False),
     ),
     "no barrier between two halvings": (
         "reduce.cuh",

@@ -108,6 +108,10 @@ CASES: dict[str, tuple[Call, str]] = {
         lambda o: o.step_targets(zeros(3, 4), zeros(3, 4, device="cpu"), zeros(()).double(), "tanh", 0.0),
         r"(?s)change.*cpu",
     ),
+    "times_curvature, a source of another shape": (
+        lambda o: o.times_curvature(*[zeros(3, 4)] * 3, zeros(4, 3), "tanh", 0.0),
+        r"(?s)source.*3, 4.*got.*4, 3",
+    ),
     "dot_sum, shapes that differ": (lambda o: o.dot_sum([zeros(3)], [zeros(4)]), r"(?s)right.*3.*got.*4"),
     "dot_sum, lists that differ": (lambda o: o.dot_sum([zeros(3)], []), r"(?s)right.*1.*got.*0"),
     "dot_sum, nothing": (lambda o: o.dot_sum([], []), r"(?s)left.*got none|no tensor arguments"),

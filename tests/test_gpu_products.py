@@ -12,13 +12,13 @@ from on_gpu import (
     ACTIVATIONS,
     CALLS,
     DEVICE,
+    ELEMENTWISE_CALLS,
     LARGE,
     LAYOUTS,
     MATRIX_CALLS,
     PLAIN_CALLS,
     SMALL,
     SMOOTH,
-    STEP_CALLS,
     TF32_TOLERANCE,
     TOLERANCE,
     Operands,
@@ -90,7 +90,7 @@ def test_small(call: str, sizes: Sizes, dtype: torch.dtype) -> None:
 @every_dtype
 @pytest.mark.parametrize("sizes", [SMALL[1], ODD, SMALL[-1]], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("call", ACTIVATION_CALLS | STEP_CALLS)
+@pytest.mark.parametrize("call", ACTIVATION_CALLS | ELEMENTWISE_CALLS)
 def test_small_with_every_activation(call: str, activation: Activation, sizes: Sizes, dtype: torch.dtype) -> None:
     check(call, sizes, dtype, activation)
 

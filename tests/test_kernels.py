@@ -152,6 +152,7 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "precision": ("invert_grams", ([A[:, :3]],), TypeError, r"grams must be of dtype torch.float64, got torch.float32"),
     "change": ("step_batch", (A, B, SIZE, "tanh", 0.0), ValueError, r"change must have shape \(3, 4\), got \(4, 5\)"),
     "size": ("step_targets", (A, A, SIZE.float(), "tanh", 0.0), TypeError, r"size must be of dtype torch.float64"),
+    "place": ("times_curvature", (A, A, B, None, "tanh", 0.0), ValueError, r"at must have shape \(3, 4\), got"),
     "right": ("dot_sum", ([A, B], [A, C]), ValueError, r"right must have shape \(4, 5\), got \(3, 5\)"),
     "inverse": ("pseudo_inverse", (A.double(), A, True), ValueError, r"inverse must have shape \(3, 3\), got \(3, 4\)"),
     "rounded inverse": ("pseudo_inverse", (A[:, :3], A, True), TypeError, r"inverse must be of dtype torch.float64"),

@@ -294,6 +294,13 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
         r"size must be of dtype float64, got float32",
     ),
     "sizes": ("step_batch", (A, A, A.double(), "tanh", 0.0), ValueError, r"size must have one element, got shape"),
+    "place": ("times_curvature", (A, A, B, None, "tanh", 0.0), ValueError, r"at must have shape \[3, 4\], got"),
+    "precision of a source": (
+        "times_curvature",
+        (A, A, A, A.double(), "tanh", 0.0),
+        TypeError,
+        r"source must be of dtype float32, got float64",
+    ),
     "right": ("dot_sum", ([A, B], [A, C]), ValueError, r"right must have shape \[4, 5\], got \[3, 5\]"),
     "lists": ("dot_sum", ([A, B], [A]), ValueError, r"right must have as many tensors as left, 2, got 1"),
     "rows": ("pseudo_inverse", (A.double(), A, True), ValueError, r"inverse must have shape \[3, 3\], got \[3, 4\]"),

@@ -190,6 +190,23 @@ def test_steps(activation: Activation, dtype: torch.dtype) -> None:
     assert_agree(slopes, activation.derivative(wide), TOLERANCE[dtype])
 
 
+@every_activation
+@every_dtype
+def test_times_curvature(activation: Activation, dtype: torch.dtype) -> None:
+    left, right, at, source = (normal(3, 4, seed=seed).to(dtype) for seed in range(4))
+    wide = at.double().requires_grad_()
+    slope = activation.derivative(wide)
+    curvature = torch.zeros_like(wide)
+    if slope.requires_grad:
+        (curvature,) = torch.autograd.grad(slope.sum(), wide)
+    for added in (None, source):
+        result = products.times_curvature(left, right, at, added, activation.name, activation.parameter)
+        expected = left.double() * right.double() * curvature + (0 if added is None else added.double())
+        assert result.dtype == dtype and result is not added
+        assert_agree(result, expected, 10 * TOLERANCE[dtype])
+    assert_agree(source, normal(3, 4, seed=3), TOLERANCE[dtype])  # not written to
+
+
 @every_dtype
 def test_dot_sum(dtype: torch.dtype) -> None:
     left = [normal(3, 4).to(dtype), normal(5).to(dtype), normal(2, 2)[:, :0].to(dtype)]

@@ -1,10 +1,11 @@
 // factor ORDER INPUT OUTPUT: runs the cases that INPUT describes (tests/test_factor_kernels_on_cpu.py writes it) with
-// the kernels of csrc/gram.cuh, invert_gram.cuh, step.cuh, reduce.cuh, probes.cuh, commit.cuh and judge.cuh on the CPU,
+// the kernels of csrc/gram.cuh, invert_gram.cuh, step.cuh, curvature.cuh, reduce.cuh, probes.cuh, commit.cuh and judge.cuh on the CPU,
 // the threads in ORDER (cuda_on_cpu::set_order), and writes for each the launcher's error code and the results.
 #include <vector>
 
 #include "buffers.h"
 #include "commit.cu"
+#include "curvature.cu"
 #include "gram.cu"
 #include "invert_gram.cu"
 #include "judge.cu"
@@ -64,6 +65,21 @@ void run_step(Reader& in, Writer& out) {
   out.buffer(moved);
   out.buffer(targets);
   out.buffer(slopes);
+}
+
+void run_times_curvature(Reader& in, Writer& out) {
+  const Dtype dtype = read_dtype(in);
+  const int64_t count = in.number(), offset = in.number() * bytes_of(dtype);  // of every array in its buffer
+  Activation activation{};
+  activation.kind = static_cast<ActivationKind>(in.number());
+  activation.parameter = in.number<double>();
+  const bool has_source = in.number() != 0;
+  const Buffer left = in.buffer(), right = in.buffer(), at = in.buffer(), source = in.buffer();
+  const Buffer result(left.bytes());
+  const auto start = [offset](const Buffer& buffer) { return buffer.get<unsigned char>() + offset; };
+  out.number(launch_times_curvature(dtype, count, activation, start(left), start(right), start(at),
+                                    has_source ? start(source) : nullptr, start(result), nullptr));
+  out.buffer(result);
 }
 
 void run_dot_sum(Reader& in, Writer& out) {
@@ -165,7 +181,7 @@ void run_judge(Reader& in, Writer& out) {
 
 void (*const operations[])(Reader&, Writer&) = {run_gram,   run_invert_grams,    run_step,  run_dot_sum,
                                                 run_commit, run_near_dependence, run_judge, run_squared_norms,
-                                                run_probes};
+                                                run_probes, run_times_curvature};
 
 }  // namespace
 

@@ -1,0 +1,53 @@
+// What a step's second derivatives add to a gradient: left * right * sigma''(at) + source, elementwise.
+#pragma once
+
+#include "activation.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+#include "packs.cuh"
+
+namespace symtele {
+
+constexpr int curvature_threads = 256;
+constexpr int64_t most_curvature_blocks = 1024;  // several waves of blocks on the largest device
+
+template <class T>
+struct CurvatureTerm {
+  ActivationOf<T> activation;
+  const T* left;
+  const T* right;
+  const T* at;
+  const T* source;  // or null
+  T* result;
+};
+
+template <int width, class T>
+__device__ void curvature_pack(const CurvatureTerm<T>& term, int64_t element) {
+  const Pack<T, width> left = load_pack<width>(term.left + element), right = load_pack<width>(term.right + element);
+  const Pack<T, width> at = load_pack<width>(term.at + element);
+  Pack<T, width> sum{};
+  if (term.source != nullptr) sum = load_pack<width>(term.source + element);
+  for (int q = 0; q < width; ++q) {
+    sum.at[q] += left.at[q] * right.at[q] * term.activation.second_derivative(at.at[q]);
+  }
+  store_pack(term.result + element, sum);
+}
+
+template <class T>
+__global__ void __launch_bounds__(curvature_threads) times_curvature(CurvatureTerm<T> term, int64_t count,
+                                                                     bool aligned) {
+  for_packs<T>(count, aligned, [&](int64_t i, auto width) { curvature_pack<decltype(width)::value>(term, i); });
+}
+
+template <class T>
+cudaError_t launch_times_curvature_of(int64_t count, const Activation& activation, const void* left, const void* right,
+                                      const void* at, const void* source, void* result, cudaStream_t stream) {
+  const CurvatureTerm<T> term{ActivationOf<T>(activation),   static_cast<const T*>(left),
+                              static_cast<const T*>(right),  static_cast<const T*>(at),
+                              static_cast<const T*>(source), static_cast<T*>(result)};
+  const bool aligned = are_aligned(left, right, at, source, result);  // null counts as aligned
+  const int64_t blocks = min(divide_up(count * int64_t{sizeof(T)}, 16 * curvature_threads), most_curvature_blocks);
+  return launch(times_curvature<T>, static_cast<unsigned>(blocks), curvature_threads, 0, stream, term, count, aligned);
+}
+
+}  // namespace symtele
