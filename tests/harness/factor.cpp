@@ -50,35 +50,41 @@ void run_invert_grams(Reader& in, Writer& out) {
   out.buffer(infos);
 }
 
+// What an elementwise pass with an activation works on: arrays of `count` elements, each `offset` bytes into its buffer.
+struct Elementwise {
+  explicit Elementwise(Reader& in)
+      : dtype(read_dtype(in)), count(in.number()), offset(in.number() * bytes_of(dtype)), activation{} {
+    activation.kind = static_cast<ActivationKind>(in.number());
+    activation.parameter = in.number<double>();
+  }
+
+  unsigned char* start(const Buffer& buffer) const { return buffer.get<unsigned char>() + offset; }
+
+  Dtype dtype;
+  int64_t count;
+  int64_t offset;
+  Activation activation;
+};
+
 void run_step(Reader& in, Writer& out) {
   const auto launcher = in.number() ? launch_step_targets : launch_step_batch;
-  const Dtype dtype = read_dtype(in);
-  const int64_t count = in.number(), offset = in.number() * bytes_of(dtype);  // of every array in its buffer
-  Activation activation{};
-  activation.kind = static_cast<ActivationKind>(in.number());
-  activation.parameter = in.number<double>();
+  const Elementwise on(in);
   const Buffer size = in.buffer(), base = in.buffer(), change = in.buffer();
   const Buffer moved(base.bytes()), targets(base.bytes()), slopes(base.bytes());
-  const auto start = [offset](const Buffer& buffer) { return buffer.get<unsigned char>() + offset; };
-  out.number(launcher(dtype, count, activation, start(base), start(change), size.get<double>(), start(moved),
-                      start(targets), start(slopes), nullptr));
+  out.number(launcher(on.dtype, on.count, on.activation, on.start(base), on.start(change), size.get<double>(),
+                      on.start(moved), on.start(targets), on.start(slopes), nullptr));
   out.buffer(moved);
   out.buffer(targets);
   out.buffer(slopes);
 }
 
 void run_times_curvature(Reader& in, Writer& out) {
-  const Dtype dtype = read_dtype(in);
-  const int64_t count = in.number(), offset = in.number() * bytes_of(dtype);  // of every array in its buffer
-  Activation activation{};
-  activation.kind = static_cast<ActivationKind>(in.number());
-  activation.parameter = in.number<double>();
+  const Elementwise on(in);
   const bool has_source = in.number() != 0;
   const Buffer left = in.buffer(), right = in.buffer(), at = in.buffer(), source = in.buffer();
   const Buffer result(left.bytes());
-  const auto start = [offset](const Buffer& buffer) { return buffer.get<unsigned char>() + offset; };
-  out.number(launch_times_curvature(dtype, count, activation, start(left), start(right), start(at),
-                                    has_source ? start(source) : nullptr, start(result), nullptr));
+  out.number(launch_times_curvature(on.dtype, on.count, on.activation, on.start(left), on.start(right), on.start(at),
+                                    has_source ? on.start(source) : nullptr, on.start(result), nullptr));
   out.buffer(result);
 }
 
