@@ -8,9 +8,6 @@
 
 namespace symtele {
 
-constexpr int curvature_threads = 256;
-constexpr int64_t most_curvature_blocks = 1024;  // several waves of blocks on the largest device
-
 template <class T>
 struct CurvatureTerm {
   ActivationOf<T> activation;
@@ -34,8 +31,7 @@ __device__ void curvature_pack(const CurvatureTerm<T>& term, int64_t element) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(curvature_threads) times_curvature(CurvatureTerm<T> term, int64_t count,
-                                                                     bool aligned) {
+__global__ void __launch_bounds__(pack_threads) times_curvature(CurvatureTerm<T> term, int64_t count, bool aligned) {
   for_packs<T>(count, aligned, [&](int64_t i, auto width) { curvature_pack<decltype(width)::value>(term, i); });
 }
 
@@ -46,8 +42,7 @@ cudaError_t launch_times_curvature_of(int64_t count, const Activation& activatio
                               static_cast<const T*>(right),  static_cast<const T*>(at),
                               static_cast<const T*>(source), static_cast<T*>(result)};
   const bool aligned = are_aligned(left, right, at, source, result);  // null counts as aligned
-  const int64_t blocks = min(divide_up(count * int64_t{sizeof(T)}, 16 * curvature_threads), most_curvature_blocks);
-  return launch(times_curvature<T>, static_cast<unsigned>(blocks), curvature_threads, 0, stream, term, count, aligned);
+  return launch(times_curvature<T>, pack_blocks<T>(count), pack_threads, 0, stream, term, count, aligned);
 }
 
 }  // namespace symtele

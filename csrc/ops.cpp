@@ -154,6 +154,13 @@ Matrix matrix_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), down, across};
 }
 
+// An operand of this shape, for a pass over elements that lie one behind the other.
+Tensor elements_of(const char* name, const Tensor& tensor, const Tensor& first, at::IntArrayRef shape) {
+  check_follows(name, tensor, first);
+  check_shape(name, tensor, shape);
+  return tensor.contiguous();
+}
+
 cudaStream_t stream_of(const Tensor& tensor) { return c10::cuda::getCurrentCUDAStream(tensor.device().index()); }
 
 // Whether matrix products of float32 may use TF32: what torch itself asks before it calls the library. allowTF32CuBLAS
@@ -251,9 +258,7 @@ class FusedProduct {
  private:
   // An operand of the result's shape, contiguous in `held`.
   const void* elements(const char* name, const Tensor& tensor, Tensor& held) {
-    check_follows(name, tensor, a_);
-    check_shape(name, tensor, {product_.rows, product_.columns});
-    held = tensor.contiguous();
+    held = elements_of(name, tensor, a_, {product_.rows, product_.columns});
     return held.const_data_ptr();
   }
 
@@ -479,11 +484,9 @@ std::tuple<Tensor, Tensor, Tensor> step(StepLauncher launch, const char* launche
                                         const Tensor& base, const Tensor& change, const Tensor& size,
                                         std::string_view activation, double parameter) {
   check_first(base_name, base);
-  check_follows("change", change, base);
-  check_shape("change", change, base.sizes());
-  check_scalar("size", size, at::kDouble, base.device());
   const c10::cuda::CUDAGuard guard(base.device());
-  const Tensor from = base.contiguous(), along = change.contiguous();
+  const Tensor from = base.contiguous(), along = elements_of("change", change, base, base.sizes());
+  check_scalar("size", size, at::kDouble, base.device());
   Tensor moved = at::empty_like(from), targets = at::empty_like(from), slopes = at::empty_like(from);
   check_cuda(launch(dtype_of(base), base.numel(), make_activation(activation, parameter), from.const_data_ptr(),
                       along.const_data_ptr(), size.const_data_ptr<double>(), moved.mutable_data_ptr(),
@@ -505,12 +508,10 @@ std::tuple<Tensor, Tensor, Tensor> step_targets(const Tensor& targets, const Ten
 Tensor times_curvature(const Tensor& left, const Tensor& right, const Tensor& at, const OptionalTensor& source,
                        std::string_view activation, double parameter) {
   check_first("left", left);
-  const auto operand = [&left](const char* name, const Tensor& tensor) {
-    check_follows(name, tensor, left);
-    check_shape(name, tensor, left.sizes());
-    return tensor.contiguous();
-  };
   const c10::cuda::CUDAGuard guard(left.device());
+  const auto operand = [&](const char* name, const Tensor& tensor) {
+    return elements_of(name, tensor, left, left.sizes());
+  };
   const Tensor one = left.contiguous(), other = operand("right", right), where = operand("at", at);
   const OptionalTensor sum = source ? OptionalTensor(operand("source", *source)) : std::nullopt;
   Tensor result = at::empty_like(one);

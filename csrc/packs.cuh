@@ -43,4 +43,13 @@ __device__ void for_packs(int64_t count, bool aligned, Act act) {
   for (int64_t i = packs * width + thread; i < count; i += threads) act(i, Width<1>{});
 }
 
+// The launch of a pass over `count` elements: a pack a thread, up to several waves of blocks on the largest device.
+constexpr int pack_threads = 256;
+
+template <class T>
+unsigned pack_blocks(int64_t count) {
+  constexpr int64_t most = 1024;
+  return static_cast<unsigned>(min(divide_up(count * int64_t{sizeof(T)}, 16 * pack_threads), most));
+}
+
 }  // namespace symtele

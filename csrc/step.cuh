@@ -8,9 +8,6 @@
 
 namespace symtele {
 
-constexpr int step_threads = 256;
-constexpr int64_t most_step_blocks = 1024;  // several waves of blocks on the largest device
-
 // What the step is taken in: B', and Y' follows, or Y', and B' follows.
 enum class StepIn { batch, targets };
 
@@ -43,7 +40,7 @@ __device__ void step_pack(const Step<T>& step, T size, int64_t element) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(step_threads) take_step(Step<T> step, int64_t count, bool aligned) {
+__global__ void __launch_bounds__(pack_threads) take_step(Step<T> step, int64_t count, bool aligned) {
   const T size = static_cast<T>(*step.size);
   for_packs<T>(count, aligned, [&](int64_t i, auto width) { step_pack<decltype(width)::value>(step, size, i); });
 }
@@ -60,8 +57,7 @@ cudaError_t launch_step_of(StepIn in, int64_t count, const Activation& activatio
                      static_cast<T*>(targets),
                      static_cast<T*>(slopes)};
   const bool aligned = are_aligned(base, change, moved, targets, slopes);
-  const int64_t blocks = min(divide_up(count * int64_t{sizeof(T)}, 16 * step_threads), most_step_blocks);
-  return launch(take_step<T>, static_cast<unsigned>(blocks), step_threads, 0, stream, step, count, aligned);
+  return launch(take_step<T>, pack_blocks<T>(count), pack_threads, 0, stream, step, count, aligned);
 }
 
 }  // namespace symtele

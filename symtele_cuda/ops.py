@@ -42,7 +42,7 @@ from .checks import check_name
 from .errors import TeleportError
 from .kernels import Products, check_backend, products_for
 from .pinv import MAX_CONDITION, absorb, append_ones, factorize, pinv_factor
-from .products import multiply_remainder, padded_memory, probe_vectors
+from .products import multiply_remainder, padded_memory, probe_vectors, times_curvature
 
 ACTIONS: dict[str, float] = {"least_change": 1.0, "paper": 0.0}
 """The actions, with the share ρ of the old weights that stays as the reference."""
@@ -257,7 +257,7 @@ def _double_backward(
     with _full_precision(layer.weight):
         sigma, inputs, g, change_g = layer.sigma, layer.extended_inputs(), _widen(layer.g), _widen(change_g)
         grad, change = _pack(grad_weight, grad_bias), _pack(change_weight, change_bias)
-        slope_z, slope_y = sigma.derivative(z), sigma.derivative(y)
+        slope_z, slope_y, named = sigma.derivative(z), sigma.derivative(y), (layer.activation, layer.parameter)
 
         change_z = inputs @ change.T
         change_s = slope_z * change_z
@@ -266,9 +266,9 @@ def _double_backward(
 
         grad_y = factor @ grad.T
         grad_b = grad_y / slope_y
-        bent_b = -grad_b * change_y * _second_derivative(sigma, y) / slope_y
+        bent_b = times_curvature(-grad_b, change_y, y, None, *named) / slope_y
         grad_s = bent_b @ g + grad_b @ change_g
-        grad_z = grad_s * slope_z + (grad_b @ g) * change_z * _second_derivative(sigma, z)
+        grad_z = times_curvature(grad_b @ g, change_z, z, grad_s * slope_z, *named)
 
         moved = torch.sub(change_y, change_z, alpha=layer.rho).T
         by_grad_weight, by_grad_bias = layer.unpack(torch.addmm(change, moved, factor, beta=layer.rho))
@@ -444,11 +444,6 @@ def _pack(matrix: Tensor, column: Tensor | None) -> Tensor:
     if column is None or column.numel() == 0:
         return _widen(matrix)
     return _widen(torch.cat([matrix, column.unsqueeze(1)], dim=1))
-
-
-def _second_derivative(activation: Activation, z: Tensor) -> Tensor:
-    curvature = activation.second_derivative(z)
-    return z.new_zeros(()) if curvature is None else curvature
 
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from bench.tables import load
 from symtele_cuda import __main__ as command_line
 from symtele_cuda.experiments import classification, planar
 from symtele_cuda.experiments.data import Dataset
-from symtele_cuda.experiments.study.jobs import DEFAULTS, Job, Study
+from symtele_cuda.experiments.study.jobs import DEFAULTS, FULL, Job, Study
 from symtele_cuda.experiments.study.problems import Problem
 from symtele_cuda.experiments.study.records import Check, Record, Teleport, Validation
 from symtele_cuda.experiments.study.store import Store
@@ -331,6 +332,44 @@ def test_what_the_page_says_of_another_time_is_what_its_file_says() -> None:
     factors = [problem["seconds, other / committed"] for problem in problems]
     least, largest = min(entry["least"] for entry in factors), max(entry["largest"] for entry in factors)
     assert f"by factors from {least:.1f} to {largest:.1f}," in " ".join(PAGE.split())
+
+
+def test_what_refusals_cost_is_what_the_records_say() -> None:
+    """Of the runs in which all teleports were refused, by problem: the median of their share of the plain run, and of
+    their seconds."""
+    shares, seconds = {}, {}
+    for name, study in FULL.items():
+        lines = evidence_again.lines_of(study, evidence_tables.FOLDER)
+        refusing = [
+            (line.record, lines[replace(job, teleports=None)].record)
+            for job, line in lines.items()
+            if job.teleports == DEFAULTS and job.seed in study.seeds
+            if line.record.teleports and not line.record.accepted and not line.record.diverged
+        ]
+        shares[name] = statistics.median(run.final.seconds / plain.final.seconds - 1 for run, plain in refusing)
+        seconds[name] = statistics.median(sum(one.seconds for one in run.teleports) for run, _ in refusing)
+    percent = {name: f"{100 * share:.1f}" for name, share in shares.items()}
+    text = " ".join(PAGE.split())
+    assert (
+        f"{percent['mnist-128']} % of the plain run's in the middle on mnist-128, {percent['mnist-512']} on mnist-512, "
+        f"{percent['digits']} on digits and {percent['diabetes']} on diabetes"
+    ) in text
+    assert f"{seconds['digits']:.2f}" == f"{seconds['diabetes']:.2f}"
+    assert (
+        f"{seconds['digits']:.2f} s on diabetes and digits, {seconds['mnist-128']:.2f} s on mnist-128, "
+        f"{seconds['mnist-512']:.2f} s on mnist-512"
+    ) in text
+
+
+def test_the_shares_of_the_page_and_the_readme_are_those_of_the_study() -> None:
+    (study,) = (summary for summary in summaries_of(numbers("study")) if summary.problem == "mnist-512")
+    shares = {rate.lr: f"{100 * rate.share.mean:.0f}" for rate in study.by_rate if rate.optimizer == "sgd"}
+    asked = [shares[lr] for lr in (0.002, 0.01, 0.03, 0.1)]
+    assert f"reached in {asked[0]}, {asked[1]}, {asked[2]} and {asked[3]} % of its wall-clock" in " ".join(PAGE.split())
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    first, *others = zip(asked, ("0.002", "0.01", "0.03", "0.1"), strict=True)
+    said = ", ".join(f"{share} % at {lr}" for share, lr in others)
+    assert f"reached in {first[0]} % of its wall-clock at rate {first[1]}, {said}, teleports included" in readme
 
 
 def test_no_harm_beyond_chance_is_left_on_the_fresh_seeds() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import layer, predict, teleport
+from bench import layer, predict, tables, teleport
 from bench.launches import (
     DEVICES,
     EAGER_LAUNCH,
@@ -114,3 +114,22 @@ def test_a_larger_problem_takes_longer_and_the_document_says_that_it_predicts(tm
     assert large["graph_seconds"] > 10 * small["graph_seconds"]
     assert small["graph_seconds"] <= small["eager_seconds"]
     assert sum(large["share_of_bound"].values()) == pytest.approx(1, abs=0.01)
+
+
+def cells_of(table: str, shape: str, column: int) -> list[float]:
+    """The numbers of a column, in the rows whose shape begins so."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return [float(row[column].split()[0]) for row in rows if row[0].startswith(f"`{shape}")]
+
+
+def test_the_page_of_the_kernels_says_what_the_file_says() -> None:
+    page = " ".join((Path(__file__).parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8").split())
+    predicted = tables.load("prediction")
+    searches, published = tables.predicted_teleport_table(predicted), tables.predicted_published_table(predicted)
+    whole, each = cells_of(searches, "mlp-784-512-512-10-n200", 4), cells_of(published, "mlp-784-512-512-10-n200", 4)
+    assert f"n = 200, take {min(whole):.1f} to {max(whole):.1f} ms" in page
+    assert f"a matrix of 200 rows takes {min(each):.0f} to {max(each):.0f} ms" in page
+    as_large = cells_of(searches, "mlp-4096-4096-4096-1000-n4096", 7)
+    others = [step for step in cells_of(searches, "mlp-", 7) if step not in as_large]
+    assert f"takes {min(others):.1f} to {max(others):.1f} forward+backward passes" in page
+    assert f"and {min(as_large):.1f} to {max(as_large):.1f} where the batch is as large" in page

@@ -23,7 +23,7 @@ from symtele_cuda.teleporter import Schedule, Teleporter
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-# Not fused, these steps take 1.3 to 2 times as long on a CPU.
+# Steps of those that can be fused take longer on a CPU if they are not.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "momentum": partial(torch.optim.SGD, momentum=0.9, fused=True),
