@@ -48,8 +48,9 @@ RATES = {
     SVD: math.inf,  # nothing is assumed of its time: one launch
 }
 
-# Of one pivot of an inverse or a factorization: about 230 cycles from one barrier to the next.
-PIVOT_SECONDS = 1.3e-7
+# Of one pivot of a factorization by the library, about 230 cycles from one barrier to the next; and of one that
+# `invert_grams` sweeps, two of which take about 350.
+PIVOT_SECONDS, SWEEP_SECONDS = 1.3e-7, 1e-7
 
 MULTIPROCESSORS = 132  # of both devices
 
@@ -112,7 +113,7 @@ class Launch:
 # a product is fused, and the tiles of products, the first that fill the device.
 GRAM_TILE, PIVOT_BLOCK = 16, 32
 MOST_FUSED = {torch.float32: 2**27, torch.float64: 2**26}
-PRODUCTS = ("linear", "linear_activation", "inverse_activation", "over_slope", "times_slope", "masked")
+PRODUCTS = ("linear", "linear_activation", "inverse_activation", "over_slope", "times_slope")
 FUSED_TILES, TENSOR_TILES = (64, 32, 16), (128, 64)
 ENOUGH_TILES = 96
 
@@ -125,9 +126,9 @@ def bytes_of(values: Any) -> int:
     return sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def count_tiles(rows: int, columns: int, sides: Sequence[int]) -> int:
-    """How many tiles: the largest of which there are enough, or else the smallest."""
-    counts = [math.ceil(rows / side) * math.ceil(columns / side) for side in sides]
+def count_tiles(sides: Sequence[int], *shapes: tuple[int, int]) -> int:
+    """How many tiles cover matrices of these shapes: the largest of which there are enough, or else the smallest."""
+    counts = [sum(math.ceil(rows / side) * math.ceil(columns / side) for rows, columns in shapes) for side in sides]
     return next((count for count in counts if count >= ENOUGH_TILES), counts[-1])
 
 
@@ -136,11 +137,11 @@ def product_route(a: Tensor, columns: int, allow_tf32: bool) -> tuple[str, int]:
     dtype = str(a.dtype).removeprefix("torch.")
     rows, inner = a.shape
     if rows * columns * inner <= MOST_FUSED[a.dtype]:
-        return f"fused {dtype}", count_tiles(rows, columns, FUSED_TILES)
+        return f"fused {dtype}", count_tiles(FUSED_TILES, (rows, columns))
     if a.dtype == torch.float32 and not allow_tf32 and columns % 4 == 0 and inner % 4 == 0:
-        return "tensor", count_tiles(rows, columns, TENSOR_TILES)
+        return "tensor", count_tiles(TENSOR_TILES, (rows, columns))
     precision = "tf32" if a.dtype == torch.float32 and allow_tf32 else dtype
-    return f"library {precision}", count_tiles(rows, columns, LIBRARY_TILES)
+    return f"library {precision}", count_tiles(LIBRARY_TILES, (rows, columns))
 
 
 def launch_product(name: str, arguments: Sequence[Any], results: Any, allow_tf32: bool) -> list[Launch]:
@@ -158,31 +159,63 @@ def launch_product(name: str, arguments: Sequence[Any], results: Any, allow_tf32
     ]
 
 
-def launch_gram(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
-    n, inner = arguments[0].shape
-    read, written = bytes_of(arguments), bytes_of(results)
+def launch_group(name: str, arguments: Sequence[Any], results: Sequence[Tensor], allow_tf32: bool) -> list[Launch]:
+    """One launch for all products that are fused, and those of the others."""
+    remaining, fused, shapes, others = iter(results), list[Launch](), list[tuple[int, int]](), list[Launch]()
+    for a, b, source, row, mask in zip(*arguments[:5], strict=True):
+        outcome = [next(remaining) for _ in range(1 if mask is None else 2)]
+        plain = row is None and mask is None
+        operands = (a, b, source) if plain else (a, b, source, row, mask)
+        launches = launch_product("linear" if plain else name, operands, outcome, allow_tf32)
+        if launches[0].route.startswith("fused"):
+            fused += launches
+            shapes.append((a.shape[0], b.shape[1]))
+        else:
+            others += launches
+    if not fused:
+        return others
+    together = Launch(
+        name,
+        fused[0].route,
+        bytes_read=sum(one.bytes_read for one in fused),
+        bytes_written=sum(one.bytes_written for one in fused),
+        operations=sum(one.operations for one in fused),
+        tiles=count_tiles(FUSED_TILES, *shapes),
+    )
+    return [together, *others]
+
+
+def launch_grams(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
+    matrices, (exact, rounded) = arguments[0], results
+    n, inner = len(matrices[0]), sum(matrix.shape[1] for matrix in matrices)
     if n <= graphs.LARGEST_OWN_FACTOR:  # half of the tiles, the others are mirrored
         edge = math.ceil(n / GRAM_TILE)
-        return [Launch(name, "fused float64", read, written, n * (n + 1) * inner, edge * (edge + 1) // 2)]
-    wide, exact = 8 * n * inner, 8 * n * n
-    return [
-        Launch(f"{name}, its copies", "elementwise", read + exact, wide + written - exact, kernels=2),
-        Launch(name, "library float64", wide, exact, 2 * n * n * inner, count_tiles(n, n, LIBRARY_TILES)),
-    ]
+        tiles = len(matrices) * edge * (edge + 1) // 2
+        return [Launch(name, "fused float64", bytes_of(matrices), bytes_of(results), n * (n + 1) * inner, tiles)]
+    launches: list[Launch] = []
+    for matrix, product, copy in zip(matrices, exact, rounded, strict=True):
+        wide, size, operations = 8 * matrix.numel(), bytes_of(product), 2 * n * n * matrix.shape[1]
+        launches += [
+            Launch(f"{name}, its copies", "elementwise", bytes_of(matrix) + size, wide + bytes_of(copy), kernels=2),
+            Launch(name, "library float64", wide, size, operations, count_tiles(LIBRARY_TILES, (n, n))),
+        ]
+    return launches
 
 
 def launch_inverse(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
     count, n = len(arguments[0]), len(arguments[0][0])
-    read, written = bytes_of(arguments), bytes_of(results)
+    read, written, rounded = bytes_of(arguments), bytes_of(results[:2]), bytes_of(results[2])
     if n <= graphs.LARGEST_OWN_FACTOR:  # each step reads and writes all of the matrices
-        steps, tiles = math.ceil(n / PIVOT_BLOCK), count * count_tiles(n, n, (PIVOT_BLOCK,))
-        chain = n * PIVOT_SECONDS
-        return [Launch(name, "fused float64", read * steps, written * steps, 2 * n**3 * count, tiles, steps, chain)]
+        steps, tiles = math.ceil(n / PIVOT_BLOCK), count_tiles((PIVOT_BLOCK,), *[(n, n)] * count)
+        chain = n * SWEEP_SECONDS
+        moved = read * steps, written * steps + rounded
+        return [Launch(name, "fused float64", *moved, 2 * n**3 * count, tiles, steps, chain)]
     panels, chain = 2 * count * math.ceil(n / PANEL), count * n * PIVOT_SECONDS
-    solved, operations, tiles = (n**3 // 3 + n**3) * count, 2 * n**3 * count, count_tiles(n, n, LIBRARY_TILES)
+    solved, operations, tiles = (n**3 // 3 + n**3) * count, 2 * n**3 * count, count_tiles(LIBRARY_TILES, (n, n))
     return [
         Launch(f"{name}, its factors", "solver", 2 * read, 2 * written, solved, None, panels, chain),
         Launch(name, "library float64", read, written, operations, tiles, count),
+        *([Launch(f"{name}, its rounding", "elementwise", written, rounded, kernels=count)] if rounded else []),
     ]
 
 
@@ -211,14 +244,16 @@ def launch_fused(name: str, arguments: Sequence[Any], results: Any, allow_tf32: 
 
 
 def _launches_of(name: str, arguments: Sequence[Any], results: Any, allow_tf32: bool) -> list[Launch]:
-    if name == "gram":
-        return launch_gram(name, arguments, results)
+    if name == "grams":
+        return launch_grams(name, arguments, results)
     if name == "invert_grams":
         return launch_inverse(name, arguments, results)
     if name == "pseudo_inverse":
         return launch_pseudo_inverse(name, arguments, results)
     if name == "identity_remainder":
         return launch_remainder(name, arguments, results, allow_tf32)
+    if name == "grouped_linear":
+        return launch_group(name, arguments, results, allow_tf32)
     if name in PRODUCTS:
         return launch_product(name, arguments, results, allow_tf32)
     kernels_of_it = 2 if name in ("dot_sum", "squared_norms", "near_dependence") else 1
@@ -257,6 +292,6 @@ def launch_aten(function: Any, arguments: Sequence[Any], keywords: Mapping[str, 
     if function._overloadpacket in flop_registry:
         operations = flop_registry[function._overloadpacket](*arguments, **keywords, out_val=results)
         route = "library float64" if dtype == "torch.float64" else "library float32"
-        tiles = count_tiles(results.shape[-2], results.shape[-1], LIBRARY_TILES)
+        tiles = count_tiles(LIBRARY_TILES, (results.shape[-2], results.shape[-1]))
         return Launch(name, route, read, written, operations, tiles)
     return Launch(name, "elementwise", read, written)

@@ -42,6 +42,7 @@ from bench.launches import (
     PIVOT_SECONDS,
     RATES,
     SVD,
+    SWEEP_SECONDS,
     Device,
     Launch,
     launch_aten,
@@ -175,9 +176,13 @@ def call_kernel(operator: str, *arguments: Any) -> Any:
 WHERE = torch.device("cuda" if torch.version.cuda else "cpu")
 
 
+# Rows up to which a layer is to be three times as fast as its plain twin.
+LARGEST_SMALL = 512
+
+
 @dataclass(frozen=True)
 class LayerShape:
-    """W' of one layer and, for a given ∂f/∂W', ∂f/∂g: what `bench.layer` times, and its opponent."""
+    """W' of one layer and, for a given ∂f/∂W', ∂f/∂g: what `bench.layer` times, and its opponents."""
 
     n: int
     d_in: int
@@ -193,10 +198,14 @@ class LayerShape:
         new_weight, new_bias, *saved, _ = call_kernel("teleport_layer", *arguments)
         changes = torch.empty_like(new_weight), torch.empty_like(new_bias)
         call_kernel("teleport_layer_backward", False, *changes, *saved, *arguments)
-        yield layer.EAGER
         with torch.enable_grad():
             w, h, t, v = (torch.empty(shape) for shape in (weight, inputs, square, weight))
-            layer.by_cholesky(layer.Problem(w, h, t, v, self.activation))
+            problem = layer.Problem(w, h, t, v, self.activation)
+            yield layer.EAGER
+            layer.by_cholesky(problem)
+            if self.n <= LARGEST_SMALL:
+                yield layer.TWIN
+                layer.by_reference(problem)
 
 
 @dataclass(frozen=True)
@@ -322,7 +331,7 @@ def main(arguments: argparse.Namespace) -> None:
             "device": device,
             "multiprocessors": MULTIPROCESSORS,
             "seconds_per_launch": {"eager": EAGER_LAUNCH, "further": FURTHER_LAUNCH, "graph": GRAPH_LAUNCH},
-            "seconds_per_pivot": PIVOT_SECONDS,
+            "seconds_per_pivot": {"library": PIVOT_SECONDS, "invert_grams": SWEEP_SECONDS},
             "operations_per_second": RATES,
             "tf32_allowed": arguments.tf32,
             "tensors_said_to_be_on": WHERE.type,

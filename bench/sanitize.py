@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from symtele_cuda import teleport_mlp
 from symtele_cuda.activations import ACTIVATIONS
-from symtele_cuda.kernels import FAKES, Products, products_for
+from symtele_cuda.kernels import FAKES, Linear, Products, products_for, together
 
 DEVICE = torch.device("cuda")
 
@@ -55,8 +55,7 @@ def run_products(products: Products, operands: Operands, sizes: tuple[int, int, 
         for b in operands.matrices(inner, columns):
             products.linear(a, b)
             products.linear(a, b, like, column, row, scale, -0.5)
-            products.masked(a, b, like, like)
-            products.masked(a, b, None, like)
+            together(products, *(Linear(a, b, source, mask=like) for source in (like, None)), Linear(a, b, row=row))
     a, b = operands.make(rows, inner), operands.make(inner, columns)
     size = torch.tensor(0.01, dtype=torch.float64).to(DEVICE)
     for name, activation in ACTIVATIONS.items():
@@ -67,8 +66,7 @@ def run_products(products: Products, operands: Operands, sizes: tuple[int, int, 
         products.over_slope(a, b, column, row, like, name, parameter)
         products.over_slope(a, b, None, None, like, name, parameter)
         products.times_slope(a, b, like, like, -1.0, name, parameter)
-        products.step_batch(like, like, size, name, parameter)
-        products.step_targets(like, like, size, name, parameter)
+        products.take_steps([like, like], [like, like], size, [False, True], [name] * 2, [parameter] * 2)
         products.times_curvature(like, like, like, like, name, parameter)
         products.times_curvature(like, like, like, None, name, parameter)
 
@@ -77,9 +75,9 @@ def run_factors(products: Products, operands: Operands) -> None:
     for size in (1, 31, 33, 129, 200):
         for rows in operands.matrices(size, 65):
             for bias in (False, True):
-                products.gram(rows, bias)
+                products.grams([rows, rows], [bias, not bias])
         matrix = operands.positive_definite(size)
-        (inverse, _), (info, _) = products.invert_grams([matrix, -matrix])
+        (inverse, _), (info, _), _ = products.invert_grams([matrix, -matrix], True)
         for bias in (False, True):
             products.pseudo_inverse(inverse, operands.make(size, 65), bias)
         products.identity_remainder(operands.make(size, size), 8, 2)
@@ -91,6 +89,7 @@ def run_lists(products: Products, operands: Operands) -> None:
         left = [operands.make(1 + 37 * index) for index in range(count)]
         right = [operands.make(1 + 37 * index) for index in range(count)]
         products.dot_sum(left, right)
+        products.dot_sum(left, left, 0.5, True)
         products.squared_norms([*left, operands.make(3).double(), operands.make(3).int()])
         for accept in (False, True):
             products.commit(torch.tensor(accept).to(DEVICE), left, right)

@@ -72,6 +72,9 @@ more than in a graph. Its opponents, launched one by one: the formula as one wou
 what no compiler can take from that, its products and factorizations. The last column is the time that the counted work
 must take at the assumed rates of the library, as a share of ours.
 """
+PREDICTED_TWIN_TEXT = """Against the plain-torch twin by autograd, without the time of its one singular value
+decomposition: what that must take for the operator to be three times faster.
+"""
 
 GPU_TEXT = """## On a GPU
 
@@ -218,6 +221,17 @@ def predicted_published_table(results: Results) -> str:
     return table(("shape", "whole", "published, the rest", "decompositions", "each, for 300×"), rows)
 
 
+def predicted_twin_table(results: Results) -> str:
+    rows = []
+    for name, parts in results["predicted"].items():
+        if layer.TWIN in parts:
+            ours, twin = parts[layer.OPERATOR]["eager_seconds"], parts[layer.TWIN]
+            decomposition = (layer.MUST_SMALL * ours - twin["eager_seconds"]) / twin["decompositions"]
+            rows.append([f"`{name}`", *map(_milliseconds, (ours, twin["eager_seconds"], decomposition))])
+    factor = f"the decomposition, for {layer.MUST_SMALL:.0f}×"
+    return table(("shape", layer.OPERATOR, f"{layer.TWIN}, the rest", factor), rows)
+
+
 def predicted_layer_table(results: Results) -> str:
     assumed = results["assumed"]
     rates = {
@@ -304,6 +318,7 @@ def page() -> str:
     sections += [predicted_teleport_table(predicted)]
     sections += [PREDICTED_PUBLISHED_TEXT.rstrip(), predicted_published_table(predicted)]
     sections += [PREDICTED_LAYER_TEXT.rstrip(), predicted_layer_table(predicted)]
+    sections += [PREDICTED_TWIN_TEXT.rstrip(), predicted_twin_table(predicted)]
     return "\n\n".join(sections + gpu_sections(RESULTS / "gpu"))
 
 

@@ -14,6 +14,7 @@ struct ActivationOf {
   T parameter;
   T reciprocal;  // of the parameter, rounded once from float64 as torch does it
 
+  ActivationOf() = default;
   explicit ActivationOf(const Activation& activation)
       : kind(activation.kind),
         parameter(static_cast<T>(activation.parameter)),

@@ -32,6 +32,7 @@ struct EpilogueOf {
   T* first;
   T* second;
 
+  EpilogueOf() = default;
   explicit EpilogueOf(const Product& product)
       : kind(product.epilogue.kind),
         activation(product.epilogue.activation),

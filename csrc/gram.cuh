@@ -1,4 +1,4 @@
-// K = H H^T (+ 1), products and sums in float64, for H in float32 or float64.
+// K = H H^T (+ 1), products and sums in float64, for several H in float32 or float64.
 #pragma once
 
 #include "kernels.h"
@@ -72,11 +72,27 @@ struct GramFetch {
   }
 };
 
-// Tile (blockIdx.y, blockIdx.x) of the lower triangle, written to both triangles; `added` is 1 with bias, else 0.
+// A GramProduct in the precision of its rows; `added` is 1 with bias, else 0.
 template <class T>
-__global__ void __launch_bounds__(gram_threads)
-    gram_tile(GramRows<T> h, double added, double* __restrict__ exact, T* __restrict__ rounded) {
+struct GramOf {
+  GramRows<T> h;
+  double added;
+  double* exact;
+  T* rounded;
+};
+
+template <class T>
+struct Grams {
+  GramOf<T> matrices[max_grams];
+};
+
+// Tile (blockIdx.y, blockIdx.x) of the lower triangle of matrix blockIdx.z, written to both triangles.
+template <class T>
+__global__ void __launch_bounds__(gram_threads) gram_tile(const __grid_constant__ Grams<T> grams) {
   if (blockIdx.x > blockIdx.y) return;
+  const GramRows<T>& h = grams.matrices[blockIdx.z].h;
+  double* __restrict__ exact = grams.matrices[blockIdx.z].exact;
+  T* __restrict__ rounded = grams.matrices[blockIdx.z].rounded;
   const int64_t top = int64_t{blockIdx.y} * gram_side, left = int64_t{blockIdx.x} * gram_side;
   GramMemory& memory = *shared_memory<GramMemory>();
   const int piece = threadIdx.x % gram_pieces, group = threadIdx.x / gram_pieces;
@@ -110,19 +126,26 @@ __global__ void __launch_bounds__(gram_threads)
   if (row >= h.rows || column > row) return;
   double total = 0;
   for (int g = 0; g < gram_groups; ++g) total += memory.partial[g][i][j];
-  total += added;
+  total += grams.matrices[blockIdx.z].added;
   const int64_t below = row * h.rows + column, above = column * h.rows + row;
   exact[below] = exact[above] = total;
   if (rounded) rounded[below] = rounded[above] = static_cast<T>(total);
 }
 
 template <class T>
-cudaError_t launch_gram_of(const Matrix& h, int64_t rows, int64_t columns, bool bias, double* exact, void* rounded,
-                           cudaStream_t stream) {
+cudaError_t launch_grams_of(int64_t rows, const GramProduct* grams, int count, cudaStream_t stream) {
+  Grams<T> typed{};
+  for (int m = 0; m < count; ++m) {
+    const GramProduct& gram = grams[m];
+    typed.matrices[m] = {
+        {static_cast<const T*>(gram.h.data), gram.h.row_stride, gram.h.column_stride, rows, gram.columns},
+        gram.bias ? 1.0 : 0.0,
+        gram.exact,
+        static_cast<T*>(gram.rounded)};
+  }
   const auto tiles = static_cast<unsigned>(divide_up(rows, gram_side));
-  const GramRows<T> typed{static_cast<const T*>(h.data), h.row_stride, h.column_stride, rows, columns};
-  return launch(gram_tile<T>, dim3(tiles, tiles), gram_threads, sizeof(GramMemory), stream, typed, bias ? 1.0 : 0.0,
-                exact, static_cast<T*>(rounded));
+  const dim3 grid(tiles, tiles, static_cast<unsigned>(count));
+  return launch(gram_tile<T>, grid, gram_threads, sizeof(GramMemory), stream, typed);
 }
 
 }  // namespace symtele

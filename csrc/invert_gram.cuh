@@ -44,8 +44,14 @@ struct PivotColumn {
   TileColumn pivots, panel_i, panel_j;
 };
 
+// What a thread needs of a PivotColumn: the elements in its strip and in its lane, and the pivot.
+struct Pivot {
+  Strip u, u_i, u_j;
+  double u_lane, u_j_lane, d;
+};
+
 struct SweepMemory {
-  PivotColumn columns[2];                       // at one pivot, and at the next
+  PivotColumn columns[2][2];                    // at a pair of pivots, and at the next pair
   double turned[sweep_width][sweep_width + 1];  // one more than the width, so that columns do not share a bank
 };
 
@@ -98,12 +104,14 @@ __device__ inline Strip load_panel(const double* matrix, int64_t size, int64_t i
 }
 
 // Write the elements (row, column) of tile (i, j) for which kept(row, column) holds.
-template <class Kept>
-__device__ void store_tile(const Strip& strip, double* matrix, int64_t size, int64_t i, int64_t j, Kept kept) {
+template <class T, class Kept>
+__device__ void store_tile(const Strip& strip, T* matrix, int64_t size, int64_t i, int64_t j, Kept kept) {
   const int64_t column = j * sweep_width + lane_of_tile();
   for (int q = 0; q < strip_height; ++q) {
     const int64_t row = i * sweep_width + strip_of_tile() * strip_height + q;
-    if (row < size && column < size && kept(row, column)) matrix[row * size + column] = strip.row[q];
+    if (row < size && column < size && kept(row, column)) {
+      matrix[row * size + column] = static_cast<T>(strip.row[q]);
+    }
   }
 }
 
@@ -123,8 +131,27 @@ __device__ inline double reciprocal(double d) {
 #endif
 }
 
+__device__ inline Pivot read_pivot(const PivotColumn& column, int c) {
+  const int lane = lane_of_tile(), strip = strip_of_tile();
+  return {column.pivots.strips[strip], column.panel_i.strips[strip], column.panel_j.strips[strip],
+          column.pivots.at(lane),      column.panel_j.at(lane),      column.pivots.at(c)};
+}
+
+// What sweeping a pivot makes of the column of the next, given what it takes there of each u_i: u_next / d.
+__device__ inline void sweep_column(Pivot& next, const Pivot& pivot, double u_next, double in_column) {
+  for (int q = 0; q < strip_height; ++q) {
+    next.u.row[q] -= pivot.u.row[q] * in_column;
+    next.u_i.row[q] -= pivot.u_i.row[q] * in_column;
+    next.u_j.row[q] -= pivot.u_j.row[q] * in_column;
+  }
+  next.u_lane -= pivot.u_lane * in_column;
+  next.u_j_lane -= pivot.u_j_lane * in_column;
+  next.d -= u_next * in_column;
+}
+
 // Sweep the pivots of block k of matrix blockIdx.z into tile (blockIdx.y, blockIdx.x) of its result; its info takes
-// the number of the first pivot that is none, counted from 1. The last launch also writes the upper triangle.
+// the number of the first pivot that is none, counted from 1. The last launch also writes the upper triangle, and the
+// result in float32.
 __global__ void __launch_bounds__(sweep_threads)
     sweep_pivots(int64_t size, int64_t k, SquareMatrices matrices, int32_t* infos) {
   const int64_t i = blockIdx.y, j = blockIdx.x;
@@ -151,30 +178,45 @@ __global__ void __launch_bounds__(sweep_threads)
   const int count = static_cast<int>(min(int64_t{sweep_width}, size - k * sweep_width));
   const bool reports = i == 0 && j == 0 && threadIdx.x == 0;
   int failed = 0;
-  if (lane == 0) publish(memory.columns[0]);
-  for (int c = 0; c < count; ++c) {
+  if (lane < 2) publish(memory.columns[0][lane]);
+  // Two pivots from one barrier to the next: every thread sweeps the second's column for itself. Behind an odd number of
+  // pivots comes one of the identity, which changes nothing.
+  for (int c = 0; c < count; c += 2) {
     __syncthreads();
-    const PivotColumn& column = memory.columns[c % 2];
-    const Strip u = column.pivots.strips[strip], u_i = column.panel_i.strips[strip], u_j = column.panel_j.strips[strip];
-    const double d = column.pivots.at(c), u_lane = column.pivots.at(lane), u_j_lane = column.panel_j.at(lane);
-    const double r = reciprocal(d);
-    // Columns and rows up to c are done with; what happens to them here does not matter.
-    const double in_panels = r * u_lane;
-    for (int q = 0; q < strip_height; ++q) {
-      pivots.row[q] -= u.row[q] * in_panels;
-      panel_i.row[q] -= u_i.row[q] * in_panels;
-      panel_j.row[q] -= u_j.row[q] * in_panels;
+    const PivotColumn* const columns = memory.columns[c / 2 % 2];
+    Pivot both[2] = {read_pivot(columns[0], c), read_pivot(columns[1], c + 1)};
+    const double u_next = columns[0].pivots.at(c + 1), r = reciprocal(both[0].d);
+    sweep_column(both[1], both[0], u_next, r * u_next);
+    const double reciprocals[2] = {r, reciprocal(both[1].d)};
+    for (int p = 0; p < 2; ++p) {
+      const Pivot& pivot = both[p];
+      // Columns and rows up to the pivot's are done with; what happens to them here does not matter.
+      const double in_panels = reciprocals[p] * pivot.u_lane;
+      for (int q = 0; q < strip_height; ++q) {
+        pivots.row[q] -= pivot.u.row[q] * in_panels;
+        panel_i.row[q] -= pivot.u_i.row[q] * in_panels;
+        panel_j.row[q] -= pivot.u_j.row[q] * in_panels;
+      }
+      if (reports && failed == 0 && !is_pivot(pivot.d)) failed = static_cast<int>(k) * sweep_width + c + p + 1;
     }
-    if (lane == c + 1) publish(memory.columns[(c + 1) % 2]);
-    const double in_tile = r * u_j_lane;
-    for (int q = 0; q < strip_height; ++q) tile.row[q] += u_i.row[q] * in_tile;
-    if (reports && failed == 0 && !is_pivot(d)) failed = static_cast<int>(k) * sweep_width + c + 1;
+    if (lane / 2 == c / 2 + 1) publish(memory.columns[(c / 2 + 1) % 2][lane % 2]);
+    for (int p = 0; p < 2; ++p) {
+      const double in_tile = reciprocals[p] * both[p].u_j_lane;
+      for (int q = 0; q < strip_height; ++q) tile.row[q] += both[p].u_i.row[q] * in_tile;
+    }
   }
 
   if (reports && (k == 0 || *info == 0)) *info = failed;
-  store_tile(tile, to, size, i, j, [](int64_t row, int64_t column) { return row >= column; });
+  const auto in_lower = [](int64_t row, int64_t column) { return row >= column; };
+  const auto in_upper = [](int64_t row, int64_t column) { return row < column; };
+  store_tile(tile, to, size, i, j, in_lower);
   if ((k + 1) * sweep_width < size) return;
-  store_tile(transpose_tile(tile, memory), to, size, j, i, [](int64_t row, int64_t column) { return row < column; });
+  const Strip turned = transpose_tile(tile, memory);
+  store_tile(turned, to, size, j, i, in_upper);
+  if (float* const rounded = matrices.rounded[blockIdx.z]) {
+    store_tile(tile, rounded, size, i, j, in_lower);
+    store_tile(turned, rounded, size, j, i, in_upper);
+  }
 }
 
 }  // namespace symtele

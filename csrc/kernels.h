@@ -71,44 +71,62 @@ enum class Route { fused, tensor, library };
 
 Route choose_route(const Product& product, bool allow_tf32, int compute_capability);
 
-cudaError_t launch_fused(const Product& product, cudaStream_t stream);
+// Products of one dtype that do not read each other's results, in one launch.
+constexpr int max_products = 8;
+cudaError_t launch_fused(const Product* products, int count, cudaStream_t stream);
 cudaError_t launch_tensor(const Product& product, cudaStream_t stream);
 // The elementwise pass alone: `first` holds A B when it starts.
 cudaError_t launch_epilogue(const Product& product, cudaStream_t stream);
 
 // exact = H H^T (+ 1 with bias) in float64 and rounded = the same in `dtype` (may be null; for f64 pass null), both
-// rows x rows and contiguous. H is rows x columns in `dtype`.
-cudaError_t launch_gram(Dtype dtype, const Matrix& h, int64_t rows, int64_t columns, bool bias, double* exact,
-                        void* rounded, cudaStream_t stream);
+// rows x rows and contiguous. H is rows x columns in `dtype`, with as many rows in all of a launch.
+struct GramProduct {
+  Matrix h;
+  int64_t columns;
+  bool bias;
+  double* exact;
+  void* rounded;
+};
+constexpr int max_grams = 16;
+cudaError_t launch_grams(Dtype dtype, int64_t rows, const GramProduct* grams, int count, cudaStream_t stream);
 
-// to[i] = from[i]^-1 for symmetric positive definite matrices (size x size, contiguous), infos[i] = 0; where a pivot is
-// not positive infos[i] is its number, counted from 1, and to[i] holds no meaning. No result may alias a matrix.
+// to[i] = from[i]^-1 for symmetric positive definite matrices (size x size, contiguous), rounded[i] = the same unless
+// it is null, and infos[i] = 0; where a pivot is not positive infos[i] is its number, counted from 1, and the results
+// hold no meaning. No result may alias a matrix.
 // `workspace` has invert_grams_workspace(count, size) bytes.
 constexpr int max_tensors = 64;
 struct SquareMatrices {
   int count;
   const double* from[max_tensors];
   double* to[max_tensors];
+  float* rounded[max_tensors];
 };
 int64_t invert_grams_workspace(int count, int64_t size);
 cudaError_t launch_invert_grams(int64_t size, const SquareMatrices& grams, int32_t* infos, double* workspace,
                                 cudaStream_t stream);
 
-// moved = batch + *size * change, targets = sigma^-1(moved), slopes = sigma'(targets), over `count` elements.
-cudaError_t launch_step_batch(Dtype dtype, int64_t count, Activation activation, const void* batch, const void* change,
-                              const double* size, void* moved, void* targets, void* slopes, cudaStream_t stream);
-
-// targets = base + *size * change, moved = sigma(targets), slopes = sigma'(targets), over `count` elements.
-cudaError_t launch_step_targets(Dtype dtype, int64_t count, Activation activation, const void* base,
-                                const void* change, const double* size, void* moved, void* targets, void* slopes,
-                                cudaStream_t stream);
+// A layer's step, over `elements` elements: moved = base + *size * change and targets = sigma^-1(moved), or along the
+// targets targets = base + *size * change and moved = sigma(targets); and slopes = sigma'(targets).
+struct LayerStep {
+  bool along_targets;
+  Activation activation;
+  int64_t elements;
+  const void* base;
+  const void* change;
+  void* moved;
+  void* targets;
+  void* slopes;
+};
+constexpr int max_steps = 16;
+cudaError_t launch_steps(Dtype dtype, const LayerStep* steps, int count, const double* size, cudaStream_t stream);
 
 // result = left * right * sigma''(at) + source, over `count` elements; without the last if `source` is null.
 cudaError_t launch_times_curvature(Dtype dtype, int64_t count, Activation activation, const void* left,
                                    const void* right, const void* at, const void* source, void* result,
                                    cudaStream_t stream);
 
-// *result = sum over the pairs of their dot products, accumulated in float64, in the same order in every run.
+// *result = scale * the sum of the pairs' dot products, or its square root; accumulated in float64, in the same order in
+// every run.
 // `partial` has dot_sum_workspace() bytes.
 struct TensorPairs {
   int count;
@@ -117,7 +135,8 @@ struct TensorPairs {
   int64_t elements[max_tensors];
 };
 int64_t dot_sum_workspace();
-cudaError_t launch_dot_sum(Dtype dtype, const TensorPairs& pairs, double* partial, double* result, cudaStream_t stream);
+cudaError_t launch_dot_sum(Dtype dtype, const TensorPairs& pairs, double scale, bool root, double* partial,
+                           double* result, cudaStream_t stream);
 
 // result[i] = the sum of the squares of tensor i, accumulated in float64, in the same order in every run.
 // `partial` has squared_norms_workspace() bytes.

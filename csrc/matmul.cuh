@@ -65,6 +65,7 @@ struct Operand {
   bool along_inner;  // the direction in which neighbours are neighbours in memory
   bool aligned;      // every piece_length-th element in that direction lies at a multiple of 16 bytes
 
+  Operand() = default;
   Operand(const void* data, int64_t size, int64_t inner, int64_t outer_stride, int64_t inner_stride)
       : data(static_cast<const T*>(data)),
         size(size),
@@ -256,13 +257,32 @@ __device__ void finish(const EpilogueOf<T>& epilogue, int64_t rows, unsigned til
   }
 }
 
+// The products of a launch, each with the number of its first tile among those of all.
+template <class T>
+struct Group {
+  struct Member {
+    Operand<T> a;
+    Operand<T> b;
+    EpilogueOf<T> epilogue;
+    unsigned first_tile;
+  };
+
+  int count;
+  Member members[max_products];
+};
+
 template <class T, int extent>
 __global__ void __launch_bounds__(multiply_threads, blocks_at_once<T>)
-    multiply(const Operand<T> a, const Operand<T> b, const EpilogueOf<T> epilogue) {
+    multiply(const __grid_constant__ Group<T> group) {
   using Shape = Tile<T, extent>;
   T* const shared = shared_memory<T>();
+  int own = group.count - 1;
+  while (blockIdx.x < group.members[own].first_tile) --own;
+  const Operand<T>& a = group.members[own].a;
+  const Operand<T>& b = group.members[own].b;
+  const unsigned tile = blockIdx.x - group.members[own].first_tile;
   const unsigned tiles_across = static_cast<unsigned>(divide_up(b.size, extent));
-  const unsigned tile_row = blockIdx.x / tiles_across, tile_column = blockIdx.x % tiles_across;
+  const unsigned tile_row = tile / tiles_across, tile_column = tile % tiles_across;
   const Position<T, extent> at;
 
   T sums[thread_rows][thread_columns] = {};
@@ -287,19 +307,37 @@ __global__ void __launch_bounds__(multiply_threads, blocks_at_once<T>)
   }
 
   write_partial<T, extent>(shared, at, sums);
-  finish<T, extent>(epilogue, a.size, tile_row, tile_column, shared);
+  finish<T, extent>(group.members[own].epilogue, a.size, tile_row, tile_column, shared);
 }
 
 constexpr int64_t count_tiles(const Product& product, int extent) {
   return divide_up(product.rows, extent) * divide_up(product.columns, extent);
 }
 
+inline int64_t count_tiles(const Product* products, int count, int extent) {
+  int64_t tiles = 0;
+  for (int p = 0; p < count; ++p) tiles += count_tiles(products[p], extent);
+  return tiles;
+}
+
 template <class T, int extent>
-cudaError_t launch_multiply(const Product& product, cudaStream_t stream) {
-  const Operand<T> a(product.a.data, product.rows, product.inner, product.a.row_stride, product.a.column_stride);
-  const Operand<T> b(product.b.data, product.columns, product.inner, product.b.column_stride, product.b.row_stride);
-  return launch(multiply<T, extent>, static_cast<unsigned>(count_tiles(product, extent)), multiply_threads,
-                Tile<T, extent>::shared_bytes, stream, a, b, EpilogueOf<T>(product));
+cudaError_t launch_multiply(const Product* products, int count, cudaStream_t stream) {
+  Group<T> group{};
+  int64_t tiles = 0;
+  for (int p = 0; p < count; ++p) {
+    const Product& product = products[p];
+    const int64_t of_product = count_tiles(product, extent);
+    if (of_product == 0) continue;
+    group.members[group.count++] = {
+        {product.a.data, product.rows, product.inner, product.a.row_stride, product.a.column_stride},
+        {product.b.data, product.columns, product.inner, product.b.column_stride, product.b.row_stride},
+        EpilogueOf<T>(product),
+        static_cast<unsigned>(tiles)};
+    tiles += of_product;
+  }
+  if (tiles == 0) return cudaSuccess;
+  return launch(multiply<T, extent>, static_cast<unsigned>(tiles), multiply_threads, Tile<T, extent>::shared_bytes,
+                stream, group);
 }
 
 // About three quarters of an H100's multiprocessors. A large tile reads less memory a product, but costs four times
@@ -307,10 +345,10 @@ cudaError_t launch_multiply(const Product& product, cudaStream_t stream) {
 constexpr int64_t enough_tiles = 96;
 
 template <class T>
-cudaError_t launch_fused_of(const Product& product, cudaStream_t stream) {
-  if (count_tiles(product, 64) >= enough_tiles) return launch_multiply<T, 64>(product, stream);
-  if (count_tiles(product, 32) >= enough_tiles) return launch_multiply<T, 32>(product, stream);
-  return launch_multiply<T, 16>(product, stream);
+cudaError_t launch_fused_of(const Product* products, int count, cudaStream_t stream) {
+  if (count_tiles(products, count, 64) >= enough_tiles) return launch_multiply<T, 64>(products, count, stream);
+  if (count_tiles(products, count, 32) >= enough_tiles) return launch_multiply<T, 32>(products, count, stream);
+  return launch_multiply<T, 16>(products, count, stream);
 }
 
 }  // namespace symtele

@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -24,6 +24,7 @@
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -97,9 +98,9 @@ void check_scalar(const char* name, const Tensor& tensor, at::ScalarType dtype, 
   TORCH_CHECK_VALUE(tensor.numel() == 1, name, " must have one element, got shape ", tensor.sizes());
 }
 
-void check_same_number(const char* name, TensorList tensors, const char* other_name, TensorList others) {
-  TORCH_CHECK_VALUE(tensors.size() == others.size(), name, " must have as many tensors as ", other_name, ", ",
-                    others.size(), ", got ", tensors.size());
+void check_length(const char* name, size_t length, const char* other_name, size_t expected) {
+  TORCH_CHECK_VALUE(length == expected, name, " must have as many elements as ", other_name, ", ", expected, ", got ",
+                    length);
 }
 
 // Raise the CUDA error that `function` returned.
@@ -242,17 +243,45 @@ class FusedProduct {
     return *this;
   }
 
-  Tensor compute() {
+  // Memory for the results, the second one only where the epilogue has it.
+  Tensor allocate_first() {
     first_ = at::empty({product_.rows, product_.columns}, a_.options());
     product_.epilogue.first = first_.mutable_data_ptr();
-    run();
     return first_;
   }
 
-  std::tuple<Tensor, Tensor> compute_both() {
+  Tensor allocate_second() {
     Tensor second = at::empty({product_.rows, product_.columns}, a_.options());
     product_.epilogue.second = second.mutable_data_ptr();
+    return second;
+  }
+
+  Tensor compute() {
+    Tensor first = allocate_first();
+    run(route());
+    return first;
+  }
+
+  std::tuple<Tensor, Tensor> compute_both() {
+    Tensor second = allocate_second();
     return {compute(), second};
+  }
+
+  const Product& product() const { return product_; }
+
+  Route route() const { return choose_route(product_, allows_tf32(), compute_capability(a_.device())); }
+
+  // Into the memory of the results.
+  void run(Route route) {
+    if (product_.rows == 0 || product_.columns == 0) return;
+    switch (route) {
+      case Route::fused:
+        return check_cuda(launch_fused(&product_, 1, stream_of(a_)), "launch_fused");
+      case Route::tensor:
+        return check_cuda(launch_tensor(product_, stream_of(a_)), "launch_tensor");
+      case Route::library:
+        return run_library();
+    }
   }
 
  private:
@@ -266,18 +295,6 @@ class FusedProduct {
     check_follows(name, tensor, a_);
     check_shape(name, tensor, {size});
     return tensor.const_data_ptr();
-  }
-
-  void run() {
-    if (product_.rows == 0 || product_.columns == 0) return;
-    switch (choose_route(product_, allows_tf32(), compute_capability(a_.device()))) {
-      case Route::fused:
-        return check_cuda(launch_fused(product_, stream_of(a_)), "launch_fused");
-      case Route::tensor:
-        return check_cuda(launch_tensor(product_, stream_of(a_)), "launch_tensor");
-      case Route::library:
-        return run_library();
-    }
   }
 
   void run_library() {
@@ -339,38 +356,106 @@ Tensor times_slope(const Tensor& a, const Tensor& b, const Tensor& at, const Ten
       .compute();
 }
 
-std::tuple<Tensor, Tensor> masked(const Tensor& a, const Tensor& b, const OptionalTensor& source, const Tensor& mask) {
-  return FusedProduct(EpilogueKind::masked, a, b).source(source).at("mask", mask).compute_both();
+// The products for the fused kernel, as many in a launch as its arguments hold, and then the others.
+void run_group(std::deque<FusedProduct>& group, cudaStream_t stream) {
+  std::vector<Product> fused;
+  for (FusedProduct& one : group) {
+    const Route route = one.route();
+    if (route == Route::fused) {
+      fused.push_back(one.product());
+    } else {
+      one.run(route);
+    }
+  }
+  for (size_t start = 0; start < fused.size(); start += max_products) {
+    const auto some = static_cast<int>(std::min<size_t>(max_products, fused.size() - start));
+    check_cuda(launch_fused(&fused[start], some, stream), "launch_fused");
+  }
+}
+
+using OptionalTensors = c10::List<OptionalTensor>;
+
+std::vector<Tensor> grouped_linear(TensorList a, TensorList b, const OptionalTensors& sources,
+                                   const OptionalTensors& rows, const OptionalTensors& masks,
+                                   at::ArrayRef<double> alphas, at::ArrayRef<double> betas) {
+  TORCH_CHECK_VALUE(!a.empty(), "a must have at least one tensor, got none");
+  check_length("b", b.size(), "a", a.size());
+  check_length("sources", sources.size(), "a", a.size());
+  check_length("rows", rows.size(), "a", a.size());
+  check_length("masks", masks.size(), "a", a.size());
+  check_length("alphas", alphas.size(), "a", a.size());
+  check_length("betas", betas.size(), "a", a.size());
+  check_first("a", a[0]);
+  const c10::cuda::CUDAGuard guard(a[0].device());
+  std::deque<FusedProduct> group;
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < a.size(); ++i) {
+    check_follows("a", a[i], a[0]);
+    const OptionalTensor mask = masks.get(i);
+    FusedProduct& one = group.emplace_back(mask ? EpilogueKind::masked : EpilogueKind::linear, a[i], b[i]);
+    one.scale(alphas[i], betas[i]).source(sources.get(i)).rank_one(std::nullopt, rows.get(i));
+    results.push_back(one.allocate_first());
+    if (!mask) continue;
+    one.at("mask", *mask);
+    results.push_back(one.allocate_second());
+  }
+  run_group(group, stream_of(a[0]));
+  return results;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Gram matrices
 // ---------------------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> gram(const Tensor& rows, bool bias) {
-  check_first("rows", rows);
-  check_is_matrix("rows", rows);
-  const int64_t size = rows.size(0);
+void gram_by_library(const Tensor& rows, bool bias, Tensor exact) {
+  const Tensor wide = rows.to(at::kDouble);
+  at::mm_out(exact, wide, wide.t());
+  if (bias) exact.add_(1);
+}
+
+// As many from `start` on as a launch takes.
+void some_grams(TensorList rows, const c10::List<bool>& biases, size_t start, TensorList exact, TensorList rounded) {
+  std::vector<Tensor> held;
+  std::vector<GramProduct> products;
+  for (size_t i = start; i < std::min<size_t>(rows.size(), start + max_grams); ++i) {
+    const Matrix matrix = matrix_of(held.emplace_back(readable_matrix(rows[i])));
+    products.push_back({matrix, rows[i].size(1), biases.get(i), exact[i].mutable_data_ptr<double>(),
+                        rounded.empty() ? nullptr : rounded[i].mutable_data_ptr()});
+  }
+  check_cuda(launch_grams(dtype_of(rows[0]), rows[0].size(0), products.data(), static_cast<int>(products.size()),
+                          stream_of(rows[0])),
+             "launch_grams");
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> grams(TensorList rows, const c10::List<bool>& biases) {
+  TORCH_CHECK_VALUE(!rows.empty(), "rows must have at least one tensor, got none");
+  check_length("biases", biases.size(), "rows", rows.size());
+  check_first("rows", rows[0]);
+  check_is_matrix("rows", rows[0]);
+  const int64_t size = rows[0].size(0);
   TORCH_CHECK_VALUE(size == 0 || size <= max_elements / size,
                     "rows must have a Gram matrix of at most 2^31 elements, got ", size, " rows");
-  const c10::cuda::CUDAGuard guard(rows.device());
-  const bool rounds = rows.scalar_type() != at::kDouble;
-  Tensor exact, rounded;
-  if (size > largest_own_gram) {
-    const Tensor wide = rows.to(at::kDouble);
-    exact = at::mm(wide, wide.t());
-    if (bias) exact.add_(1);
-    if (rounds) rounded = exact.to(rows.scalar_type());
-  } else {
-    const Tensor readable = readable_matrix(rows);
-    exact = at::empty({size, size}, rows.options().dtype(at::kDouble));
-    if (rounds) rounded = at::empty({size, size}, rows.options());
-    check_cuda(launch_gram(dtype_of(rows), matrix_of(readable), size, rows.size(1), bias,
-                             exact.mutable_data_ptr<double>(), rounds ? rounded.mutable_data_ptr() : nullptr,
-                             stream_of(rows)),
-                 "launch_gram");
+  for (const Tensor& one : rows) {
+    check_follows("rows", one, rows[0]);
+    check_is_matrix("rows", one);
+    TORCH_CHECK_VALUE(one.size(0) == size, "rows must have as many rows each as the first, ", size, ", got shape ",
+                      one.sizes());
   }
-  return {exact, rounds ? rounded : exact.clone()};
+  const c10::cuda::CUDAGuard guard(rows[0].device());
+  const bool rounds = rows[0].scalar_type() != at::kDouble;
+  std::vector<Tensor> exact, rounded;
+  for (const Tensor& one : rows) {
+    exact.push_back(at::empty({size, size}, one.options().dtype(at::kDouble)));
+    rounded.push_back(at::empty({size, size}, one.options()));
+  }
+  for (size_t i = 0; i < rows.size() && size > largest_own_gram; ++i) {
+    gram_by_library(rows[i], biases.get(i), exact[i]);
+  }
+  for (size_t start = 0; start < rows.size() && size <= largest_own_gram; start += max_grams) {
+    some_grams(rows, biases, start, exact, rounds ? TensorList(rounded) : TensorList());
+  }
+  for (size_t i = 0; i < rows.size() && (!rounds || size > largest_own_gram); ++i) rounded[i].copy_(exact[i]);
+  return {exact, rounded};
 }
 
 // By the triangular factor's inverse: cholesky_inverse would read back whether it succeeded.
@@ -382,7 +467,7 @@ void invert_by_library(const Tensor& gram, Tensor inverse, Tensor info) {
   info.copy_(found);
 }
 
-void invert_some_grams(TensorList grams, TensorList inverses, int32_t* infos) {
+void invert_some_grams(TensorList grams, TensorList inverses, TensorList rounded, int32_t* infos) {
   const int64_t size = grams[0].size(0);
   std::vector<Tensor> held;
   SquareMatrices list{};
@@ -390,6 +475,7 @@ void invert_some_grams(TensorList grams, TensorList inverses, int32_t* infos) {
   for (size_t i = 0; i < grams.size(); ++i) {
     list.from[i] = held.emplace_back(grams[i].contiguous()).const_data_ptr<double>();
     list.to[i] = inverses[i].mutable_data_ptr<double>();
+    if (!rounded.empty()) list.rounded[i] = rounded[i].mutable_data_ptr<float>();
   }
   const Tensor workspace =
       at::empty({invert_grams_workspace(list.count, size)}, grams[0].options().dtype(at::kByte));
@@ -398,7 +484,7 @@ void invert_some_grams(TensorList grams, TensorList inverses, int32_t* infos) {
              "launch_invert_grams");
 }
 
-std::tuple<std::vector<Tensor>, Tensor> invert_grams(TensorList grams) {
+std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>> invert_grams(TensorList grams, bool rounds) {
   TORCH_CHECK_VALUE(!grams.empty(), "grams must have at least one tensor, got none");
   check_on_cuda("grams", grams[0]);
   check_is_matrix("grams", grams[0]);
@@ -409,19 +495,26 @@ std::tuple<std::vector<Tensor>, Tensor> invert_grams(TensorList grams) {
     check_shape("grams", gram, {size, size});
   }
   const c10::cuda::CUDAGuard guard(grams[0].device());
-  std::vector<Tensor> inverses;
-  for (int64_t i = 0; i < count; ++i) inverses.push_back(at::empty({size, size}, grams[0].options()));
+  std::vector<Tensor> inverses, rounded;
+  for (int64_t i = 0; i < count; ++i) {
+    inverses.push_back(at::empty({size, size}, grams[0].options()));
+    if (rounds) rounded.push_back(at::empty({size, size}, grams[0].options().dtype(at::kFloat)));
+  }
   Tensor infos = at::empty({count}, grams[0].options().dtype(at::kInt));
   if (size > largest_own_gram) {
-    for (int64_t i = 0; i < count; ++i) invert_by_library(grams[i], inverses[i], infos.select(0, i));
-    return {inverses, infos};
+    for (int64_t i = 0; i < count; ++i) {
+      invert_by_library(grams[i], inverses[i], infos.select(0, i));
+      if (rounds) rounded[i].copy_(inverses[i]);
+    }
+    return {inverses, infos, rounded};
   }
   for (int64_t start = 0; start < count; start += max_tensors) {
     const int64_t some = std::min<int64_t>(max_tensors, count - start);
     invert_some_grams(grams.slice(start, some), TensorList(inverses).slice(start, some),
+                      rounds ? TensorList(rounded).slice(start, some) : TensorList(),
                       infos.mutable_data_ptr<int32_t>() + start);
   }
-  return {inverses, infos};
+  return {inverses, infos, rounded};
 }
 
 // Memory for a matrix in the dtype of `like`, with rows that begin at multiples of 16 bytes.
@@ -477,32 +570,34 @@ Tensor identity_remainder(const Tensor& g, int64_t vectors, int64_t rounds) {
 // steps of the search
 // ---------------------------------------------------------------------------------------------------------------------
 
-using StepLauncher = decltype(&launch_step_batch);
-static_assert(std::is_same_v<StepLauncher, decltype(&launch_step_targets)>);
-
-std::tuple<Tensor, Tensor, Tensor> step(StepLauncher launch, const char* launcher, const char* base_name,
-                                        const Tensor& base, const Tensor& change, const Tensor& size,
-                                        std::string_view activation, double parameter) {
-  check_first(base_name, base);
-  const c10::cuda::CUDAGuard guard(base.device());
-  const Tensor from = base.contiguous(), along = elements_of("change", change, base, base.sizes());
-  check_scalar("size", size, at::kDouble, base.device());
-  Tensor moved = at::empty_like(from), targets = at::empty_like(from), slopes = at::empty_like(from);
-  check_cuda(launch(dtype_of(base), base.numel(), make_activation(activation, parameter), from.const_data_ptr(),
-                      along.const_data_ptr(), size.const_data_ptr<double>(), moved.mutable_data_ptr(),
-                      targets.mutable_data_ptr(), slopes.mutable_data_ptr(), stream_of(base)),
-               launcher);
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> take_steps(
+    TensorList bases, TensorList changes, const Tensor& size, const c10::List<bool>& along_targets,
+    const c10::List<std::string>& activations, at::ArrayRef<double> parameters) {
+  TORCH_CHECK_VALUE(!bases.empty(), "bases must have at least one tensor, got none");
+  check_length("changes", changes.size(), "bases", bases.size());
+  check_length("along_targets", along_targets.size(), "bases", bases.size());
+  check_length("activations", activations.size(), "bases", bases.size());
+  check_length("parameters", parameters.size(), "bases", bases.size());
+  check_first("bases", bases[0]);
+  check_scalar("size", size, at::kDouble, bases[0].device());
+  const c10::cuda::CUDAGuard guard(bases[0].device());
+  std::vector<Tensor> moved, targets, slopes, held;
+  std::vector<LayerStep> steps;
+  for (size_t i = 0; i < bases.size(); ++i) {
+    const Tensor base = held.emplace_back(elements_of("bases", bases[i], bases[0], bases[i].sizes()));
+    const Tensor change = held.emplace_back(elements_of("changes", changes[i], bases[0], base.sizes()));
+    for (std::vector<Tensor>* results : {&moved, &targets, &slopes}) results->push_back(at::empty_like(base));
+    steps.push_back({along_targets.get(i), make_activation(activations.get(i), parameters[i]), base.numel(),
+                     base.const_data_ptr(), change.const_data_ptr(), moved[i].mutable_data_ptr(),
+                     targets[i].mutable_data_ptr(), slopes[i].mutable_data_ptr()});
+  }
+  for (size_t start = 0; start < steps.size(); start += max_steps) {
+    const auto some = static_cast<int>(std::min<size_t>(max_steps, steps.size() - start));
+    check_cuda(launch_steps(dtype_of(bases[0]), &steps[start], some, size.const_data_ptr<double>(),
+                            stream_of(bases[0])),
+               "launch_steps");
+  }
   return {moved, targets, slopes};
-}
-
-std::tuple<Tensor, Tensor, Tensor> step_batch(const Tensor& batch, const Tensor& change, const Tensor& size,
-                                              std::string_view activation, double parameter) {
-  return step(launch_step_batch, "launch_step_batch", "batch", batch, change, size, activation, parameter);
-}
-
-std::tuple<Tensor, Tensor, Tensor> step_targets(const Tensor& targets, const Tensor& change, const Tensor& size,
-                                                std::string_view activation, double parameter) {
-  return step(launch_step_targets, "launch_step_targets", "targets", targets, change, size, activation, parameter);
 }
 
 Tensor times_curvature(const Tensor& left, const Tensor& right, const Tensor& at, const OptionalTensor& source,
@@ -526,7 +621,7 @@ Tensor times_curvature(const Tensor& left, const Tensor& right, const Tensor& at
 // lists of tensors, as many in a launch as its arguments hold
 // ---------------------------------------------------------------------------------------------------------------------
 
-Tensor dot_of_some(TensorList left, TensorList right) {
+Tensor dot_of_some(TensorList left, TensorList right, double scale, bool root) {
   const Tensor& first = left[0];
   std::vector<Tensor> held;
   TensorPairs pairs{};
@@ -540,15 +635,15 @@ Tensor dot_of_some(TensorList left, TensorList right) {
   const auto options = first.options();
   Tensor partial = at::empty({dot_sum_workspace()}, options.dtype(at::kByte));
   Tensor result = at::empty({}, options.dtype(at::kDouble));
-  check_cuda(launch_dot_sum(dtype_of(first), pairs, static_cast<double*>(partial.mutable_data_ptr()),
-                              result.mutable_data_ptr<double>(), stream_of(first)),
-               "launch_dot_sum");
+  check_cuda(launch_dot_sum(dtype_of(first), pairs, scale, root, static_cast<double*>(partial.mutable_data_ptr()),
+                            result.mutable_data_ptr<double>(), stream_of(first)),
+             "launch_dot_sum");
   return result;
 }
 
-Tensor dot_sum(TensorList left, TensorList right) {
+Tensor dot_sum(TensorList left, TensorList right, double scale, bool root) {
   TORCH_CHECK_VALUE(!left.empty(), "left must have at least one tensor, got none");
-  check_same_number("right", right, "left", left);
+  check_length("right", right.size(), "left", left.size());
   check_first("left", left[0]);
   for (size_t i = 0; i < left.size(); ++i) {
     check_follows("left", left[i], left[0]);
@@ -557,13 +652,13 @@ Tensor dot_sum(TensorList left, TensorList right) {
     check_shape("right", right[i], left[i].sizes());
   }
   const c10::cuda::CUDAGuard guard(left[0].device());
-  Tensor total;
+  if (left.size() <= max_tensors) return dot_of_some(left, right, scale, root);
+  Tensor total = at::zeros({}, left[0].options().dtype(at::kDouble));
   for (size_t start = 0; start < left.size(); start += max_tensors) {
     const size_t count = std::min<size_t>(max_tensors, left.size() - start);
-    Tensor part = dot_of_some(left.slice(start, count), right.slice(start, count));
-    total = total.defined() ? total.add_(part) : part;
+    total.add_(dot_of_some(left.slice(start, count), right.slice(start, count), scale, false));
   }
-  return total;
+  return root ? total.sqrt_() : total;
 }
 
 Dtype number_of(const Tensor& tensor) { return tensor.scalar_type() == at::kInt ? Dtype::i32 : dtype_of(tensor); }
@@ -619,7 +714,7 @@ void commit_some(const Tensor& accept, TensorList current, TensorList trial) {
 void commit(const Tensor& accept, TensorList current, TensorList trial) {
   check_on_cuda("accept", accept);
   check_scalar("accept", accept, at::kBool, accept.device());
-  check_same_number("trial", trial, "current", current);
+  check_length("trial", trial.size(), "current", current.size());
   for (size_t i = 0; i < current.size(); ++i) {
     check_device("current", current[i], accept.device());
     check_size("current", current[i]);
@@ -656,8 +751,8 @@ Tensor near_dependence_of_some(TensorList grams, TensorList inverses, TensorList
 
 Tensor near_dependence(TensorList grams, TensorList inverses, TensorList infos, double largest) {
   TORCH_CHECK_VALUE(!grams.empty(), "grams must have at least one tensor, got none");
-  check_same_number("inverses", inverses, "grams", grams);
-  check_same_number("infos", infos, "grams", grams);
+  check_length("inverses", inverses.size(), "grams", grams.size());
+  check_length("infos", infos.size(), "grams", grams.size());
   check_on_cuda("grams", grams[0]);
   for (size_t i = 0; i < grams.size(); ++i) {
     check_device("grams", grams[i], grams[0].device());
@@ -743,17 +838,16 @@ TORCH_LIBRARY_FRAGMENT(symtele_cuda, library) {
            "-> (Tensor, Tensor)",
            "times_slope(Tensor a, Tensor b, Tensor at, Tensor source, float beta, str activation, float parameter) "
            "-> Tensor",
-           "masked(Tensor a, Tensor b, Tensor? source, Tensor mask) -> (Tensor, Tensor)",
-           "gram(Tensor rows, bool bias) -> (Tensor, Tensor)",
-           "invert_grams(Tensor[] grams) -> (Tensor[], Tensor)",
+           "grouped_linear(Tensor[] a, Tensor[] b, Tensor?[] sources, Tensor?[] rows, Tensor?[] masks, float[] alphas, "
+           "float[] betas) -> Tensor[]",
+           "grams(Tensor[] rows, bool[] biases) -> (Tensor[], Tensor[])",
+           "invert_grams(Tensor[] grams, bool rounds=False) -> (Tensor[], Tensor, Tensor[])",
            "pseudo_inverse(Tensor inverse, Tensor rows, bool bias) -> Tensor",
-           "step_batch(Tensor batch, Tensor change, Tensor size, str activation, float parameter) "
-           "-> (Tensor, Tensor, Tensor)",
-           "step_targets(Tensor targets, Tensor change, Tensor size, str activation, float parameter) "
-           "-> (Tensor, Tensor, Tensor)",
+           "take_steps(Tensor[] bases, Tensor[] changes, Tensor size, bool[] along_targets, str[] activations, "
+           "float[] parameters) -> (Tensor[], Tensor[], Tensor[])",
            "times_curvature(Tensor left, Tensor right, Tensor at, Tensor? source, str activation, float parameter) "
            "-> Tensor",
-           "dot_sum(Tensor[] left, Tensor[] right) -> Tensor",
+           "dot_sum(Tensor[] left, Tensor[] right, float scale=1.0, bool root=False) -> Tensor",
            "squared_norms(Tensor[] tensors) -> Tensor",
            "identity_remainder(Tensor g, int vectors, int rounds) -> Tensor",
            "commit(Tensor accept, Tensor(a!)[] current, Tensor[] trial) -> ()",
@@ -771,12 +865,11 @@ TORCH_LIBRARY_IMPL(symtele_cuda, CUDA, library) {
   library.impl("inverse_activation", symtele::inverse_activation);
   library.impl("over_slope", symtele::over_slope);
   library.impl("times_slope", symtele::times_slope);
-  library.impl("masked", symtele::masked);
-  library.impl("gram", symtele::gram);
+  library.impl("grouped_linear", symtele::grouped_linear);
+  library.impl("grams", symtele::grams);
   library.impl("invert_grams", symtele::invert_grams);
   library.impl("pseudo_inverse", symtele::pseudo_inverse);
-  library.impl("step_batch", symtele::step_batch);
-  library.impl("step_targets", symtele::step_targets);
+  library.impl("take_steps", symtele::take_steps);
   library.impl("times_curvature", symtele::times_curvature);
   library.impl("dot_sum", symtele::dot_sum);
   library.impl("squared_norms", symtele::squared_norms);

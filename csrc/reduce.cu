@@ -4,10 +4,10 @@ namespace symtele {
 
 int64_t dot_sum_workspace() { return most_partial_sums * int64_t{sizeof(double)}; }
 
-cudaError_t launch_dot_sum(Dtype dtype, const TensorPairs& pairs, double* partial, double* result,
-                           cudaStream_t stream) {
+cudaError_t launch_dot_sum(Dtype dtype, const TensorPairs& pairs, double scale, bool root, double* partial,
+                           double* result, cudaStream_t stream) {
   const auto launch_of = dtype == Dtype::f32 ? launch_dot_sum_of<float> : launch_dot_sum_of<double>;
-  return launch_of(pairs, partial, result, stream);
+  return launch_of(pairs, {scale, root}, partial, result, stream);
 }
 
 int64_t squared_norms_workspace() { return max_tensors * most_partial_sums * int64_t{sizeof(double)}; }

@@ -25,8 +25,17 @@ __device__ inline double sum_block(double value) {
   return sums[0];
 }
 
+// What a sum of dot products is turned into.
+struct DotFinish {
+  double scale;
+  bool root;
+
+  __device__ double operator()(double sum) const { return root ? sqrt(scale * sum) : scale * sum; }
+};
+
+// The only block writes the result, one of several its share of the sum.
 template <class T>
-__global__ void __launch_bounds__(reduce_threads) sum_products(TensorPairs pairs, double* partial) {
+__global__ void __launch_bounds__(reduce_threads) sum_products(TensorPairs pairs, DotFinish finish, double* result) {
   double sum = 0;
   for (int p = 0; p < pairs.count; ++p) {
     const T* left = static_cast<const T*>(pairs.left[p]);
@@ -38,25 +47,28 @@ __global__ void __launch_bounds__(reduce_threads) sum_products(TensorPairs pairs
     });
   }
   const double total = sum_block(sum);
-  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+  if (threadIdx.x == 0) result[blockIdx.x] = gridDim.x == 1 ? finish(total) : total;
 }
 
-__global__ void __launch_bounds__(reduce_threads) sum_partial(const double* partial, unsigned count, double* result) {
+__global__ void __launch_bounds__(reduce_threads)
+    sum_partial(const double* partial, unsigned count, DotFinish finish, double* result) {
   const double total = sum_block(threadIdx.x < count ? partial[threadIdx.x] : 0);
-  if (threadIdx.x == 0) *result = total;
+  if (threadIdx.x == 0) *result = finish(total);
 }
 
 template <class T>
-cudaError_t launch_dot_sum_of(const TensorPairs& pairs, double* partial, double* result, cudaStream_t stream) {
+cudaError_t launch_dot_sum_of(const TensorPairs& pairs, const DotFinish& finish, double* partial, double* result,
+                              cudaStream_t stream) {
   int64_t elements = 1;
   for (int p = 0; p < pairs.count; ++p) elements += pairs.elements[p];
   const int64_t blocks = min(divide_up(elements, elements_of_block), most_partial_sums);
   const size_t shared_bytes = reduce_threads * sizeof(double);
   double* sums = blocks == 1 ? result : partial;
   const cudaError_t error =
-      launch(sum_products<T>, static_cast<unsigned>(blocks), reduce_threads, shared_bytes, stream, pairs, sums);
+      launch(sum_products<T>, static_cast<unsigned>(blocks), reduce_threads, shared_bytes, stream, pairs, finish, sums);
   if (error != cudaSuccess || blocks == 1) return error;
-  return launch(sum_partial, 1, reduce_threads, shared_bytes, stream, partial, static_cast<unsigned>(blocks), result);
+  return launch(sum_partial, 1, reduce_threads, shared_bytes, stream, partial, static_cast<unsigned>(blocks), finish,
+                result);
 }
 
 template <class T>

@@ -1,4 +1,5 @@
-// A step of the search in activation space: the moved activations B', their targets Y' (B' = sigma(Y')) and sigma'(Y').
+// A step of the search in activation space: the moved activations B', their targets Y' (B' = sigma(Y')) and sigma'(Y'),
+// of several layers in one pass.
 #pragma once
 
 #include "activation.cuh"
@@ -8,30 +9,45 @@
 
 namespace symtele {
 
-// What the step is taken in: B', and Y' follows, or Y', and B' follows.
-enum class StepIn { batch, targets };
-
+// A LayerStep in the precision of its tensors.
 template <class T>
-struct Step {
-  StepIn in;
+struct StepOf {
+  bool along_targets;
+  bool aligned;
   ActivationOf<T> activation;
+  int64_t elements;
   const T* base;
   const T* change;
-  const double* size;
   T* moved;
   T* targets;
   T* slopes;
+
+  StepOf() = default;
+  explicit StepOf(const LayerStep& step)
+      : along_targets(step.along_targets),
+        aligned(are_aligned(step.base, step.change, step.moved, step.targets, step.slopes)),
+        activation(step.activation),
+        elements(step.elements),
+        base(static_cast<const T*>(step.base)),
+        change(static_cast<const T*>(step.change)),
+        moved(static_cast<T*>(step.moved)),
+        targets(static_cast<T*>(step.targets)),
+        slopes(static_cast<T*>(step.slopes)) {}
+};
+
+template <class T>
+struct Steps {
+  StepOf<T> of_layer[max_steps];
 };
 
 template <int width, class T>
-__device__ void step_pack(const Step<T>& step, T size, int64_t element) {
+__device__ void step_pack(const StepOf<T>& step, T size, int64_t element) {
   const Pack<T, width> base = load_pack<width>(step.base + element), change = load_pack<width>(step.change + element);
   Pack<T, width> moved, targets, slopes;
   for (int q = 0; q < width; ++q) {
     const T stepped = base.at[q] + size * change.at[q];
-    const bool in_batch = step.in == StepIn::batch;
-    moved.at[q] = in_batch ? stepped : step.activation.forward(stepped);
-    targets.at[q] = in_batch ? step.activation.inverse(stepped) : stepped;
+    moved.at[q] = step.along_targets ? step.activation.forward(stepped) : stepped;
+    targets.at[q] = step.along_targets ? stepped : step.activation.inverse(stepped);
     slopes.at[q] = step.activation.derivative(targets.at[q]);
   }
   store_pack(step.moved + element, moved);
@@ -39,25 +55,27 @@ __device__ void step_pack(const Step<T>& step, T size, int64_t element) {
   store_pack(step.slopes + element, slopes);
 }
 
+// Layer blockIdx.y, shared out over blockIdx.x.
 template <class T>
-__global__ void __launch_bounds__(pack_threads) take_step(Step<T> step, int64_t count, bool aligned) {
-  const T size = static_cast<T>(*step.size);
-  for_packs<T>(count, aligned, [&](int64_t i, auto width) { step_pack<decltype(width)::value>(step, size, i); });
+__global__ void __launch_bounds__(pack_threads)
+    take_steps(const __grid_constant__ Steps<T> steps, const double* __restrict__ size) {
+  const StepOf<T>& step = steps.of_layer[blockIdx.y];
+  const T length = static_cast<T>(*size);
+  for_packs<T>(step.elements, step.aligned,
+               [&](int64_t i, auto width) { step_pack<decltype(width)::value>(step, length, i); });
 }
 
 template <class T>
-cudaError_t launch_step_of(StepIn in, int64_t count, const Activation& activation, const void* base, const void* change,
-                           const double* size, void* moved, void* targets, void* slopes, cudaStream_t stream) {
-  const Step<T> step{in,
-                     ActivationOf<T>(activation),
-                     static_cast<const T*>(base),
-                     static_cast<const T*>(change),
-                     size,
-                     static_cast<T*>(moved),
-                     static_cast<T*>(targets),
-                     static_cast<T*>(slopes)};
-  const bool aligned = are_aligned(base, change, moved, targets, slopes);
-  return launch(take_step<T>, pack_blocks<T>(count), pack_threads, 0, stream, step, count, aligned);
+cudaError_t launch_steps_of(const LayerStep* steps, int count, const double* size, cudaStream_t stream) {
+  Steps<T> typed{};
+  int64_t most_elements = 0;
+  for (int layer = 0; layer < count; ++layer) {
+    typed.of_layer[layer] = StepOf<T>(steps[layer]);
+    most_elements = max(most_elements, steps[layer].elements);
+  }
+  if (most_elements == 0) return cudaSuccess;
+  const dim3 grid(pack_blocks<T>(most_elements), static_cast<unsigned>(count));
+  return launch(take_steps<T>, grid, pack_threads, 0, stream, typed, size);
 }
 
 }  // namespace symtele

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from . import products as torch_products
 from .activations import Activation
-from .kernels import Products
+from .kernels import Linear, Products, together
 from .pinv import MAX_CONDITION, Factorization, factorize, factorize_by_inverse, is_thin
 
 # A step towards the edge of σ⁻¹'s domain goes at most this share of the way there.
@@ -305,24 +305,43 @@ def steepest_direction(network: Network, plan: Plan, state: State, gradient: Gra
     `along_targets` moves Y = σ⁻¹(B) by (B Bᵀ) ∂f/∂Y instead. No d×d matrix is formed: T enters through products with
     n×n matrices, and through its factors where a layer is carried. Of a scaled layer it is the diagonal of T.
     """
-    steps: dict[int, LayerStep] = {}
     scales = _steepest_scales(network, plan, state, gradient)
+    gradients = _whole_gradients(network, plan, state, gradient)
+    changes = together(network.products, *(_metric_step(network, plan, state, *pair) for pair in gradients.items()))
+    steps: dict[int, LayerStep] = {}
     moves = [state.inputs[layer] * rates for layer, rates in scales.items()]
+    for (layer, by_batch), change in zip(gradients.items(), changes, strict=True):
+        if plan.along_targets[layer - 1]:
+            along, move = change
+            steps[layer] = LayerStep(along, along_targets=True)
+        else:
+            steps[layer] = _group_step(plan, state, layer, change, by_batch, gradient.references[layer])
+            move = steps[layer].change
+        moves.append(move)
+    return Direction(steps, network.products.dot_sum(moves, moves, root=True), scales)
+
+
+def _whole_gradients(network: Network, plan: Plan, state: State, gradient: Gradient) -> dict[int, Tensor]:
+    """Of the layers that GL moves, in what it moves them by: ∂f/∂B + ∂f/∂Y ⊘ σ'(Y), or along the targets
+    ∂f/∂Y + ∂f/∂B ⊙ σ'(Y)."""
+    found: dict[int, Tensor] = {}
+    sums: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of all layers along the targets in one pass
     for layer in range(1, len(network)):
         if not plan.moved[layer - 1] or plan.scaled[layer - 1]:
             continue
         slope, by_inputs, by_targets = state.slopes[layer - 1], gradient.inputs[layer], gradient.targets[layer]
-        if plan.along_targets[layer - 1]:
-            by_targets = by_targets if by_inputs is None else _add_times(by_targets, by_inputs, slope)
-            assert by_targets is not None
-            steps[layer] = LayerStep(_metric_step(network, state, layer, by_targets), along_targets=True)
-            moves.append(steps[layer].change * slope)
-        else:
-            by_inputs = by_inputs if by_targets is None else _add_over(by_inputs, by_targets, slope)
+        if not plan.along_targets[layer - 1]:
             assert by_inputs is not None
-            steps[layer] = _group_step(network, plan, state, layer, by_inputs, gradient.references[layer])
-            moves.append(steps[layer].change)
-    return Direction(steps, network.products.dot_sum(moves, moves).sqrt(), scales)
+            found[layer] = by_inputs if by_targets is None else torch.addcdiv(by_inputs, by_targets, slope)
+        else:
+            assert by_targets is not None  # such an activation is curved
+            found[layer] = by_targets
+            if by_inputs is not None:
+                sums[layer] = by_targets, by_inputs, slope
+    if sums:
+        summed = torch._foreach_addcmul(*(list(kind) for kind in zip(*sums.values(), strict=True)))
+        found |= zip(sums, summed, strict=True)
+    return found
 
 
 def _steepest_scales(network: Network, plan: Plan, state: State, gradient: Gradient) -> dict[int, Tensor]:
@@ -368,16 +387,15 @@ def _reference_share(network: Network, state: State, gradient: Gradient, layer: 
 
 
 def _group_step(
-    network: Network,
     plan: Plan,
     state: State,
     layer: int,
+    change: Tensor,
     by_inputs: Tensor,
     by_reference: Sequence[tuple[Tensor, Tensor]],
 ) -> LayerStep:
-    """B Tᵀ of one layer, and T where the layer is carried."""
+    """B Tᵀ of one layer, given its share `change` through B, and T where the layer is carried."""
     batch, reference = state.inputs[layer], state.references[layer]
-    change = _metric_step(network, state, layer, by_inputs)
     if not plan.carried[layer]:
         return LayerStep(change)
     assert reference is not None
@@ -388,23 +406,21 @@ def _group_step(
     return LayerStep(change, generator=(torch.cat([by_inputs, *lefts]), torch.cat([batch, *rights])))
 
 
-def _metric_step(network: Network, state: State, layer: int, gradient: Tensor) -> Tensor:
-    """(B Bᵀ) times a gradient; K is B Bᵀ + 1 with bias."""
+def _metric_step(network: Network, plan: Plan, state: State, layer: int, gradient: Tensor) -> Linear:
+    """(B Bᵀ) times a gradient; K is B Bᵀ + 1 with bias. Along the targets Y also times σ'(Y), the change of B."""
     row = None if network.biases[layer] is None else gradient.sum(0).neg_()
-    return network.products.linear(state.grams[layer], gradient, row=row)
+    mask = state.slopes[layer - 1] if plan.along_targets[layer - 1] else None
+    return Linear(state.grams[layer], gradient, row=row, mask=mask)
 
 
 def domain_limit(network: Network, state: State, direction: Direction, size: Tensor) -> Tensor:
     """The largest step ≤ |size| in the sense of `size` that keeps every activation well inside the domain of σ⁻¹."""
-    edged = {
-        layer: step
-        for layer, step in direction.steps.items()
-        if network.activations[layer - 1].bounded and not step.along_targets
-    }
+    edged = _edged_layers(network, direction)
     if not edged:
         return size
     sign, limit = torch.sign(size), size.abs()
-    for layer, step in edged.items():
+    for layer in edged:
+        step = direction.steps[layer]
         low, high = network.activations[layer - 1].domain
         for bound, side in ((high, 1.0), (low, -1.0)):
             if math.isfinite(bound):
@@ -413,6 +429,12 @@ def domain_limit(network: Network, state: State, direction: Direction, size: Ten
                 reach = torch.where(away > 0, room / away, math.inf).min()
                 limit = torch.minimum(limit, DOMAIN_SHARE * reach)
     return sign * limit
+
+
+def _edged_layers(network: Network, direction: Direction) -> list[int]:
+    """The layers whose B is moved by GL in the domain of a σ⁻¹ that it could leave."""
+    moved = (layer for layer, step in direction.steps.items() if not step.along_targets)
+    return [layer for layer in moved if network.activations[layer - 1].bounded]
 
 
 def scale_limit(direction: Direction, size: Tensor) -> Tensor:
@@ -431,19 +453,13 @@ def advance(
     With it what may hinder the step: an activation that left the domain of σ⁻¹, a singular group element, a matched
     input that lost its full row rank. Where one holds, the state is of no use.
     """
-    products = network.products
     inputs, targets, slopes = list(state.inputs), list(state.targets), list(state.slopes)
     references, offsets = list(state.references), list(state.offsets)
     grams, inverses = list(state.grams), list(state.gram_inverses)
     hindrances: list[Hindrance] = []
-    for layer, step in direction.steps.items():
-        activation = network.activations[layer - 1]
-        how = (step.change, size, activation.name, activation.parameter)
-        if step.along_targets:
-            moved = products.step_targets(targets[layer - 1], *how)
-        else:
-            moved = products.step_batch(inputs[layer], *how)
+    for layer, moved in _take_steps(network, state, direction, size).items():
         inputs[layer], targets[layer - 1], slopes[layer - 1] = moved
+    for layer, step in direction.steps.items():
         if step.generator is not None:
             references[layer], singular = _right_inverse(
                 references[layer], step.generator, size, plan.first_order_inverse
@@ -456,10 +472,7 @@ def advance(
     if plan.first_order_inverse:
         _let_drift(network, plan, inputs, targets, references, offsets, slopes)
     hindrances += _factorize_moved(network, plan, state, inputs, grams, inverses)
-    coefficients = [
-        _coefficients(network, plan, layer, inputs, targets, references, offsets, inverses, state.images)
-        for layer in range(len(network))
-    ]
+    coefficients = _coefficients(network, plan, inputs, targets, references, offsets, inverses, state.images)
     trial = State(
         inputs=tuple(inputs),
         targets=tuple(targets),
@@ -475,12 +488,34 @@ def advance(
     return trial, tuple(hindrances)
 
 
+def _take_steps(
+    network: Network, state: State, direction: Direction, size: Tensor
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """The moved B_l, Y_{l−1} and σ'(Y_{l−1}) of the layers that GL moves."""
+    layers, steps = list(direction.steps), list(direction.steps.values())
+    if not layers:
+        return {}
+    activations = [network.activations[layer - 1] for layer in layers]
+    moved = network.products.take_steps(
+        [
+            state.targets[layer - 1] if step.along_targets else state.inputs[layer]
+            for layer, step in direction.steps.items()
+        ],
+        [step.change for step in steps],
+        size,
+        [step.along_targets for step in steps],
+        [activation.name for activation in activations],
+        [activation.parameter for activation in activations],
+    )
+    return dict(zip(layers, zip(*moved, strict=True), strict=True))
+
+
 def _leave_domain(network: Network, direction: Direction, targets: Sequence[Tensor]) -> list[Hindrance]:
-    """Whether the targets Y = σ⁻¹(B) of a layer that GL has moved are not finite, where σ⁻¹ has a domain to leave.
+    """Whether the targets Y = σ⁻¹(B) of a layer moved by its B are not finite, where σ⁻¹ has a domain to leave.
 
     Seen in their norms, of all layers in one pass: a square that overflows is as far outside as an infinite one.
     """
-    layers = [layer for layer in direction.steps if network.activations[layer - 1].bounded]
+    layers = _edged_layers(network, direction)
     if not layers:
         return []
     norms = network.products.squared_norms([targets[layer - 1] for layer in layers])
@@ -619,12 +654,21 @@ def residual_gradient(network: Network, state: State, layer: int, by_coefficient
 
 
 def input_gradient(
-    network: Network, inputs: Tensor, formed: Tensor, coefficients: Tensor, by_weight: Tensor, by_residual: Tensor
+    network: Network,
+    inputs: Tensor,
+    formed: Tensor,
+    coefficients: Tensor,
+    by_weight: Tensor,
+    by_residual: Tensor,
+    source: Tensor | None = None,
 ) -> Tensor:
-    """∂f/∂B through W' = R + AᵀB, A = K⁻¹(Y − BRᵀ − r) with K = BBᵀ + 1: A (V − ∂f/∂Eᵀ B) − ∂f/∂E W'."""
-    linear = network.products.linear
-    through_weight = linear(coefficients, linear(by_residual.T, inputs, source=by_weight, alpha=-1.0))
-    return linear(by_residual, formed, source=through_weight, alpha=-1.0)
+    """∂f/∂B through W' = R + AᵀB, A = K⁻¹(Y − BRᵀ − r) with K = BBᵀ + 1: A (V − ∂f/∂Eᵀ B) − ∂f/∂E W' + the source."""
+    through_weight, through_residual = together(
+        network.products,
+        Linear(by_residual.T, inputs, by_weight, alpha=-1.0),
+        Linear(by_residual, formed, source, alpha=-1.0),
+    )
+    return network.products.linear(coefficients, through_weight, source=through_residual)
 
 
 @dataclass(frozen=True)
@@ -692,19 +736,23 @@ def _factorize_moved(
     The arithmetic is float64, the results have the dtype of the inputs.
     """
     products = network.products
+    moved = [layer for layer, batch in enumerate(inputs) if batch is not state.inputs[layer]]
+    if not moved:
+        return []
+    found, rounded = products.grams(
+        [inputs[layer] for layer in moved], [network.biases[layer] is not None for layer in moved]
+    )
     exact: dict[int, Tensor] = {}  # of the layers that absorb
-    for layer, batch in enumerate(inputs):
-        if batch is state.inputs[layer]:
-            continue
-        matrix, grams[layer] = products.gram(batch, network.biases[layer] is not None)
+    for layer, matrix, gram in zip(moved, found, rounded, strict=True):
+        grams[layer] = gram
         if plan.absorbs[layer]:
             exact[layer] = matrix
     if not exact:
         return []
     dtype, matrices = inputs[0].dtype, list(exact.values())
-    exact_inverses, infos = products.invert_grams(matrices)
-    for layer, inverse in zip(exact, exact_inverses, strict=True):
-        inverses[layer] = inverse.to(dtype)
+    exact_inverses, infos, in_float32 = products.invert_grams(matrices, dtype == torch.float32)
+    for layer, inverse in zip(exact, in_float32 or exact_inverses, strict=True):
+        inverses[layer] = inverse
     dependent = products.near_dependence(matrices, exact_inverses, infos.unbind(), MAX_CONDITION[dtype])
     return [(dependent, "the activations of the batch came too close to linear dependence")]
 
@@ -712,25 +760,34 @@ def _factorize_moved(
 def _coefficients(
     network: Network,
     plan: Plan,
-    layer: int,
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     references: Sequence[Tensor | None],
     offsets: Sequence[Tensor | None],
     inverses: Sequence[Tensor | None],
     images: Sequence[Tensor | None],
-) -> Tensor | None:
+) -> list[Tensor | None]:
     """A_l = K_l⁻¹ E_l, E_l = Y_l − B_l R_lᵀ − r_l; None where the layer does not absorb or is the first (nothing asks
     for it)."""
-    inverse, reference, image = inverses[layer], references[layer], images[layer]
-    if layer == 0 or not plan.absorbs[layer] or inverse is None:
-        return None
-    linear, residual = network.products.linear, targets[layer]
-    if image is not None:
-        residual = residual - image
-    elif reference is not None:
-        residual = linear(inputs[layer], reference.T, source=residual, row=offsets[layer], alpha=-1.0)
-    return linear(inverse, residual)
+    absorbing = {
+        layer: inverse
+        for layer, inverse in enumerate(inverses)
+        if layer > 0 and plan.absorbs[layer] and inverse is not None
+    }
+    fitted: dict[int, Linear] = {}
+    residuals: dict[int, Tensor] = {}
+    for layer in absorbing:
+        reference, image = references[layer], images[layer]
+        if image is not None:
+            residuals[layer] = targets[layer] - image
+        elif reference is None:
+            residuals[layer] = targets[layer]
+        else:
+            fitted[layer] = Linear(inputs[layer], reference.T, targets[layer], offsets[layer], alpha=-1.0)
+    residuals |= zip(fitted, together(network.products, *fitted.values()), strict=True)
+    solved = together(network.products, *(Linear(absorbing[layer], residuals[layer]) for layer in absorbing))
+    found = dict(zip(absorbing, solved, strict=True))
+    return [found.get(layer) for layer in range(len(network))]
 
 
 def _form(network: Network, inputs: Tensor, reference: Tensor | None, coefficients: Tensor) -> Tensor:
@@ -789,16 +846,6 @@ def _let_drift(
             if layer < len(network) - 1:
                 inputs[layer + 1] = network.activations[layer].forward(targets[layer])
                 slopes[layer] = network.activations[layer].derivative(targets[layer])
-
-
-def _add_times(base: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """base + left ⊙ right, where None is zero."""
-    return left * right if base is None else torch.addcmul(base, left, right)
-
-
-def _add_over(base: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """base + left ⊘ right, where None is zero."""
-    return left / right if base is None else torch.addcdiv(base, left, right)
 
 
 def add(left: Tensor | None, right: Tensor | None) -> Tensor | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from .action import (
@@ -28,6 +27,7 @@ from .action import (
     reference_terms,
     residual_gradient,
 )
+from .kernels import Linear, together
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,17 @@ class Evaluation:
 @dataclass
 class Seeds:
     """What an objective depends on directly, per weight layer: ∂f/∂δ_l, ∂f/∂A_l, the symmetric ∂f/∂K_l, ∂f/∂B_l,
-    ∂f/∂Y_l, ∂f/∂R_l = aᵀc as a pair (a, c), and ∂f/∂r_l. A layer that is absent contributes nothing; a thin layer that
-    absorbs has its share through K_l in ∂f/∂B_l. coefficient_images: ∂f/∂A_l R_l, where it is cheaper to have than to
-    work out."""
+    ∂f/∂Y_l, ∂f/∂R_l = aᵀc as a pair (a, c), and ∂f/∂r_l. A layer that is absent contributes nothing.
+
+    coefficient_images: ∂f/∂A_l R_l, where it is cheaper to have than to work out. delta_images: δ_lᵀ B_l of a thin
+    layer that absorbs, in place of ∂f/∂K_l = δ_l δ_lᵀ.
+    """
 
     deltas: dict[int, Tensor] = field(default_factory=dict)
     coefficients: dict[int, Tensor] = field(default_factory=dict)
     coefficient_images: dict[int, Tensor] = field(default_factory=dict)
     grams: dict[int, Tensor] = field(default_factory=dict)
+    delta_images: dict[int, Tensor] = field(default_factory=dict)
     inputs: dict[int, Tensor] = field(default_factory=dict)
     targets: dict[int, Tensor] = field(default_factory=dict)
     references: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -79,11 +82,14 @@ def backpropagate(network: Network, state: State, output_delta: Tensor) -> Backp
         if formed is not None or coefficients is None:
             weight = reference if formed is None else formed
             assert weight is not None
-            back, before = products.masked(delta, weight, None, slope)
+            ((back, before),) = together(products, Linear(delta, weight, mask=slope))
         else:
-            mixing = products.linear(delta, coefficients.T)
-            through_reference = None if reference is None else products.linear(delta, reference)
-            back, before = products.masked(mixing, state.inputs[layer], through_reference, slope)
+            mixing, through_reference = together(
+                products,
+                Linear(delta, coefficients.T),
+                None if reference is None else Linear(delta, reference),
+            )
+            ((back, before),) = together(products, Linear(mixing, state.inputs[layer], through_reference, mask=slope))
         backs.append(back)
         mixings.append(mixing)
         through_references.append(through_reference)
@@ -96,44 +102,63 @@ def backpropagate(network: Network, state: State, output_delta: Tensor) -> Backp
     )
 
 
-def squared_gradient_norm(network: Network, state: State, deltas: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-    """‖∇L‖² = Σ_l ⟨δ_l, K_l δ_l⟩ over all weights and biases, and its derivatives 2 K_l δ_l in δ_l.
+def squared_gradient_norm(
+    network: Network, state: State, deltas: tuple[Tensor, ...]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """‖∇L‖² = Σ_l ⟨δ_l, K_l δ_l⟩ over all weights and biases, its derivatives 2 K_l δ_l in δ_l, and that of layer 0
+    times σ'(Y_0), elementwise.
 
     With more samples than columns δ may lie in the null space of [B, 1]ᵀ; there K δ = B (Bᵀ δ) + 1 (1ᵀ δ) is formed
     from the gradient itself, whose square cannot cancel (and which is the smaller matrix).
     """
-    linear = network.products.linear
-    derivatives: list[Tensor] = []
-    pairs: list[tuple[Tensor, Tensor]] = []  # whose products sum up to twice the square
-    for inputs, gram, bias, delta in zip(state.inputs, state.grams, network.biases, deltas, strict=True):
-        if len(inputs) <= inputs.shape[1]:
-            derivatives.append(linear(gram, delta, alpha=2.0))
-            pairs.append((delta, derivatives[-1]))
-            continue
-        gradient, by_bias = linear(inputs.T, delta), None
-        pairs.append((gradient, 2 * gradient))
-        if bias is not None:
-            by_bias = delta.sum(0)
-            pairs.append((by_bias, 2 * by_bias))
-        derivatives.append(linear(inputs, gradient, row=by_bias, alpha=2.0))
+    products, masks = network.products, [state.slopes[0], *[None] * (len(network) - 1)]
+    by_gradient = [len(inputs) > inputs.shape[1] for inputs in state.inputs]
+    first = together(
+        products,
+        *(
+            Linear(inputs.T, delta) if through else Linear(gram, delta, mask=mask, alpha=2.0)
+            for inputs, gram, delta, mask, through in zip(
+                state.inputs, state.grams, deltas, masks, by_gradient, strict=True
+            )
+        ),
+    )
+    derivatives, pairs = [], list[tuple[Tensor, Tensor]]()  # products of pairs make twice the square
+    for layer, (found, delta) in enumerate(zip(first, deltas, strict=True)):
+        if by_gradient[layer]:
+            by_bias = None if network.biases[layer] is None else delta.sum(0)
+            pairs += [(one, 2 * one) for one in (found, by_bias) if one is not None]
+            last = Linear(state.inputs[layer], found, row=by_bias, mask=masks[layer], alpha=2.0)
+            derivatives += together(products, last)
+        else:
+            pairs.append((delta, found[0] if layer == 0 else found))
+            derivatives.append(found)
+    (by_first, masked), *others = derivatives
     left, right = zip(*pairs, strict=True)
-    return 0.5 * network.products.dot_sum(left, right), derivatives
+    return products.dot_sum(left, right, 0.5), [by_first, *others], masked
 
 
-def pull_back(network: Network, plan: Plan, state: State, backward: Backpropagation, seeds: Seeds) -> Gradient:
+def pull_back(
+    network: Network, plan: Plan, state: State, backward: Backpropagation, seeds: Seeds, by_back: Tensor
+) -> Gradient:
     """∂f/∂B_l, ∂f/∂Y_l, ∂f/∂R_l and ∂f/∂r_l from the seeds, by reverse mode through `backpropagate`,
-    A = K⁻¹(Y − BRᵀ − r) and K = BBᵀ + 1."""
+    A = K⁻¹(Y − BRᵀ − r) and K = BBᵀ + 1.
+
+    by_back: ∂f/∂back_1, which is ∂f/∂δ_0 ⊙ σ'(Y_0), as it comes with ∂f/∂δ_0.
+    """
     by_inputs: list[Tensor | None] = [None]
     by_targets: list[Tensor | None] = [None]
     by_references: list[tuple[tuple[Tensor, Tensor], ...]] = [()]
     by_offsets: dict[int, Tensor] = {}
     by_target = seeds.targets.get(0)  # of the layer before, like by_delta and by_back
-    by_delta, by_back = seeds.deltas[0], seeds.deltas[0] * state.slopes[0]
+    by_delta = seeds.deltas[0]
     for layer in range(1, len(network)):
         moved = plan.moved[layer - 1]
         if moved:
             by_target = _with_curvature(network, state, backward, layer, by_delta, by_target)
-        reverse = _pull_back_thin if state.formed[layer] is not None else _pull_back_wide
+        if state.formed[layer] is not None:
+            reverse = _pull_back_thin
+        else:
+            reverse = _pull_back_fixed if state.coefficients[layer] is None else _pull_back_wide
         terms = reverse(network, state, backward, seeds, layer, by_back, moved)
         by_inputs.append(terms.by_inputs)
         by_targets.append(by_target)
@@ -176,6 +201,26 @@ class _LayerTerms:
     by_residual: Tensor | None
 
 
+def _pull_back_fixed(
+    network: Network,
+    state: State,
+    backward: Backpropagation,
+    seeds: Seeds,
+    layer: int,
+    by_back: Tensor,
+    moved: bool,
+) -> _LayerTerms:
+    """Reverse mode through one layer that does not absorb: its weights are R."""
+    products, reference = network.products, state.references[layer]
+    by_delta, by_inputs, by_gram = None, seeds.inputs.get(layer), seeds.grams.get(layer)
+    if layer < len(network) - 1:
+        assert reference is not None
+        (by_delta,) = together(products, Linear(by_back, reference.T, seeds.deltas[layer], mask=state.slopes[layer]))
+    if moved and by_gram is not None:
+        by_inputs = products.linear(by_gram, state.inputs[layer], source=by_inputs, alpha=2.0)
+    return _LayerTerms(by_delta, seeds.targets.get(layer), by_inputs, None)
+
+
 def _pull_back_wide(
     network: Network,
     state: State,
@@ -185,64 +230,107 @@ def _pull_back_wide(
     by_back: Tensor,
     moved: bool,
 ) -> _LayerTerms:
-    """Reverse mode through one layer in n×n matrices, for a layer that absorbs and is wide, or does not absorb."""
-    products = network.products
-    batch, reference, coefficients = state.inputs[layer], state.references[layer], state.coefficients[layer]
-    mixing, last = backward.mixings[layer], layer == len(network) - 1
-    by_delta, by_residual = None, None
-    by_target, by_inputs, by_gram = seeds.targets.get(layer), seeds.inputs.get(layer), seeds.grams.get(layer)
-    if coefficients is not None and mixing is not None:
-        by_mixing = products.linear(by_back, batch.T)
-        by_residual, overlap, image = _through_residual(network, state, backward, seeds, layer, by_mixing, moved)
-        by_target = add(by_target, by_residual)
-        if not last:
-            seed = seeds.deltas[layer]
-            if reference is not None:
-                seed = products.linear(by_back, reference.T, source=seed)
-            by_delta = products.masked(by_mixing, coefficients, seed, state.slopes[layer])
-        if overlap is not None:
-            symmetric = overlap + overlap.T
-            by_gram = symmetric.mul_(-0.5) if by_gram is None else torch.sub(by_gram, symmetric, alpha=0.5)
-            by_inputs = products.linear(mixing.T, by_back, source=by_inputs)
-            by_inputs = by_inputs if image is None else by_inputs.sub_(image)
-    elif not last:
-        assert reference is not None
-        by_delta = products.masked(by_back, reference.T, seeds.deltas[layer], state.slopes[layer])
-    if moved and by_gram is not None:
-        by_inputs = products.linear(by_gram, batch, source=by_inputs, alpha=2.0)
-    return _LayerTerms(by_delta, by_target, by_inputs, by_residual)
+    """Reverse mode through one wide layer that absorbs, in n×n matrices."""
+    products, batch, reference = network.products, state.inputs[layer], state.references[layer]
+    mixing, coefficients = backward.mixings[layer], state.coefficients[layer]
+    assert mixing is not None and coefficients is not None
+    last = layer == len(network) - 1
+    by_mixing, by_inputs, seed = together(
+        products,
+        Linear(by_back, batch.T),
+        Linear(mixing.T, by_back, seeds.inputs.get(layer)) if moved else None,
+        None if last or reference is None else Linear(by_back, reference.T, seeds.deltas[layer]),
+    )
+    by_delta = None
+    if not last:
+        seed = seeds.deltas[layer] if seed is None else seed
+        by_delta = Linear(by_mixing, coefficients, seed, mask=state.slopes[layer])
+    if moved and layer not in seeds.coefficients:
+        terms = _through_carrier(network, state, backward, seeds, layer, by_mixing, by_inputs, by_delta)
+    else:
+        terms = _through_coefficients(network, state, backward, seeds, layer, by_mixing, by_inputs, by_delta, moved)
+    by_inputs = terms.by_inputs
+    if terms.half_by_gram is not None:
+        by_gram = terms.half_by_gram + terms.half_by_gram.T
+        by_inputs = products.linear(by_gram, batch, source=by_inputs)
+    return _LayerTerms(terms.by_delta, add(seeds.targets.get(layer), terms.by_residual), by_inputs, terms.by_residual)
 
 
-def _through_residual(
+@dataclass(frozen=True)
+class _ResidualTerms:
+    """∂f/∂E = K⁻¹ ∂f/∂A and, if the layer's input is moved, what comes through it: H with 2 ∂f/∂K = H + Hᵀ, and
+    ∂f/∂B with −∂f/∂E R added. by_delta: the results of the product that was to be computed alongside."""
+
+    by_residual: Tensor
+    half_by_gram: Tensor | None
+    by_inputs: Tensor | None
+    by_delta: tuple[Tensor, Tensor] | None
+
+
+def _through_carrier(
     network: Network,
     state: State,
     backward: Backpropagation,
     seeds: Seeds,
     layer: int,
     by_mixing: Tensor,
-    moved: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """∂f/∂E = K⁻¹ ∂f/∂A; and if the layer's input is moved the overlap ∂f/∂E Aᵀ = −∂f/∂K, and ∂f/∂E R unless R is zero.
+    by_inputs: Tensor | None,
+    alongside: Linear | None,
+) -> _ResidualTerms:
+    """Without a seed for A, so that ∂f/∂A = ∂f/∂Sᵀ δ with S = δAᵀ, all follows from the n×n matrix C = K⁻¹ ∂f/∂Sᵀ:
 
-    ∂f/∂A = ∂f/∂Sᵀ δ + the seed, and S = δAᵀ. Without a seed all three follow from the n×n matrix C = K⁻¹ ∂f/∂Sᵀ, as
-    C δ, C S and C (δR). A product with R is the dearest of all where the batch is small, and δR is at hand.
+    ∂f/∂E = C δ,  ∂f/∂E Aᵀ = C S,  ∂f/∂E R = C (δR). A product with R is the dearest of all where the batch is small,
+    and δR is at hand.
     """
-    linear = network.products.linear
-    seed, coefficients, reference = seeds.coefficients.get(layer), state.coefficients[layer], state.references[layer]
-    delta, mixing, through = backward.deltas[layer], backward.mixings[layer], backward.through_references[layer]
-    assert coefficients is not None and mixing is not None
-    if seed is None and moved:
-        carrier = residual_gradient(network, state, layer, by_mixing.T)
-        return linear(carrier, delta), linear(carrier, mixing), None if through is None else linear(carrier, through)
-    by_residual = residual_gradient(network, state, layer, linear(by_mixing.T, delta, source=seed))
+    products, inverse = network.products, state.gram_inverses[layer]
+    mixing, through = backward.mixings[layer], backward.through_references[layer]
+    assert inverse is not None and mixing is not None
+    carrier, by_delta = together(products, Linear(inverse, by_mixing.T), alongside)
+    by_residual, half_by_gram, image = together(
+        products,
+        Linear(carrier, backward.deltas[layer]),
+        Linear(carrier, mixing, seeds.grams.get(layer), alpha=-1.0),
+        None if through is None else Linear(carrier, through, by_inputs, alpha=-1.0),
+    )
+    return _ResidualTerms(by_residual, half_by_gram, by_inputs if image is None else image, by_delta)
+
+
+def _through_coefficients(
+    network: Network,
+    state: State,
+    backward: Backpropagation,
+    seeds: Seeds,
+    layer: int,
+    by_mixing: Tensor,
+    by_inputs: Tensor | None,
+    alongside: Linear | None,
+    moved: bool,
+) -> _ResidualTerms:
+    """With a seed for A, or where the layer's input is not moved: through ∂f/∂A = ∂f/∂Sᵀ δ + the seed itself."""
+    products, inverse, reference = network.products, state.gram_inverses[layer], state.references[layer]
+    through, coefficients = backward.through_references[layer], state.coefficients[layer]
+    seed, seed_image = seeds.coefficients.get(layer), seeds.coefficient_images.get(layer)
+    assert inverse is not None and coefficients is not None
+    by_coefficients, image, by_delta = together(
+        products,
+        Linear(by_mixing.T, backward.deltas[layer], seed),
+        None if seed_image is None or through is None else Linear(by_mixing.T, through, seed_image),
+        alongside,
+    )
+    by_residual, image = together(
+        products,
+        Linear(inverse, by_coefficients),
+        None if image is None else Linear(inverse, image, by_inputs, alpha=-1.0),
+    )
     if not moved:
-        return by_residual, None, None
-    seed_image = seeds.coefficient_images.get(layer)
-    overlap = linear(by_residual, coefficients.T)
-    if seed_image is not None and through is not None:
-        image = residual_gradient(network, state, layer, linear(by_mixing.T, through, source=seed_image))
-        return by_residual, overlap, image
-    return by_residual, overlap, None if reference is None else linear(by_residual, reference)
+        return _ResidualTerms(by_residual, None, None, by_delta)
+    by_inputs = by_inputs if image is None else image
+    half_by_gram, product = together(
+        products,
+        Linear(by_residual, coefficients.T, seeds.grams.get(layer), alpha=-1.0),
+        None if reference is None or image is not None else Linear(by_residual, reference, by_inputs, alpha=-1.0),
+    )
+    return _ResidualTerms(by_residual, half_by_gram, by_inputs if product is None else product, by_delta)
 
 
 def _pull_back_thin(
@@ -255,17 +343,21 @@ def _pull_back_thin(
     moved: bool,
 ) -> _LayerTerms:
     """Reverse mode through one thin layer that absorbs, with its weights W' formed and ∂f/∂W' = δᵀ ∂f/∂back."""
-    products = network.products
-    batch, coefficients, formed = state.inputs[layer], state.coefficients[layer], state.formed[layer]
+    products, batch, delta = network.products, state.inputs[layer], backward.deltas[layer]
+    coefficients, formed, image = state.coefficients[layer], state.formed[layer], seeds.delta_images.get(layer)
     assert coefficients is not None and formed is not None
-    by_weight = products.linear(backward.deltas[layer].T, by_back)
+    last, by_inputs = layer == len(network) - 1, seeds.inputs.get(layer)
+    by_weight, by_delta, through_gram = together(
+        products,
+        Linear(delta.T, by_back),
+        None if last else Linear(by_back, formed.T, seeds.deltas[layer], mask=state.slopes[layer]),
+        None if image is None else Linear(delta, image, by_inputs, alpha=2.0),
+    )
     by_coefficients = products.linear(batch, by_weight.T, source=seeds.coefficients.get(layer))
     by_residual = residual_gradient(network, state, layer, by_coefficients)
-    by_inputs, by_delta = seeds.inputs.get(layer), None
     if moved:
-        by_inputs = add(by_inputs, input_gradient(network, batch, formed, coefficients, by_weight, by_residual))
-    if layer < len(network) - 1:
-        by_delta = products.masked(by_back, formed.T, seeds.deltas[layer], state.slopes[layer])
+        by_inputs = by_inputs if through_gram is None else through_gram
+        by_inputs = input_gradient(network, batch, formed, coefficients, by_weight, by_residual, by_inputs)
     return _LayerTerms(by_delta, add(seeds.targets.get(layer), by_residual), by_inputs, by_residual)
 
 

@@ -182,10 +182,11 @@ def ascend(
     first_radius = search.first_radius * search.moved_norm(start)
     nought = torch.zeros_like(first_radius)
     control = torch.stack([evaluation.value.double(), first_radius, nought, ended.double(), first_radius])
+    radius = control[1]
     limit = cap if isinstance(cap, Tensor) else torch.full_like(first_radius, cap)
     direction = search.direction(start, evaluation)
     for step in range(search.steps):
-        size = search.limit(trace.state, direction, search.sign * control[1] / direction.norm)
+        size = search.limit(trace.state, direction, (radius if search.maximise else -radius) / direction.norm)
         trial, hindrances = search.advance(trace.state, direction, size)
         evaluation = search.path.evaluate(trial)
         losses = [bound.loss(trial) for bound in bounds]
@@ -285,4 +286,6 @@ def _direction_tensors(direction: Direction) -> list[Tensor]:
 
 
 def _flags(flags: Sequence[Tensor], like: Tensor) -> Tensor:
+    if len(flags) == 1:
+        return flags[0].reshape(1)
     return torch.stack([*flags]) if flags else torch.zeros(0, dtype=torch.bool, device=like.device)

@@ -23,7 +23,7 @@ from .kernels import Products
 LARGEST_CACHE = 16
 # The call of a kind of work from which on a graph is worth its capture.
 CAPTURED_CALL = 2
-# Rows of which `products.gram` and `products.invert_grams` have kernels of their own: largest_own_gram of csrc/ops.cpp.
+# Rows up to which `grams` and `invert_grams` have kernels of their own: largest_own_gram of csrc/ops.cpp.
 LARGEST_OWN_FACTOR = 512
 
 GRAPH = "in a CUDA graph"

@@ -7,6 +7,7 @@ each gets its twin of `products` as its CPU kernel and a fake kernel, which know
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any, NoReturn, Protocol, cast
@@ -58,27 +59,42 @@ class Products(Protocol):
         self, a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, parameter: float
     ) -> Tensor: ...
 
-    def masked(self, a: Tensor, b: Tensor, source: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]: ...
+    def grouped_linear(
+        self,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        sources: Sequence[Tensor | None],
+        rows: Sequence[Tensor | None],
+        masks: Sequence[Tensor | None],
+        alphas: Sequence[float],
+        betas: Sequence[float],
+    ) -> list[Tensor]: ...
 
-    def gram(self, rows: Tensor, bias: bool) -> tuple[Tensor, Tensor]: ...
+    def grams(self, rows: Sequence[Tensor], biases: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]: ...
 
-    def invert_grams(self, grams: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]: ...
+    def invert_grams(
+        self, grams: Sequence[Tensor], rounds: bool = False
+    ) -> tuple[list[Tensor], Tensor, list[Tensor]]: ...
 
     def pseudo_inverse(self, inverse: Tensor, rows: Tensor, bias: bool) -> Tensor: ...
 
-    def step_batch(
-        self, batch: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def step_targets(
-        self, targets: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def take_steps(
+        self,
+        bases: Sequence[Tensor],
+        changes: Sequence[Tensor],
+        size: Tensor,
+        along_targets: Sequence[bool],
+        activations: Sequence[str],
+        parameters: Sequence[float],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]: ...
 
     def times_curvature(
         self, left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, parameter: float
     ) -> Tensor: ...
 
-    def dot_sum(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor: ...
+    def dot_sum(
+        self, left: Sequence[Tensor], right: Sequence[Tensor], scale: float = 1.0, root: bool = False
+    ) -> Tensor: ...
 
     def squared_norms(self, tensors: Sequence[Tensor]) -> Tensor: ...
 
@@ -102,6 +118,36 @@ class Products(Protocol):
         maximise: bool,
         rules: Sequence[float],
     ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The arguments of one `linear` among those of a `together`, and the mask M of a second result D ⊙ M."""
+
+    a: Tensor
+    b: Tensor
+    source: Tensor | None = None
+    row: Tensor | None = None
+    mask: Tensor | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+
+
+def together(products: Products, *linears: Linear | None) -> list[Any]:
+    """The results of independent products, small ones in one launch: for each D, the pair (D, D ⊙ M) where it has a
+    mask, None for None."""
+    given = [one for one in linears if one is not None]
+    if not given:
+        return [None for _ in linears]
+    columns = zip(*((one.a, one.b, one.source, one.row, one.mask, one.alpha, one.beta) for one in given), strict=True)
+    results = iter(products.grouped_linear(*map(list, columns)))
+
+    def take(one: Linear | None) -> Any:
+        if one is None:
+            return None
+        return next(results) if one.mask is None else (next(results), next(results))
+
+    return list(map(take, linears))
 
 
 def products_for(device: torch.device, backend: str) -> Products:
@@ -175,7 +221,7 @@ def _contiguous(twin: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(twin)
     def kernel(*arguments: Any) -> Any:
         results = twin(*arguments)
-        return tree_map(Tensor.contiguous, results) if isinstance(results, tuple) else results
+        return tree_map(Tensor.contiguous, results) if isinstance(results, tuple | list) else results
 
     return kernel
 
@@ -265,24 +311,42 @@ def _times_slope(
     return product
 
 
-def _masked(a: Tensor, b: Tensor, source: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-    product = _linear(a, b, source)
-    _check_operand("mask", mask, a, product.shape)
-    return product, torch.empty_like(product)
+def _grouped_linear(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    sources: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    alphas: Sequence[float],
+    betas: Sequence[float],
+) -> list[Tensor]:
+    results: list[Tensor] = []
+    for left, right, source, row, mask, _, _ in zip(a, b, sources, rows, masks, alphas, betas, strict=True):
+        _check_operand("a", left, a[0], left.shape)
+        results.append(_linear(left, right, source, row=row))
+        _check_operand("mask", mask, left, results[-1].shape)
+        results += [] if mask is None else [torch.empty_like(results[-1])]
+    return results
 
 
-def _gram(rows: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    _check_matrix("rows", rows)
-    rounded = rows.new_empty(rows.shape[0], rows.shape[0])
-    return torch.empty_like(rounded, dtype=torch.float64), rounded
+def _grams(rows: Sequence[Tensor], biases: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    first = rows[0]
+    _check_matrix("rows", first)
+    for matrix in rows:
+        _check_operand("rows", matrix, first, (first.shape[0], *matrix.shape[1:]))
+        _check_matrix("rows", matrix)
+    rounded = [first.new_empty(first.shape[0], first.shape[0]) for _ in rows]
+    return [torch.empty_like(one, dtype=torch.float64) for one in rounded], rounded
 
 
-def _invert_grams(grams: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _invert_grams(grams: Sequence[Tensor], rounds: bool = False) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     first, size = grams[0], grams[0].shape[0]
     _check_matrix("grams", first)
     for matrix in grams:
         _check_operand("grams", matrix, first.new_empty(0, dtype=torch.float64), (size, size))
-    return [first.new_empty(size, size) for _ in grams], first.new_empty(len(grams), dtype=torch.int32)
+    inverses = [first.new_empty(size, size) for _ in grams]
+    rounded = [torch.empty_like(inverse, dtype=torch.float32) for inverse in inverses if rounds]
+    return inverses, first.new_empty(len(grams), dtype=torch.int32), rounded
 
 
 def _pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
@@ -292,10 +356,21 @@ def _pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
     return products.padded_memory(rows, n, columns + int(bias))
 
 
-def _step(base: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float) -> tuple[Tensor, ...]:
-    _check_operand("change", change, base, base.shape)
-    _check_operand("size", size, base.new_empty((), dtype=torch.float64), ())
-    return base.new_empty(base.shape), base.new_empty(base.shape), base.new_empty(base.shape)
+def _take_steps(
+    bases: Sequence[Tensor],
+    changes: Sequence[Tensor],
+    size: Tensor,
+    along_targets: Sequence[bool],
+    activations: Sequence[str],
+    parameters: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    first = bases[0]
+    _check_operand("size", size, first.new_empty((), dtype=torch.float64), ())
+    for base, change in zip(bases, changes, strict=True):
+        _check_operand("bases", base, first, base.shape)
+        _check_operand("changes", change, first, base.shape)
+    moved, targets, slopes = ([base.new_empty(base.shape) for base in bases] for _ in range(3))
+    return moved, targets, slopes
 
 
 def _times_curvature(
@@ -306,7 +381,7 @@ def _times_curvature(
     return left.new_empty(left.shape)
 
 
-def _dot_sum(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+def _dot_sum(left: Sequence[Tensor], right: Sequence[Tensor], scale: float = 1.0, root: bool = False) -> Tensor:
     for one, other in zip(left, right, strict=True):
         _check_operand("left", one, left[0], one.shape)
         _check_operand("right", other, one, one.shape)
@@ -374,12 +449,11 @@ FAKES: dict[str, Callable[..., Any]] = {
     "inverse_activation": _inverse_activation,
     "over_slope": _over_slope,
     "times_slope": _times_slope,
-    "masked": _masked,
-    "gram": _gram,
+    "grouped_linear": _grouped_linear,
+    "grams": _grams,
     "invert_grams": _invert_grams,
     "pseudo_inverse": _pseudo_inverse,
-    "step_batch": _step,
-    "step_targets": _step,
+    "take_steps": _take_steps,
     "times_curvature": _times_curvature,
     "dot_sum": _dot_sum,
     "squared_norms": _squared_norms,

@@ -24,7 +24,7 @@ from torch import Tensor
 from .action import Gradient, Network, Plan, State, add, kernel, reference_image
 from .activation_space import Backpropagation, Evaluation, Seeds, backpropagate, pull_back, squared_gradient_norm
 from .checks import check_number
-from .kernels import Products
+from .kernels import Linear, Products, together
 from .loss import BatchLoss
 from .pinv import is_thin
 
@@ -67,18 +67,24 @@ class GradNorm:
     def evaluate(self, network: Network, plan: Plan, state: State, loss: BatchLoss, output_delta: Tensor) -> Evaluation:
         """f = Σ_l ⟨δ_l δ_lᵀ, K_l⟩ and its gradient."""
         backward = backpropagate(network, state, output_delta)
-        value, derivatives = squared_gradient_norm(network, state, backward.deltas)
+        value, derivatives, by_back = squared_gradient_norm(network, state, backward.deltas)
 
         def gradient() -> Gradient:
-            linear = network.products.linear
-            seeds = Seeds(deltas=dict(enumerate(derivatives)))
-            for layer, delta in enumerate(backward.deltas):
-                if layer > 0 and plan.moved[layer - 1]:
-                    if state.formed[layer] is None:
-                        seeds.grams[layer] = linear(delta, delta.T)
-                    else:
-                        seeds.inputs[layer] = linear(delta, linear(delta.T, state.inputs[layer]), alpha=2.0)
-            return pull_back(network, plan, state, backward, seeds)
+            products, seeds = network.products, Seeds(deltas=dict(enumerate(derivatives)))
+            moved = (layer for layer in range(1, len(network)) if plan.moved[layer - 1])
+            deltas = {layer: backward.deltas[layer] for layer in moved}
+            is_formed = {layer: state.formed[layer] is not None for layer in deltas}
+            found = together(
+                products,
+                *(
+                    Linear(delta.T, state.inputs[layer]) if is_formed[layer] else Linear(delta, delta.T)
+                    for layer, delta in deltas.items()
+                ),
+            )
+            for layer, product in zip(deltas, found, strict=True):
+                seed = seeds.delta_images if is_formed[layer] else seeds.grams
+                seed[layer] = product
+            return pull_back(network, plan, state, backward, seeds, by_back)
 
         return Evaluation(value, gradient)
 
@@ -116,8 +122,8 @@ class Lookahead:
         value, output_gradient = loss.value_and_gradient(trial.outputs[-1])
 
         def gradient() -> Gradient:
-            seeds = _seeds(network, plan, state, trial, output_gradient)
-            return pull_back(network, plan, state, backward, seeds)
+            seeds, by_back = _seeds(network, plan, state, trial, output_gradient)
+            return pull_back(network, plan, state, backward, seeds, by_back)
 
         return Evaluation(value, gradient)
 
@@ -149,20 +155,17 @@ def _step(network: Network, state: State, backward: Backpropagation) -> _TrialSt
     return _TrialStep(outputs, overlaps)
 
 
-def _seeds(network: Network, plan: Plan, state: State, trial: _TrialStep, output_gradient: Tensor) -> Seeds:
-    """The reverse pass of `_step`."""
-    linear = network.products.linear
+def _seeds(
+    network: Network, plan: Plan, state: State, trial: _TrialStep, output_gradient: Tensor
+) -> tuple[Seeds, Tensor]:
+    """The reverse pass of `_step`, and ∂f/∂δ_0 ⊙ σ'(Y_0)."""
     seeds, adjoint = Seeds(), output_gradient
     for layer in range(len(network) - 1, 0, -1):
-        overlap, reference = trial.overlaps[layer], state.references[layer]
-        moved = plan.moved[layer - 1]
-        by_hidden, by_change, by_inputs = overlap.pull_back(adjoint, moved)
-        if reference is not None and moved and IMAGE_PRODUCTS * len(adjoint) <= len(reference):
-            through_reference = linear(adjoint, reference)
-            seeds.coefficient_images[layer] = linear(overlap.inner.T, through_reference)
-            by_hidden = by_hidden.add_(through_reference)
-        elif reference is not None:
-            by_hidden = linear(adjoint, reference, source=by_hidden)
+        overlap, reference, moved = trial.overlaps[layer], state.references[layer], plan.moved[layer - 1]
+        with_image = reference is not None and moved and IMAGE_PRODUCTS * len(adjoint) <= len(reference)
+        by_hidden, by_change, by_inputs, image = overlap.pull_back(adjoint, reference, moved, with_image)
+        if image is not None:
+            seeds.coefficient_images[layer] = image
         seeds.coefficients[layer] = by_change
         seeds.deltas[layer] = by_change
         if by_inputs is not None:
@@ -173,8 +176,8 @@ def _seeds(network: Network, plan: Plan, state: State, trial: _TrialStep, output
             seeds.offsets[layer] = adjoint.sum(0)
         adjoint = network.activations[layer - 1].pull_back(by_hidden, trial.outputs[layer - 1])
     seeds.targets[0] = adjoint
-    seeds.deltas[0] = linear(state.grams[0], adjoint)
-    return seeds
+    ((seeds.deltas[0], by_back),) = together(network.products, Linear(state.grams[0], adjoint, mask=state.slopes[0]))
+    return seeds, by_back
 
 
 @dataclass(frozen=True)
@@ -205,13 +208,30 @@ class KernelProduct:
         row = self.change.sum(0) if self.bias else None
         return self.products.linear(self.hidden, self.inner.T, source=base, row=row)
 
-    def pull_back(self, adjoint: Tensor, to_inputs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """∂f/∂q = (adjoint Cᵀ) B,  ∂f/∂C = (B qᵀ + 1) adjoint, and if asked for ∂f/∂B = (C adjointᵀ) q."""
-        linear = self.products.linear
+    def pull_back(
+        self, adjoint: Tensor, reference: Tensor | None, to_inputs: bool, with_image: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """∂f/∂q = (adjoint Cᵀ) B + adjoint R, R being the `reference` of what was added to; ∂f/∂C = (B qᵀ + 1) adjoint;
+        if asked for ∂f/∂B = (C adjointᵀ) q and ∂f/∂C R, the latter not where C is thin."""
+        inner = Linear(adjoint.T, self.hidden) if self.thin else Linear(adjoint, self.change.T)
+        by_inner, by_change, through = together(
+            self.products,
+            inner,
+            None if self.thin else Linear(self.inner.T, adjoint),
+            None if reference is None else Linear(adjoint, reference),
+        )
         if not self.thin:
-            by_kernel = linear(adjoint, self.change.T)
-            by_inputs = linear(by_kernel.T, self.hidden) if to_inputs else None
-            return linear(by_kernel, self.inputs), linear(self.inner.T, adjoint), by_inputs
-        outer = linear(adjoint.T, self.hidden)
-        by_change = linear(self.inputs, outer.T, row=adjoint.sum(0) if self.bias else None)
-        return linear(adjoint, self.inner), by_change, linear(self.change, outer) if to_inputs else None
+            by_hidden, by_inputs, image = together(
+                self.products,
+                Linear(by_inner, self.inputs, through),
+                Linear(by_inner.T, self.hidden) if to_inputs else None,
+                Linear(self.inner.T, through) if with_image else None,
+            )
+            return by_hidden, by_change, by_inputs, image
+        by_hidden, by_change, by_inputs = together(
+            self.products,
+            Linear(adjoint, self.inner, through),
+            Linear(self.inputs, by_inner.T, row=adjoint.sum(0) if self.bias else None),
+            Linear(self.change, by_inner) if to_inputs else None,
+        )
+        return by_hidden, by_change, by_inputs, None

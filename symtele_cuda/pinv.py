@@ -112,9 +112,9 @@ class Factorization:
 
 def factorize(inputs: Tensor, bias: bool, products: Products = torch_products) -> Factorization:
     """K of a batch (n×d, float32 or float64, n ≤ d̃) by the method for its dtype."""
-    gram, _ = products.gram(inputs, bias)
+    (gram,), _ = products.grams([inputs], [bias])
     if inputs.dtype == torch.float32:
-        inverses, infos = products.invert_grams([gram])
+        inverses, infos, _ = products.invert_grams([gram])
         return _ByInverse(inputs, bias, products, gram, infos[0], inverses[0])
     factor, info = _cholesky_qr_2(append_ones(inputs) if bias else inputs, gram, products)
     return _ByFactor(inputs, bias, products, gram, info, factor)
@@ -188,7 +188,8 @@ class _ByFactor(Factorization):
     known_factor: Tensor
 
     def inverse(self) -> Tensor:
-        return self.products.gram(self.known_factor, False)[0]
+        (exact,), _ = self.products.grams([self.known_factor], [False])
+        return exact
 
     def factor(self) -> Tensor:
         return self.known_factor
@@ -201,7 +202,7 @@ def _cholesky_qr_2(extended: Tensor, gram: Tensor, products: Products) -> tuple[
     """
     triangle, first = torch.linalg.cholesky_ex(gram)
     rows = torch.linalg.solve_triangular(triangle, extended, upper=False)
-    corrections, second = products.invert_grams([products.gram(rows, False)[0]])
+    corrections, second, _ = products.invert_grams(products.grams([rows], [False])[0])
     factor = padded_memory(extended, *extended.shape)
     factor.copy_(torch.linalg.solve_triangular(triangle.T, products.linear(corrections[0], rows), upper=True))
     return factor, first + second[0]

@@ -90,11 +90,11 @@ def match_inputs(problem: Problem, layers: Sequence[int] | None = None) -> list[
 def _factorize(batches: _Batches) -> _Factors:
     """Without a value read back from the device."""
     products = batches.products
-    grams = [products.gram(batch, bias)[0] for batch, bias in zip(batches.inputs, batches.biased, strict=True)]
+    grams, _ = products.grams(batches.inputs, batches.biased)
     fitting = [grams[layer] for layer in batches.fitting()]
     if not fitting:
         return _Factors(grams, [], grams[0].new_empty(2, 0))
-    inverses, infos = products.invert_grams(fitting)
+    inverses, infos, _ = products.invert_grams(fitting)
     conditions = condition_from_gram(torch.stack(fitting), torch.stack(inverses))
     return _Factors(grams, inverses, torch.stack([conditions, infos.double()]))
 
@@ -102,10 +102,8 @@ def _factorize(batches: _Batches) -> _Factors:
 def observe_inputs(problem: Problem) -> list[Match]:
     """The Gram matrix of every layer's input, for a group that needs no match: nothing is factorized."""
     network, inputs = problem.network, layer_inputs(problem.network, problem.samples, problem.outputs)
-    return [
-        Match(batch, network.products.gram(batch, bias is not None)[0])
-        for batch, bias in zip(inputs, network.biases, strict=True)
-    ]
+    grams, _ = network.products.grams(inputs, [bias is not None for bias in network.biases])
+    return [Match(batch, gram) for batch, gram in zip(inputs, grams, strict=True)]
 
 
 def report_unmatched(problem: Problem) -> tuple[LayerReport, ...]:

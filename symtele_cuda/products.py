@@ -82,27 +82,40 @@ def times_slope(
     return product.add_(source, alpha=beta)
 
 
-def masked(a: Tensor, b: Tensor, source: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """D = a b + C and D ⊙ M, with `source` C (n×m) or None and `mask` M (n×m)."""
-    product = torch.mm(a, b) if source is None else torch.addmm(source, a, b)
-    return product, product * mask
+def grouped_linear(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    sources: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    alphas: Sequence[float],
+    betas: Sequence[float],
+) -> list[Tensor]:
+    """D = α (a b + 1 vᵀ) + β C, as in `linear`, of several independent products, in their order, each followed by
+    D ⊙ M where it has a `mask` M (of the shape of D). `together` is the way to write a call of it."""
+    results: list[Tensor] = []
+    for left, right, source, row, mask, alpha, beta in zip(a, b, sources, rows, masks, alphas, betas, strict=True):
+        product = linear(left, right, source, None, row, alpha, beta)
+        results += [product] if mask is None else [product, product * mask]
+    return results
 
 
-def gram(rows: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """K = H Hᵀ, plus 1 in every element with bias, summed in float64: itself (float64), and in the dtype of H (n×d)."""
-    product = times_own_transpose(rows.double())
-    exact = product.add_(1.0) if bias else product
-    return exact, exact.to(rows.dtype, copy=True)
+def grams(rows: Sequence[Tensor], biases: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    """K = H Hᵀ, plus 1 in every element with bias, summed in float64, of every one of several H (n×d, one n for all):
+    itself (float64), and in the dtype of H."""
+    products = [times_own_transpose(matrix.double()) for matrix in rows]
+    exact = [product.add_(1.0) if bias else product for product, bias in zip(products, biases, strict=True)]
+    return exact, [one.to(matrix.dtype, copy=True) for one, matrix in zip(exact, rows, strict=True)]
 
 
-def invert_grams(grams: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """K⁻¹ of every one of several symmetric matrices K (n×n, float64), and an int32 vector that is 0 where K is
-    numerically positive definite.
+def invert_grams(grams: Sequence[Tensor], rounds: bool = False) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """K⁻¹ of every one of several symmetric matrices K (n×n, float64), an int32 vector that is 0 where K is numerically
+    positive definite, and K⁻¹ in float32, an empty list unless it `rounds`.
 
     Elsewhere K⁻¹ holds no meaning.
     """
     inverses, infos = zip(*map(_invert_gram, grams), strict=True)
-    return list(inverses), torch.stack(infos)
+    return list(inverses), torch.stack(infos), [inverse.float() for inverse in inverses if rounds]
 
 
 def pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
@@ -128,26 +141,27 @@ def near_dependence(
     return beyond.logical_or_(torch.stack([*infos]).bool()).any()
 
 
-def step_batch(
-    batch: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """B' = B + ε ΔB, Y' = σ⁻¹(B') and σ'(Y'), with ε the float64 scalar `size`.
+def take_steps(
+    bases: Sequence[Tensor],
+    changes: Sequence[Tensor],
+    size: Tensor,
+    along_targets: Sequence[bool],
+    activations: Sequence[str],
+    parameters: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """B', Y' and σ'(Y') of several layers after a step ε, the float64 scalar `size`:
 
-    Y' is not finite where B' lies outside the domain of σ⁻¹.
+    B' = B + ε ΔB and Y' = σ⁻¹(B'), not finite where B' lies outside the domain of σ⁻¹, with B and ΔB among `bases` and
+    `changes`; or, for a layer `along_targets`, Y' = Y + ε ΔY and B' = σ(Y'), with Y and ΔY there.
     """
-    chosen = _activation(activation, parameter)
-    moved = torch.addcmul(batch, change, size)
-    targets = _distinct(chosen.inverse(moved), moved)
-    return moved, targets, chosen.derivative(targets)
-
-
-def step_targets(
-    targets: Tensor, change: Tensor, size: Tensor, activation: str, parameter: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """B' = σ(Y'), Y' = Y + ε ΔY and σ'(Y'), with ε the float64 scalar `size`."""
-    chosen = _activation(activation, parameter)
-    moved = torch.addcmul(targets, change, size)
-    return _distinct(chosen.forward(moved), moved), moved, chosen.derivative(moved)
+    results: list[tuple[Tensor, Tensor, Tensor]] = []
+    for base, change, along, *named in zip(bases, changes, along_targets, activations, parameters, strict=True):
+        sigma, stepped = _activation(*named), torch.addcmul(base, change, size)
+        other = _distinct(sigma.forward(stepped) if along else sigma.inverse(stepped), stepped)
+        moved, targets = (other, stepped) if along else (stepped, other)
+        results.append((moved, targets, sigma.derivative(targets)))
+    moved_all, targets_all, slopes_all = (list(kind) for kind in zip(*results, strict=True))
+    return moved_all, targets_all, slopes_all
 
 
 def times_curvature(
@@ -159,10 +173,12 @@ def times_curvature(
     return product if source is None else product.add_(source)
 
 
-def dot_sum(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Σ_i ⟨left_i, right_i⟩ over the pairs of equal shape, summed in float64: a float64 scalar."""
+def dot_sum(left: Sequence[Tensor], right: Sequence[Tensor], scale: float = 1.0, root: bool = False) -> Tensor:
+    """s Σ_i ⟨left_i, right_i⟩, s = `scale`, over the pairs of equal shape, summed in float64, or its square `root`: a
+    float64 scalar."""
     dots = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
-    return sum(dots[1:], dots[0]).double()
+    total = sum(dots[1:], dots[0]).double() * scale
+    return total.sqrt() if root else total
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:

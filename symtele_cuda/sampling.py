@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import products
 from .errors import TeleportError
 from .mlp import Chain, check_inputs, check_parameters, read_chain
 from .options import AUTO, POSITIVE_DIAGONAL, check_layers
 from .pinv import condition_from_gram
 from .problem import layer_inputs, read_network
-from .products import gram, invert_grams
 
 # Float32 would bear more, the data outside the batch would not: the nearer the samples are to dependence, the larger
 # the weights that tell them apart. With less the batch shrinks at the second of several teleports, for they bring its
@@ -67,7 +67,8 @@ def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = 
         samples = flat.to(network.weights[0].dtype)
         inputs = layer_inputs(network, samples, network.forward(samples))
         biased = [bias is not None for bias in network.biases]
-        grams = torch.stack([gram(inputs[k - 1], biased[k - 1])[0] for k in named]).cpu()  # row by row is slow on a GPU
+        exact, _ = products.grams([inputs[k - 1] for k in named], [biased[k - 1] for k in named])
+        grams = torch.stack(exact).cpu()  # row by row is slow on a GPU
     squares = grams.diagonal(dim1=1, dim2=2)
     usable = (squares.isfinite() & (squares > 0)).all(0).nonzero()[:, 0]
     if len(usable) == 0:
@@ -215,5 +216,5 @@ def _well_conditioned(grams: Tensor) -> bool:
 
 
 def _condition(gram_matrix: Tensor) -> float:
-    inverses, infos = invert_grams([gram_matrix])
+    inverses, infos, _ = products.invert_grams([gram_matrix])
     return float(condition_from_gram(gram_matrix, inverses[0])) if infos.item() == 0 else math.inf

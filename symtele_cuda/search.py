@@ -120,7 +120,7 @@ class Search:
     def moved_norm(self, state: State) -> Tensor:
         """The Frobenius norm of all activations that the plan moves: a float64 scalar."""
         moved = [b for b, moved in zip(state.inputs[1:], self.plan.moved, strict=False) if moved]
-        return self.network.products.dot_sum(moved, moved).sqrt()
+        return self.network.products.dot_sum(moved, moved, root=True)
 
 
 @dataclass(frozen=True)

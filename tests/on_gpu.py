@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from symtele_cuda import products
 from symtele_cuda.activations import ELU, Activation, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
@@ -116,8 +117,22 @@ MATRIX_CALLS: dict[str, tuple[str, Build]] = {
     "linear, source": ("linear", lambda o, f: (o.a(), o.b(), o.like_result(), None, None, 1.0, -0.5)),
     "linear, row": ("linear", lambda o, f: (o.a(), o.b(), None, None, o.row(), 1.0, 1.0)),
     "linear, all": ("linear", lambda o, f: (o.a(), o.b(), o.like_result(), o.column(), o.row(), -0.3, 2.0)),
-    "masked": ("masked", lambda o, f: (o.a(), o.b(), None, o.like_result())),
-    "masked, source": ("masked", lambda o, f: (o.a(), o.b(), o.like_result(), o.like_result())),
+    "grouped_linear, masked": (
+        "grouped_linear",
+        lambda o, f: ([o.a()], [o.b()], [None], [None], [o.like_result()], [1.0], [1.0]),
+    ),
+    "grouped_linear, all": (
+        "grouped_linear",
+        lambda o, f: (
+            [o.a(), o.b().T, o.a()],
+            [o.b(), o.a().T, o.b()],
+            [o.like_result(), None, None],
+            [None, o.column(), o.row()],
+            [o.like_result(), None, o.like_result()],
+            [1.0, -0.3, 1.0],
+            [2.0, 1.0, 1.0],
+        ),
+    ),
 }
 ACTIVATION_CALLS: dict[str, tuple[str, Build]] = {
     "linear_activation": ("linear_activation", lambda o, f: (o.a(), o.b(), None, f.name, f.parameter)),
@@ -144,24 +159,15 @@ ACTIVATION_CALLS: dict[str, tuple[str, Build]] = {
     ),
 }
 ELEMENTWISE_CALLS: dict[str, tuple[str, Build]] = {
-    "step_batch": (
-        "step_batch",
+    "take_steps": (
+        "take_steps",
         lambda o, f: (
-            o.inside(f, o.sizes.rows, o.sizes.columns),
-            o.uniform(-1, 1, o.sizes.rows, o.sizes.columns),
+            [o.inside(f, o.sizes.rows, o.sizes.columns) for _ in range(3)],
+            [o.uniform(-1, 1, o.sizes.rows, o.sizes.columns) for _ in range(3)],
             o.size(0.03),
-            f.name,
-            f.parameter,
-        ),
-    ),
-    "step_targets": (
-        "step_targets",
-        lambda o, f: (
-            o.inside(f, o.sizes.rows, o.sizes.columns),
-            o.uniform(-1, 1, o.sizes.rows, o.sizes.columns),
-            o.size(0.03),
-            f.name,
-            f.parameter,
+            [False, True, False],
+            [f.name, f.name, "identity"],
+            [f.parameter, f.parameter, 0.0],
         ),
     ),
     "times_curvature": (
@@ -174,8 +180,8 @@ ELEMENTWISE_CALLS: dict[str, tuple[str, Build]] = {
     ),
 }
 PLAIN_CALLS: dict[str, tuple[str, Build]] = {
-    "gram": ("gram", lambda o, f: (o.a(), False)),
-    "gram, bias": ("gram", lambda o, f: (o.a(), True)),
+    "grams": ("grams", lambda o, f: ([o.a()], [False])),
+    "grams, several": ("grams", lambda o, f: ([o.a(), o.like_result(), o.a()], [True, False, True])),
     "pseudo_inverse": ("pseudo_inverse", lambda o, f: (o.gram_inverse(), o.a(), False)),
     "pseudo_inverse, bias": ("pseudo_inverse", lambda o, f: (o.gram_inverse(), o.a(), True)),
     "dot_sum": ("dot_sum", lambda o, f: _pairs(o)),
@@ -225,8 +231,9 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return map_all(value, lambda tensor: change(tensor) if tensor.is_floating_point() else tensor)
 
 
-def as_tuple(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    """The tensors of a result, those in its lists among the others."""
+    return tuple(tree_leaves(result))
 
 
 def clones(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -260,13 +267,13 @@ def assert_same_bits(what: str, one: Sequence[Tensor], other: Sequence[Tensor]) 
         assert torch.equal(left, right), f"{what}, result {index}: {(left != right).sum().item()} elements differ"
 
 
-def tolerances(name: str, dtype: torch.dtype) -> list[float]:
-    """Of every result: Gram matrices and sums of products are computed in float64, whatever comes in."""
-    if name == "gram":
-        return [TOLERANCE[torch.float64], TOLERANCE[dtype]]
+def tolerances(name: str, dtype: torch.dtype, results: int) -> list[float]:
+    """Of so many results: Gram matrices and sums of products are computed in float64, whatever comes in."""
+    if name == "grams":
+        return [TOLERANCE[torch.float64]] * (results // 2) + [TOLERANCE[dtype]] * (results // 2)
     if name in ("dot_sum", "squared_norms"):
         return [TOLERANCE[torch.float64]]
-    return [TOLERANCE[dtype]] * len(getattr(torch.ops.symtele_cuda, name).default._schema.returns)
+    return [TOLERANCE[dtype]] * results
 
 
 # --- memory and streams ----------------------------------------------------------------------------------------------

@@ -59,14 +59,13 @@ def arguments_of(name: str, activation: Activation, dtype: torch.dtype, full: bo
         "inverse_activation": (a.abs() / 9, b.abs() / 9, c, 1.0, *sigma),
         "over_slope": (a, b, column, row, c, *sigma),
         "times_slope": (a, b, c, c + 1, -1.0, *sigma),
-        "masked": (a, b, c + 1 if full else None, c),
-        "gram": (a, full),
-        "invert_grams": ([exact] * (1 + full),),
+        "grouped_linear": grouped_arguments(a, b, c, row, full),
+        "grams": ([a, a.T[:3], 2 * a], [True, False, True]) if full else ([a], [False]),
+        "invert_grams": ([exact] * (1 + full), full),
         "pseudo_inverse": (normal(3, 3, dtype=torch.float64), a, full),
-        "step_batch": (c.abs() / 9, c.abs().T.contiguous().T / 9, size, *sigma),
-        "step_targets": (c, c, size, *sigma),
+        "take_steps": step_arguments(c, size, activation, 2 + full),
         "times_curvature": (a, a + 1, a.abs(), a - 1 if full else None, *sigma),
-        "dot_sum": ([a, b.T], [2 * a, b.T]) if full else ([a], [a]),
+        "dot_sum": ([a, b.T], [2 * a, b.T], 0.5, True) if full else ([a], [a]),
         "squared_norms": ([a, a[0], exact, b.T, info + 3] if full else [a],),
         "identity_remainder": (torch.eye(5, dtype=dtype) + normal(5, 5, dtype=dtype) / 9, 2 + full, 1 + full),
         "commit": (accept, [a, b], [a + 1, (b + 1).T.contiguous().T]),
@@ -74,6 +73,24 @@ def arguments_of(name: str, activation: Activation, dtype: torch.dtype, full: bo
         "judge": judge_arguments(broken=(False,) * full, maximise=full),
     }
     return calls[name]
+
+
+def grouped_arguments(a: Tensor, b: Tensor, c: Tensor, row: Tensor | None, full: bool) -> tuple[Any, ...]:
+    """The arguments of `grouped_linear` for one plain product, or for several with all that is optional."""
+    if not full:
+        return [a], [b], [None], [None], [None], [1.0], [1.0]
+    optional = [c, None, None], [None, b[:, 0], row], [c, None, c + 1]
+    return [a, b, a], [b, b.T, b], *optional, [0.5, 2.0, 1.0], [2.0, 1.0, 1.0]
+
+
+def step_arguments(c: Tensor, size: Tensor, activation: Activation, layers: int) -> tuple[Any, ...]:
+    """The arguments of `take_steps` for layers in turn along the targets and not, the last with another activation."""
+    bases = [c if layer % 2 else c.abs() / 9 for layer in range(layers)]
+    changes = [base.T.contiguous().T for base in bases]
+    along = [layer % 2 == 1 for layer in range(layers)]
+    activations = [*[activation] * (layers - 1), Tanh()]
+    names, parameters = [one.name for one in activations], [one.parameter for one in activations]
+    return bases, changes, size, along, names, parameters
 
 
 def judge_arguments(
@@ -105,7 +122,7 @@ def results_of(function: Callable[..., Any], name: str, arguments: tuple[Any, ..
 
 
 def takes_activation(name: str) -> bool:
-    return any(argument.name == "activation" for argument in SCHEMAS[name].arguments)
+    return any(argument.name in ("activation", "activations") for argument in SCHEMAS[name].arguments)
 
 
 CASES = [(name, activation) for name in SCHEMAS for activation in ACTIVATIONS[: None if takes_activation(name) else 1]]

@@ -175,10 +175,10 @@ def test_a_step_across_the_edge_or_into_dependence_is_hindered():
     assert hindrance(collapse, 0.1) is None
 
 
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("value", [2.0, torch.inf, torch.nan])
 def test_a_target_that_is_not_finite_hinders_by_the_flag_of_its_layer(value):
     problem, plan, state = set_up([20, 24, 22, 5], "tanh")
-    steps = {layer: LayerStep(torch.zeros_like(state.targets[layer - 1]), along_targets=True) for layer in (1, 2)}
+    steps = {layer: LayerStep(torch.zeros_like(state.inputs[layer])) for layer in (1, 2)}
     steps[2].change[3, 7] = value
     flags = advance(problem.network, plan, state, Direction(steps, scalar(1.0)), scalar(1.0))[1]
     assert [bool(flag) for flag, text in flags if "left the domain" in text] == [False, True]

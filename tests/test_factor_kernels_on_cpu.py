@@ -6,8 +6,10 @@ blocks, whose results must be the same to the bit; the oracle is the twin in pro
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -86,12 +88,12 @@ def check_gram(
     storage = normal((rows - 1) * row_stride + (columns - 1) * column_stride + 1, dtype=dtype)
     h = storage.as_strided((rows, columns), (row_stride, column_stride))
     rounds = dtype == torch.float32
-    items = [DTYPE_NUMBERS[dtype], rows, columns, row_stride, column_stride, int(bias), int(rounds), storage]
+    items = [DTYPE_NUMBERS[dtype], rows, 1, int(rounds), columns, row_stride, column_stride, int(bias), storage]
     square = (rows, rows)
     exact, rounded = run_case(program, GRAM, items, [(torch.float64, square), (dtype, square)])
     assert exact is not None
     assert torch.equal(exact, exact.T)
-    assert_near(exact, products.gram(h, bias)[0], 1e-15 * columns, "gram")
+    assert_near(exact, products.grams([h], [bias])[0][0], 1e-15 * columns, "gram")
     if rounds:
         assert rounded is not None and torch.equal(rounded, exact.float())
     else:
@@ -111,9 +113,30 @@ def test_gram_of_padded_and_transposed_rows(program, strides, dtype):
     check_gram(program, 20, 70, dtype, strides=strides)
 
 
+def check_several_grams(program: Path, dtype: torch.dtype, rows: int, columns: Sequence[int]) -> None:
+    """Each is what it is alone, to the bit, whatever the others are; every second one with bias."""
+    rounds, square = dtype == torch.float32, (rows, rows)
+    alone: list[Tensor | None] = []
+    described: list = []
+    for m, width in enumerate(columns):
+        described.append([width, width, 1, m % 2, normal(rows, width, dtype=dtype, seed=m)])
+        results = [(torch.float64, square), (dtype, square)]
+        alone += run_case(program, GRAM, [DTYPE_NUMBERS[dtype], rows, 1, int(rounds), *described[-1]], results)
+    items = [DTYPE_NUMBERS[dtype], rows, len(columns), int(rounds), *itertools.chain(*described)]
+    together = run_case(program, GRAM, items, [(torch.float64, square), (dtype, square)] * len(columns))
+    for one, other in zip(together, alone, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(17, (5, 70, 1)), (5, tuple(range(1, 17)))])
+def test_several_grams_in_one_launch(program, rows, columns, dtype):
+    check_several_grams(program, dtype, rows, columns)
+
+
 def test_gram_of_no_rows_and_of_no_columns(program):
     for rows, expected in ((0, torch.empty(0, 0)), (3, torch.ones(3, 3))):
-        items = [0, rows, 0, 1, 1, 1, 1, None]
+        items = [0, rows, 1, 1, 0, 1, 1, 1, None]
         results = [(torch.float64, (rows, rows)), (torch.float32, (rows, rows))]
         for result in run_case(program, GRAM, items, results):
             assert result is None if rows == 0 else torch.equal(result.float(), expected)
@@ -122,12 +145,19 @@ def test_gram_of_no_rows_and_of_no_columns(program):
 # --- invert_grams ----------------------------------------------------------------------------------------------------
 
 
-def invert_all(program: Path, grams: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+def invert_all(program: Path, grams: Sequence[Tensor], rounds: bool = True) -> tuple[list[Tensor], list[int]]:
+    """The inverses, of which the rounded ones are the same in float32, and what is said of each."""
     count, size = len(grams), len(grams[0])
-    results = [*[(torch.float64, (size, size))] * count, (torch.int32, (count,))]
-    *inverses, infos = run_case(program, INVERT_GRAMS, [size, count, *grams], results)
+    exact, rounded = ([(dtype, (size, size))] * count for dtype in (torch.float64, torch.float32))
+    results = [*exact, *rounded, (torch.int32, (count,))]
+    *found, infos = run_case(program, INVERT_GRAMS, [size, count, int(rounds), *grams], results)
     assert infos is not None
-    return inverses, infos.tolist()
+    for one, in_float32 in zip(found[:count], found[count:], strict=True):
+        if rounds:
+            torch.testing.assert_close(one.float(), in_float32, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert in_float32 is None
+    return found[:count], infos.tolist()
 
 
 def invert(program: Path, gram: Tensor) -> tuple[Tensor, int]:
@@ -216,7 +246,8 @@ def check_bad_pivot(program: Path, size: int, pivot: int, value: float) -> None:
 def test_the_first_pivot_that_is_not_positive_is_named(program, size, pivot, value):
     check_bad_pivot(program, size, pivot, value)
     if value == -0.5:
-        assert int(products.invert_grams([spoilt(size, pivot, value)])[1]) == pivot  # as by Cholesky
+        _, infos, _ = products.invert_grams([spoilt(size, pivot, value)])
+        assert int(infos) == pivot  # as by Cholesky
 
 
 def test_exact_zeros_are_no_pivots(program):
@@ -246,6 +277,13 @@ def check_several_inverses(program: Path, size: int, count: int) -> None:
         assert torch.equal(inverses[m], invert(program, grams[m])[0])
 
 
+@pytest.mark.parametrize("size", [5, 33])
+def test_nothing_is_rounded_that_nobody_asked_for(program, size):
+    grams = [symmetric(spectrum("graded", size, 1e3))]
+    (inverse,), infos = invert_all(program, grams, rounds=False)
+    assert (torch.equal(inverse, invert(program, grams[0])[0]), infos) == (True, [0])
+
+
 @pytest.mark.parametrize(("size", "count"), [(1, 3), (7, 64), (32, 3), (33, 4), (97, 3)])
 def test_several_inverses_in_one_launch(program, size, count):
     check_several_inverses(program, size, count)
@@ -253,71 +291,123 @@ def test_several_inverses_in_one_launch(program, size, count):
 
 def test_inverses_of_empty_matrices(program):
     for count in (1, 3):
-        results = [*[(torch.float64, (0, 0))] * count, (torch.int32, (count,))]
-        *inverses, infos = run_case(program, INVERT_GRAMS, [0, count, *[None] * count], results)
-        assert inverses == [None] * count and infos.tolist() == [0] * count
+        results = [*[(torch.float64, (0, 0))] * (2 * count), (torch.int32, (count,))]
+        *inverses, infos = run_case(program, INVERT_GRAMS, [0, count, 0, *[None] * count], results)
+        assert inverses == [None] * (2 * count) and infos.tolist() == [0] * count
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def step_case(
-    program: Path, of_targets: bool, name: str, base: Tensor, change: Tensor, size: float, offset: int
-) -> list[Tensor]:
-    kind, parameter = list(ACTIVATIONS).index(name), ACTIVATIONS[name]
-    buffers = [torch.tensor(size, dtype=torch.float64), offset_buffer(base, offset), offset_buffer(change, offset)]
-    items = [int(of_targets), DTYPE_NUMBERS[base.dtype], len(base), offset, kind, parameter, *buffers]
-    results = run_case(program, STEP, items, [(base.dtype, (len(base) + offset,))] * 3)
-    for result in results:
-        untouched = result[:offset].view(torch.int32)  # the first elements of the buffer are not part of the result
-        assert bool((untouched == -1).all())
-    return [result[offset:] for result in results]
+@dataclass(frozen=True)
+class Layer:
+    """A layer's step: what it is taken in, its activation, and its elements, `offset` elements into their buffers."""
+
+    along_targets: bool
+    name: str
+    count: int = 300
+    offset: int = 0
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        targets = normal(self.count).clamp(-2, 2)
+        activation = make_activation(self.name, ACTIVATIONS[self.name])
+        base = targets if self.along_targets else activation.forward(targets)
+        return base.to(dtype), normal(self.count, dtype=dtype, seed=1)
 
 
-def check_step(
-    program: Path, of_targets: bool, name: str, dtype: torch.dtype, count: int = 300, offset: int = 0
-) -> None:
-    targets = normal(count).clamp(-2, 2)
-    base = (targets if of_targets else make_activation(name, ACTIVATIONS[name]).forward(targets)).to(dtype)
-    change, size = normal(count, dtype=dtype, seed=1), 1e-3
-    got = step_case(program, of_targets, name, base, change, size, offset)
-    twin = products.step_targets if of_targets else products.step_batch
-    expected = twin(base.double(), change.double(), torch.tensor(size, dtype=torch.float64), name, ACTIVATIONS[name])
-    for result, right, what in zip(got, expected, ("moved", "targets", "slopes"), strict=True):
-        assert_near(result, right, TOLERANCE[dtype], what)
+Operands = tuple[Tensor, Tensor]
+
+
+def step_case(program: Path, layers: Sequence[Layer], operands: Sequence[Operands], size: float) -> list[list[Tensor]]:
+    """B', Y' and σ'(Y') of every layer."""
+    dtype = operands[0][0].dtype
+    items: list = [torch.tensor(size, dtype=torch.float64), DTYPE_NUMBERS[dtype], len(layers)]
+    shapes: list = []
+    for layer, (base, change) in zip(layers, operands, strict=True):
+        kind, parameter = list(ACTIVATIONS).index(layer.name), ACTIVATIONS[layer.name]
+        items += [int(layer.along_targets), layer.count, layer.offset, kind, parameter]
+        items += [offset_buffer(base, layer.offset), offset_buffer(change, layer.offset)]
+        shapes += [(dtype, (layer.count + layer.offset,))] * 3
+    results = iter(run_case(program, STEP, items, shapes))
+    return [[without_offset(next(results), layer.offset) for _ in range(3)] for layer in layers]
+
+
+def without_offset(result: Tensor | None, offset: int) -> Tensor:
+    assert result is not None
+    untouched = result[:offset].view(torch.int32)  # the first elements of the buffer are not part of the result
+    assert bool((untouched == -1).all())
+    return result[offset:]
+
+
+def twin_of(layers: Sequence[Layer], operands: Sequence[Operands], size: float) -> list[tuple[Tensor, ...]]:
+    bases, changes = ([one[k].double() for one in operands] for k in range(2))
+    along, names = [layer.along_targets for layer in layers], [layer.name for layer in layers]
+    length = torch.tensor(size, dtype=torch.float64)
+    results = products.take_steps(bases, changes, length, along, names, [ACTIVATIONS[name] for name in names])
+    return list(zip(*results, strict=True))
+
+
+def check_step(program: Path, layer: Layer) -> None:
+    check_steps(program, torch.float32, layer)
+
+
+def check_mixed_steps(program: Path) -> None:
+    check_steps(program, torch.float32, *MIXED_LAYERS)
+
+
+def check_steps(program: Path, dtype: torch.dtype, *layers: Layer) -> None:
+    operands = [layer.operands(dtype) for layer in layers]
+    got, expected = step_case(program, layers, operands, 1e-3), twin_of(layers, operands, 1e-3)
+    for results, truths in zip(got, expected, strict=True):
+        for result, right, what in zip(results, truths, ("moved", "targets", "slopes"), strict=True):
+            assert_near(result, right, TOLERANCE[dtype], what)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("of_targets", [False, True])
+@pytest.mark.parametrize("along_targets", [False, True])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_step(program, name, of_targets, dtype):
-    check_step(program, of_targets, name, dtype)
+def test_step(program, name, along_targets, dtype):
+    check_steps(program, dtype, Layer(along_targets, name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("count", [1, 3, 4, 1027])
 def test_step_of_any_length_and_alignment(program, count, offset, dtype):
-    check_step(program, True, "leaky_relu", dtype, count, offset)
+    check_steps(program, dtype, Layer(True, "leaky_relu", count, offset))
+
+
+MIXED_LAYERS = [
+    Layer(False, "leaky_relu", 1027),
+    Layer(True, "tanh", 300, 1),
+    Layer(False, "softplus", 3),
+    Layer(True, "elu", 2000),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_of_several_layers(program, dtype):
+    check_steps(program, dtype, *MIXED_LAYERS)
+    check_steps(program, dtype, *(4 * MIXED_LAYERS))
 
 
 def test_step_beyond_the_largest_grid(program):
-    check_step(program, True, "leaky_relu", torch.float64, 1024 * 256 * 2 + 5)
+    check_steps(program, torch.float64, Layer(True, "leaky_relu", 1024 * 256 * 2 + 5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_step_out_of_the_domain_is_not_finite(program, name, dtype):
     base = torch.linspace(-4, 4, 33).to(dtype)  # with the ends of the domains, 0 and 1
-    change, size = torch.ones_like(base), 0.0
-    moved, targets, _ = step_case(program, False, name, base, change, size, 0)
-    expected = products.step_batch(base, change, torch.tensor(size, dtype=torch.float64), name, ACTIVATIONS[name])[1]
+    layers, operands = [Layer(False, name, 33)], [(base, torch.ones_like(base))]
+    ((moved, targets, _),) = step_case(program, layers, operands, 0.0)
+    ((_, expected, _),) = twin_of(layers, operands, 0.0)
     assert torch.equal(moved, base)
     assert torch.equal(targets.isfinite(), expected.isfinite())
 
 
 def test_step_of_nothing(program):
-    items = [0, 0, 0, 0, 0, 0.0, torch.zeros(1, dtype=torch.float64), None, None]
+    items = [torch.zeros(1, dtype=torch.float64), 0, 1, 0, 0, 0, 0, 0.0, None, None]
     assert run_case(program, STEP, items, [(torch.float32, (0,))] * 3) == [None] * 3
 
 
@@ -364,15 +454,22 @@ def test_times_curvature_of_nothing(program):
 # --- dot_sum ---------------------------------------------------------------------------------------------------------
 
 
-def check_dot_sum(program: Path, dtype: torch.dtype, sizes: Sequence[int], offset: int = 0) -> None:
+def check_dot_sum(
+    program: Path,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    offset: int = 0,
+    scale: float = 1.0,
+    root: bool = False,
+) -> None:
     left = [normal(size, dtype=dtype, seed=i) for i, size in enumerate(sizes)]
     right = [a + normal(len(a), dtype=dtype, seed=100 + i) for i, a in enumerate(left)]
-    items: list = [DTYPE_NUMBERS[dtype], len(sizes)]
+    items: list = [DTYPE_NUMBERS[dtype], len(sizes), scale, int(root)]
     for a, b in zip(left, right, strict=True):
         items += [offset, len(a), offset_buffer(a, offset), offset_buffer(b, offset)]
     (result,) = run_case(program, DOT_SUM, items, [(torch.float64, (1,))])
-    expected = sum(float(a.double() @ b.double()) for a, b in zip(left, right, strict=True))
-    assert float(result) == pytest.approx(expected, rel=1e-13)
+    expected = scale * sum(float(a.double() @ b.double()) for a, b in zip(left, right, strict=True))
+    assert float(result) == pytest.approx(math.sqrt(expected) if root else expected, rel=1e-13)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -382,12 +479,18 @@ def test_dot_sum(program, sizes, offset, dtype):
     check_dot_sum(program, dtype, sizes, offset)
 
 
+@pytest.mark.parametrize("sizes", [[5], [10240, 4, 33333]])
+def test_a_scaled_dot_sum_and_its_root(program, sizes):
+    check_dot_sum(program, torch.float32, sizes, scale=-0.5)
+    check_dot_sum(program, torch.float32, sizes, scale=0.5, root=True)
+
+
 def test_dot_sum_beyond_the_largest_grid(program):
     check_dot_sum(program, torch.float32, [700_001, 500_000])
 
 
 def test_dot_sum_of_nothing(program):
-    for items in ([0, 0], [0, 1, 0, 0, None, None]):
+    for items in ([0, 0, 1.0, 1], [0, 1, 1.0, 0, 0, 0, None, None]):
         (result,) = run_case(program, DOT_SUM, items, [(torch.float64, (1,))])
         assert float(result) == 0
 
@@ -579,14 +682,14 @@ Check = Callable[[Path], None]
 FAULTS: dict[str, tuple[str, str, str, Check]] = {
     "no barrier between two pivots": (
         "invert_gram.cuh",
-        "    __syncthreads();\n    const PivotColumn& column",
-        "    const PivotColumn& column",
+        "    __syncthreads();\n    const PivotColumn* const columns",
+        "    const PivotColumn* const columns",
         partial(check_inverse, size=7),
     ),
-    "one buffer for two pivots": (
+    "one buffer for two pairs of pivots": (
         "invert_gram.cuh",
-        "publish(memory.columns[(c + 1) % 2])",
-        "publish(memory.columns[c % 2])",
+        "publish(memory.columns[(c / 2 + 1) % 2][lane % 2])",
+        "publish(memory.columns[c / 2 % 2][lane % 2])",
         partial(check_inverse, size=7),
     ),
     "a barrier in a divergent branch": (
@@ -637,11 +740,41 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
         "return row + 32 < column;",
         partial(check_inverse, size=33),
     ),
+    "another tile rounded": (
+        "invert_gram.cuh",
+        "if (float* const rounded = matrices.rounded[blockIdx.z]) {\n    store_tile(tile,",
+        "if (float* const rounded = matrices.rounded[blockIdx.z]) {\n    store_tile(panel_i,",
+        partial(check_inverse, size=33),
+    ),
+    "all rounded into one": (
+        "invert_gram.cuh",
+        "matrices.rounded[blockIdx.z]",
+        "matrices.rounded[0]",
+        partial(check_several_inverses, size=33, count=3),
+    ),
+    "the root of every block's sum": (
+        "reduce.cuh",
+        "gridDim.x == 1 ? finish(total) : total",
+        "finish(total)",
+        partial(check_dot_sum, dtype=torch.float32, sizes=[10240], scale=0.5),
+    ),
     "the last bad pivot": (
         "invert_gram.cuh",
         "if (reports && failed == 0 &&",
         "if (reports &&",
         partial(check_several_bad_pivots, size=40, pivots=(39, 7, 3)),
+    ),
+    "the rows of the first matrix": (
+        "gram.cuh",
+        "grams.matrices[blockIdx.z].h;",
+        "grams.matrices[0].h;",
+        partial(check_several_grams, dtype=torch.float32, rows=17, columns=(5, 70, 1)),
+    ),
+    "the bias of the first matrix": (
+        "gram.cuh",
+        "grams.matrices[blockIdx.z].added;",
+        "grams.matrices[0].added;",
+        partial(check_several_grams, dtype=torch.float32, rows=17, columns=(5, 70, 1)),
     ),
     "no barrier before the next slab": (
         "gram.cuh",
@@ -665,13 +798,25 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
         "packs.cuh",
         "i = packs * width + thread;",
         "i = packs * width + thread + 1;",
-        partial(check_step, of_targets=True, name="tanh", dtype=torch.float32, count=7),
+        partial(check_step, layer=Layer(True, "tanh", 7)),
     ),
     "packs without alignment": (
         "step.cuh",
-        "are_aligned(base, change, moved, targets, slopes)",
+        "are_aligned(step.base, step.change, step.moved, step.targets, step.slopes)",
         "true",
-        partial(check_step, of_targets=True, name="tanh", dtype=torch.float32, count=7, offset=1),
+        partial(check_step, layer=Layer(True, "tanh", 7, 1)),
+    ),
+    "the step of another layer": (
+        "step.cuh",
+        "steps.of_layer[blockIdx.y];",
+        "steps.of_layer[0];",
+        check_mixed_steps,
+    ),
+    "blocks for the first layer alone": (
+        "step.cuh",
+        "pack_blocks<T>(most_elements), static_cast<unsigned>(count)",
+        "pack_blocks<T>(most_elements), 1",
+        check_mixed_steps,
     ),
     "packs of four operands without alignment": (
         "curvature.cuh",

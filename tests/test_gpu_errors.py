@@ -16,6 +16,7 @@ from on_gpu import DEVICE, compiled
 from torch import Tensor, nn
 
 import symtele_cuda as st
+from symtele_cuda.kernels import Linear, together
 
 pytestmark = pytest.mark.gpu
 
@@ -88,25 +89,25 @@ CASES: dict[str, tuple[Call, str]] = {
         lambda o: o.linear_activation(zeros(3, 4), zeros(4, 5), None, "relu", 0.0),
         r"(?s)activation must be one of.*got.*relu",
     ),
-    "masked, another shape": (
-        lambda o: o.masked(zeros(3, 4), zeros(4, 5), None, zeros(5, 3)),
+    "grouped_linear, a mask of another shape": (
+        lambda o: together(o, Linear(zeros(3, 4), zeros(4, 5), mask=zeros(5, 3))),
         r"(?s)mask.*\b3, 5\b.*got.*5, 3",
     ),
-    "gram, too many elements": (lambda o: o.gram(huge(), False), r"(?s)rows.*2\^31.*got"),
-    "gram, bfloat16": (lambda o: o.gram(zeros(3, 4).bfloat16(), False), r"(?s)rows.*(bfloat16|BFloat16)"),
+    "grams, too many elements": (lambda o: o.grams([huge()], [False]), r"(?s)rows.*2\^31.*got"),
+    "grams, bfloat16": (lambda o: o.grams([zeros(3, 4).bfloat16()], [False]), r"(?s)rows.*(bfloat16|BFloat16)"),
     "invert_grams, float32": (lambda o: o.invert_grams([zeros(3, 3)]), r"(?s)grams.*(float64|[Dd]ouble).*got"),
     "invert_grams, not square": (lambda o: o.invert_grams([zeros(3, 4).double()]), r"(?s)grams.*got.*3, 4"),
     "invert_grams, two sizes": (
         lambda o: o.invert_grams([zeros(3, 3).double(), zeros(4, 4).double()]),
         r"(?s)grams.*3, 3.*got.*4, 4",
     ),
-    "step_batch, size in float32": (
-        lambda o: o.step_batch(zeros(3, 4), zeros(3, 4), zeros(()), "tanh", 0.0),
+    "take_steps, size in float32": (
+        lambda o: o.take_steps([zeros(3, 4)], [zeros(3, 4)], zeros(()), [False], ["tanh"], [0.0]),
         r"(?s)size.*(float64|[Dd]ouble).*got",
     ),
-    "step_targets, change on the CPU": (
-        lambda o: o.step_targets(zeros(3, 4), zeros(3, 4, device="cpu"), zeros(()).double(), "tanh", 0.0),
-        r"(?s)change.*cpu",
+    "take_steps, change on the CPU": (
+        lambda o: o.take_steps([zeros(3, 4)], [zeros(3, 4, device="cpu")], zeros(()).double(), [True], ["tanh"], [0.0]),
+        r"(?s)changes.*cpu",
     ),
     "times_curvature, a source of another shape": (
         lambda o: o.times_curvature(*[zeros(3, 4)] * 3, zeros(4, 3), "tanh", 0.0),

@@ -50,8 +50,11 @@ JIT_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Optional[Tensor]",
     Sequence[Tensor]: "List[Tensor]",
+    Sequence[Tensor | None]: "List[Optional[Tensor]]",
     list[Tensor]: "List[Tensor]",
     Sequence[float]: "List[float]",
+    Sequence[bool]: "List[bool]",
+    Sequence[str]: "List[str]",
     float: "float",
     bool: "bool",
     int: "int",
@@ -73,12 +76,10 @@ def test_the_schema_is_the_signature_of_the_twin(name: str) -> None:
         if argument.has_default_value():
             assert argument.default_value == parameter.default, argument.name
     result = types_of["return"]
-    expected = [] if result is types.NoneType else typing.get_args(result) or [result]
+    several = typing.get_args(result) if typing.get_origin(result) is tuple else [result]
+    expected = [] if result is types.NoneType else several
     assert [str(one.type) for one in SCHEMAS[name].returns] == [JIT_TYPES[one] for one in expected]
-    assert inspect.signature(kernels.FAKES[name]).parameters.keys() == signature.parameters.keys() or name in (
-        "step_batch",
-        "step_targets",
-    )
+    assert inspect.signature(kernels.FAKES[name]).parameters.keys() == signature.parameters.keys()
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -135,11 +136,12 @@ def _map(argument: Any, change: Callable[[Tensor], Tensor]) -> Any:
 A, B, C = normal(3, 4), normal(4, 5), normal(3, 5)
 SIZE = torch.tensor(0.5, dtype=torch.float64)
 JUDGED = judge_arguments()[:-1]
+STEP = ([True], ["tanh"], [0.0])
 BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "vector": ("linear", (A[0], B), ValueError, r"a must be a matrix, got shape \(4,\)"),
     "inner": ("linear", (A, C), ValueError, r"b must have shape \(4, 5\), got \(3, 5\)"),
     "integers": ("linear", (A.int(), B.int()), TypeError, r"a must be of dtype float32 or float64, got torch.int32"),
-    "half": ("gram", (A.half(), False), TypeError, r"rows must be of dtype float32 or float64, got torch.float16"),
+    "half": ("grams", ([A.half()], [False]), TypeError, r"rows must be of dtype float32 or float64, got torch.float16"),
     "dtypes": ("linear", (A, B.double()), TypeError, r"b must be of dtype torch.float32, got torch.float64"),
     "devices": ("linear", (A, B.to("meta")), ValueError, r"b must be on the device of the first tensor, cpu, got meta"),
     "source": ("linear", (A, B, A), ValueError, r"source must have shape \(3, 5\), got \(3, 4\)"),
@@ -147,11 +149,23 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "row": ("linear_activation", (A, B, A[0], "tanh", 0.0), ValueError, r"row must have shape \(5,\), got \(4,\)"),
     "origin": ("inverse_activation", (A, B, A, 1.0, "tanh", 0.0), ValueError, r"origin must have shape \(3, 5\)"),
     "at": ("over_slope", (A, B, None, None, A, "tanh", 0.0), ValueError, r"at must have shape \(3, 5\)"),
-    "mask": ("masked", (A, B, None, A), ValueError, r"mask must have shape \(3, 5\)"),
+    "mask": (
+        "grouped_linear",
+        ([A, A], [B, B], [None, None], [None, None], [None, A], [1.0, 1.0], [1.0, 1.0]),
+        ValueError,
+        r"mask must have shape \(3, 5\)",
+    ),
+    "dtypes of a group": (
+        "grouped_linear",
+        ([A, A.double()], [B, B.double()], [None, None], [None, None], [None, None], [1.0, 1.0], [1.0, 1.0]),
+        TypeError,
+        r"a must be of dtype torch.float32, got torch.float64",
+    ),
     "square": ("invert_grams", ([A.double()],), ValueError, r"grams must have shape \(3, 3\), got \(3, 4\)"),
     "precision": ("invert_grams", ([A[:, :3]],), TypeError, r"grams must be of dtype torch.float64, got torch.float32"),
-    "change": ("step_batch", (A, B, SIZE, "tanh", 0.0), ValueError, r"change must have shape \(3, 4\), got \(4, 5\)"),
-    "size": ("step_targets", (A, A, SIZE.float(), "tanh", 0.0), TypeError, r"size must be of dtype torch.float64"),
+    "grams of two sizes": ("grams", ([A, B], [True, True]), ValueError, r"rows must have shape \(3, 5\), got \(4, 5\)"),
+    "change": ("take_steps", ([A], [B], SIZE, *STEP), ValueError, r"changes must have shape \(3, 4\), got \(4, 5\)"),
+    "size": ("take_steps", ([A], [A], SIZE.float(), *STEP), TypeError, r"size must be of dtype torch.float64"),
     "place": ("times_curvature", (A, A, B, None, "tanh", 0.0), ValueError, r"at must have shape \(3, 4\), got"),
     "right": ("dot_sum", ([A, B], [A, C]), ValueError, r"right must have shape \(4, 5\), got \(3, 5\)"),
     "inverse": ("pseudo_inverse", (A.double(), A, True), ValueError, r"inverse must have shape \(3, 3\), got \(3, 4\)"),

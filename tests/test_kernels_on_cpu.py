@@ -25,6 +25,7 @@ PARAMETERS = {"leaky_relu": 0.1, "softplus": 1.5, "elu": 0.7}
 DTYPES = {torch.float32: 0, torch.float64: 1}
 FUSED, EPILOGUE_ALONE = 0, 1
 TILES = (16, 32, 64)
+LARGEST_GROUP = 8  # max_products of csrc/kernels.h
 
 # Relative error in the Frobenius norm: u sqrt(inner) for the sums, and what atanh and log make of it near their poles.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
@@ -131,7 +132,7 @@ def expected(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
             return products.over_slope(x.a, x.b, x.column, x.row, x.at, *activation)
         case "times_slope":
             return (products.times_slope(x.a, x.b, x.at, x.source, case.beta, *activation),)
-    return products.masked(x.a, x.b, x.source, x.at)
+    return tuple(products.grouped_linear([x.a], [x.b], [x.source], [x.row], [x.at], [case.alpha], [case.beta]))
 
 
 # --- what the program reads and writes -------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def expected(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
 def encode(case: Case, inputs: Inputs) -> bytes:
     size = inputs.a.element_size() * case.rows * case.columns
     first = inputs.a @ inputs.b if case.launcher == EPILOGUE_ALONE else torch.full(case.shape, torch.nan).to(case.dtype)
-    header = [case.launcher, DTYPES[case.dtype], case.rows, case.columns, case.inner, KINDS.index(case.kind)]
+    header = [DTYPES[case.dtype], case.rows, case.columns, case.inner, KINDS.index(case.kind)]
     scalars = [ACTIVATIONS.index(case.activation), case.parameter, case.alpha, case.beta]
     vectors = [None if v is None else spread(v, case.vector_stride) for v in (inputs.column, inputs.row)]
     return pack(
@@ -174,10 +175,12 @@ def writes_twice(case: Case) -> bool:
 
 
 def check(case: Case, inputs: Inputs, output: Unpacker) -> None:
-    assert output.number() == 0, f"not launched: {case}"
     results = [output.tensor(case.dtype, case.shape) for _ in range(2)]
     names = ("first", "second") if writes_twice(case) else ("first",)
     assert writes_twice(case) or results[1] is None
+    if 0 in case.shape:
+        assert results == [None, None]
+        return
     for name, result, reference in zip(names, results, expected(case, inputs), strict=False):
         error = (result.double() - reference).abs()
         assert error.norm() <= TOLERANCE[case.dtype] * reference.norm(), (
@@ -187,18 +190,32 @@ def check(case: Case, inputs: Inputs, output: Unpacker) -> None:
 
 
 def run_cases(program: Path, cases: list[Case], order: str) -> bytes:
-    """Run the cases, check them all, and return what the program wrote."""
-    inputs = [make_inputs(case) for case in cases]
-    written = output_of(program, encode_all(cases, inputs), order)
+    """Run the cases one by one, check them all, and return what the program wrote."""
+    return run_groups(program, [[case] for case in cases], order)
+
+
+def run_groups(program: Path, groups: list[list[Case]], order: str) -> bytes:
+    """Run the cases of each group in one launch, check them all, and return what the program wrote."""
+    inputs = [[make_inputs(case) for case in group] for group in groups]
+    written = output_of(program, encode_groups(groups, inputs), order)
     output = Unpacker(written)
-    for case, values in zip(cases, inputs, strict=True):
-        check(case, values, output)
+    for group, values in zip(groups, inputs, strict=True):
+        assert output.number() == 0, f"not launched: {group}"
+        for case, one in zip(group, values, strict=True):
+            check(case, one, output)
     assert output.done()
     return written
 
 
 def encode_all(cases: list[Case], inputs: list[Inputs]) -> bytes:
-    return pack([len(cases)]) + b"".join(map(encode, cases, inputs))
+    return encode_groups([[case] for case in cases], [[one] for one in inputs])
+
+
+def encode_groups(groups: list[list[Case]], inputs: list[list[Inputs]]) -> bytes:
+    parts = [pack([len(groups)])]
+    for group, values in zip(groups, inputs, strict=True):
+        parts += [pack([group[0].launcher, len(group)]), *map(encode, group, values)]
+    return b"".join(parts)
 
 
 # --- the cases -------------------------------------------------------------------------------------------------------
@@ -217,7 +234,7 @@ def draw_case(launcher: int, dtype: torch.dtype, kind: str, activation: str, dra
         return Layout(draw.random() < 0.5, draw.choice((0, 0, 3, 4)), draw.choice((0, 0, 1)))
 
     optional = kind in ("linear", "masked")
-    row = kind in ("linear", "activation", "over_slope") and draw.random() < 0.7
+    row = kind in ("linear", "activation", "over_slope", "masked") and draw.random() < 0.7
     return Case(
         launcher,
         dtype,
@@ -227,11 +244,11 @@ def draw_case(launcher: int, dtype: torch.dtype, kind: str, activation: str, dra
         layout(),
         layout(),
         source=kind == "times_slope" or (optional and draw.random() < 0.5),
-        column=row and kind != "activation" and draw.random() < 0.5,
+        column=row and kind in ("linear", "over_slope") and draw.random() < 0.5,
         row=row,
         vector_stride=draw.choice((1, 3)),
-        alpha=draw.choice((1.0, -0.7)) if kind == "linear" else 1.0,
-        beta=draw.choice((1.0, -0.3)) if kind in ("linear", "inverse_activation", "times_slope") else 1.0,
+        alpha=draw.choice((1.0, -0.7)) if optional else 1.0,
+        beta=draw.choice((1.0, -0.3)) if optional or kind in ("inverse_activation", "times_slope") else 1.0,
         seed=draw.randrange(1000),
     )
 
@@ -276,6 +293,43 @@ def test_many_stages_and_the_choice_of_tiles(program, dtype):
     assert run_cases(program, cases, "ascending") == run_cases(program, cases, "descending")
 
 
+def draw_groups(launcher: int, dtype: torch.dtype) -> list[list[Case]]:
+    """Groups of every size, of products of different sizes, layouts and epilogues."""
+    draw = random.Random(f"groups {launcher} {dtype}")
+    epilogues = [("linear", "identity"), ("masked", "identity")]
+    return [
+        [draw_case(launcher, dtype, *draw.choice(epilogues), draw) for _ in range(count)]
+        for count in range(1, LARGEST_GROUP + 1)
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("launcher", [FUSED, *TILES])
+def test_groups(program, launcher, dtype):
+    """Each product is what it is alone, to the bit, where the tiles are the same."""
+    groups = draw_groups(launcher, dtype)
+    written = {run_groups(program, groups, order) for order in ORDERS}
+    assert len(written) == 1, "the results depend on the order of the threads"
+    if launcher != FUSED:
+        cases = [case for group in groups for case in group]
+        together, alone = (Unpacker(one) for one in (*written, run_cases(program, cases, "ascending")))
+        for group in groups:
+            assert together.number() == 0
+            for case in group:
+                assert alone.number() == 0
+                for _ in range(2):
+                    one, other = (output.tensor(case.dtype, case.shape) for output in (together, alone))
+                    assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_a_group_with_products_of_nothing(program):
+    """They have no tile, wherever they stand."""
+    sizes = [(0, 5, 4), (33, 17, 9), (5, 0, 4), (7, 40, 0), (0, 0, 0)]
+    run_groups(program, [[Case(tile, torch.float32, *size) for size in sizes] for tile in (FUSED, *TILES)], "1")
+    nothing = [[Case(FUSED, torch.float32, 0, 5, 4), Case(FUSED, torch.float32, 3, 0, 4)]]
+    run_groups(program, nothing, "ascending")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_sum_and_no_element(program, dtype):
     """inner = 0 gives the epilogue of zeros; without rows or columns nothing is launched."""
@@ -316,7 +370,7 @@ FAULTS = {
         "    __syncthreads();  // `next`",
         "    if (threadIdx.x < 200) __syncthreads();  // `next`",
     ),
-    "too little shared memory": (MATMUL, "::shared_bytes, stream", "::shared_bytes - 16, stream"),
+    "too little shared memory": (MATMUL, "::shared_bytes,\n", "::shared_bytes - 16,\n"),
     "one element too far along": (MATMUL, "      if (i < left)", "      if (i <= left)"),
     "one line of the operand too far": (MATMUL, "if (outer_left <= 0 ||", "if (outer_left < 0 ||"),
     "pieces where they are not aligned": (MATMUL, "if (operand.aligned && left", "if (left"),
@@ -326,6 +380,21 @@ FAULTS = {
         "k_piece * length + step % length + 1",
     ),
     "a stage not turned where it is read": (MATMUL, "at.row) ^ turn_of<T>(at.slice);", "at.row);"),
+    "a tile of the product before": (
+        MATMUL,
+        "while (blockIdx.x < group.members[own].first_tile) --own;",
+        "while (blockIdx.x <= group.members[own].first_tile && own > 0) --own;",
+    ),
+    "tiles counted from those of all": (
+        MATMUL,
+        "blockIdx.x - group.members[own].first_tile;",
+        "blockIdx.x;",
+    ),
+    "the epilogue of another product": (
+        MATMUL,
+        "finish<T, extent>(group.members[own].epilogue,",
+        "finish<T, extent>(group.members[0].epilogue,",
+    ),
     "wrong element written": (
         MATMUL,
         "epilogue.write(i * epilogue.columns + j,",
@@ -342,8 +411,9 @@ FAULTS = {
 def test_planted_faults_are_found(tmp_path, name):
     program = build("matmul", tmp_path, plant_fault(tmp_path, *FAULTS[name]))
     with pytest.raises(AssertionError):
-        written = {run_cases(program, draw_cases(32, torch.float32), order) for order in ORDERS}
-        assert len(written) == 1
+        for draw, run_all in ((draw_cases, run_cases), (draw_groups, run_groups)):
+            written = {run_all(program, draw(32, torch.float32), order) for order in ORDERS}
+            assert len(written) == 1
 
 
 def test_the_emulator_names_the_barrier_that_is_missed(tmp_path):

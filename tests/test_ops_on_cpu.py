@@ -159,19 +159,20 @@ def test_sizes(operators: kernels.Products, sizes: tuple[int, int, int]) -> None
 @pytest.mark.parametrize("bias", [False, True])
 def test_gram_matrices_beyond_our_own_kernels(operators: kernels.Products, dtype: torch.dtype, bias: bool) -> None:
     rows = normal(600, 620, dtype=dtype)
-    compare(operators, "gram", lambda: (rows, bias), TOLERANCE[dtype])
-    exact = products.gram(rows, bias)[0] + torch.eye(600, dtype=torch.float64)
+    compare(operators, "grams", lambda: ([rows, 2 * rows], [bias, not bias]), TOLERANCE[dtype])
+    exact = products.grams([rows], [bias])[0][0] + torch.eye(600, dtype=torch.float64)
     broken = exact.clone()
     broken[400, 400] = -1.0
-    inverses, infos = operators.invert_grams([exact, broken, 4 * exact])
+    inverses, infos, rounded = operators.invert_grams([exact, broken, 4 * exact], True)
     assert (infos.tolist(), infos.dtype) == ([0, 401, 0], torch.int32)
     assert_agree(inverses[0] @ exact, torch.eye(600, dtype=torch.float64), 1e-11)
     assert torch.equal(inverses[2], inverses[0] / 4)
+    assert torch.equal(rounded[2], inverses[2].float())
 
 
 def test_more_inverses_than_a_launch_takes(operators: kernels.Products) -> None:
     identity = torch.eye(3, dtype=torch.float64)
-    inverses, infos = operators.invert_grams([(-1.0 if m == 70 else 1.0 + m) * identity for m in range(150)])
+    inverses, infos, _ = operators.invert_grams([(-1.0 if m == 70 else 1.0 + m) * identity for m in range(150)])
     assert infos.tolist() == [int(m == 70) for m in range(150)]
     for m in (0, 63, 64, 127, 128, 149):
         assert_agree(inverses[m], identity / (1 + m), 1e-15)
@@ -192,7 +193,7 @@ def test_pseudo_inverse_hides_the_condition_of_the_gram_matrix(
 ) -> None:
     rows = normal(20, 31, dtype=dtype)
     rows[3] = rows[4] + 1e-3 * rows[3]
-    (inverse,), _ = operators.invert_grams([operators.gram(rows, bias)[0]])
+    (inverse,), _, _ = operators.invert_grams(operators.grams([rows], [bias])[0])
     extended = append_ones(rows).double() if bias else rows.double()
     factor = operators.pseudo_inverse(inverse, rows, bias)
     assert factor.stride() == (32, 1)
@@ -206,6 +207,12 @@ def test_more_tensors_than_one_launch_takes(operators: kernels.Products) -> None
     left = [normal(3, 5, seed=i) for i in range(150)]
     right = [normal(3, 5, seed=i + 1000) for i in range(150)]
     compare(operators, "dot_sum", lambda: (left, right), 2e-6)
+    compare(operators, "dot_sum", lambda: (left, left, 0.5, True), 2e-6)
+    compare(operators, "grouped_linear", lambda: many_products(left), 2e-6)
+    compare(operators, "grams", lambda: (left[:40], [i % 2 == 0 for i in range(40)]), 2e-6)
+    compare(
+        operators, "take_steps", lambda: steps([one / 9 for one in left[:40]], [one / 9 for one in right[:40]]), 2e-6
+    )
     compare(operators, "commit", lambda: (torch.tensor(True), [one.clone() for one in left], right), 0.0)
     compare(operators, "squared_norms", lambda: (left,), 2e-6)
     operators.commit(torch.tensor(True), [], [])
@@ -235,11 +242,28 @@ def many(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 A, B, C = normal(3, 4), normal(4, 5), normal(3, 5)
 SIZE = torch.tensor(0.5, dtype=torch.float64)
 JUDGED = judge_arguments()[:-1]
+
+
+def many_products(matrices: list[Tensor]) -> tuple[Any, ...]:
+    return group(*((one, one.T, None, None, one @ one.T if i % 3 == 0 else None) for i, one in enumerate(matrices)))
+
+
+def steps(bases: list[Tensor], changes: list[Tensor], size: Tensor = SIZE) -> tuple[Any, ...]:
+    """The arguments of `take_steps` for tanh."""
+    return bases, changes, size, [False] * len(bases), ["tanh"] * len(bases), [0.0] * len(bases)
+
+
+def group(*products: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """The arguments of `grouped_linear` for products (a, b, source, row, mask), of which the last may be left out."""
+    columns = zip(*((*one, None, None, None)[:5] for one in products), strict=True)
+    return *map(list, columns), [1.0] * len(products), [1.0] * len(products)
+
+
 BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "vector": ("linear", (A[0], B), ValueError, r"a must be a matrix, got shape \[4\]"),
     "inner": ("linear", (A, C), ValueError, r"b must have as many rows as a has columns, 4, got shape \[3, 5\]"),
     "integers": ("linear", (A.int(), B.int()), TypeError, r"a must be of dtype float32 or float64, got int32"),
-    "half": ("gram", (A.half(), False), TypeError, r"rows must be of dtype float32 or float64, got float16"),
+    "half": ("grams", ([A.half()], [False]), TypeError, r"rows must be of dtype float32 or float64, got float16"),
     "dtypes": ("linear", (A, B.double()), TypeError, r"b must be of dtype float32, got float64"),
     "large": ("linear", (many(2**16, 2**15 + 1), B), ValueError, r"a must have at most 2\^31 elements, got 2147549184"),
     "large result": (
@@ -249,8 +273,8 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
         r"at most 2\^31 elements, got 65536 x",
     ),
     "large gram": (
-        "gram",
-        (many(2**16, 1), False),
+        "grams",
+        ([many(2**16, 1)], [False]),
         ValueError,
         r"rows must have a Gram matrix of at most 2\^31 .* 65536",
     ),
@@ -277,7 +301,25 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     ),
     "origin": ("inverse_activation", (A, B, A, 1.0, "tanh", 0.0), ValueError, r"origin must have shape \[3, 5\]"),
     "at": ("over_slope", (A, B, None, None, A, "tanh", 0.0), ValueError, r"at must have shape \[3, 5\]"),
-    "mask": ("masked", (A, B, None, A), ValueError, r"mask must have shape \[3, 5\]"),
+    "mask": ("grouped_linear", group((A, B), (A, B, None, None, A)), ValueError, r"mask must have shape \[3, 5\]"),
+    "dtypes of a group": (
+        "grouped_linear",
+        group((A, B), (A.double(), B.double())),
+        TypeError,
+        r"a must be of dtype float32, got float64",
+    ),
+    "rows of a group": (
+        "grouped_linear",
+        group((A, B), (A, B, None, A[0])),
+        ValueError,
+        r"row must have shape \[5\], got \[4\]",
+    ),
+    "alphas": (
+        "grouped_linear",
+        (*group((A, B))[:-2], [1.0, 1.0], [1.0]),
+        ValueError,
+        r"alphas must have as many elements as a, 1, got 2",
+    ),
     "square": ("invert_grams", ([A.double()],), ValueError, r"grams must have shape \[3, 3\], got \[3, 4\]"),
     "sizes of the inverses": (
         "invert_grams",
@@ -286,14 +328,29 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
         r"grams must have shape \[3, 3\], got \[4, 5\]",
     ),
     "precision": ("invert_grams", ([A[:, :3]],), TypeError, r"grams must be of dtype float64, got float32"),
-    "change": ("step_batch", (A, B, SIZE, "tanh", 0.0), ValueError, r"change must have shape \[3, 4\], got \[4, 5\]"),
-    "size": (
-        "step_targets",
-        (A, A, SIZE.float(), "tanh", 0.0),
-        TypeError,
-        r"size must be of dtype float64, got float32",
+    "grams of two sizes": (
+        "grams",
+        ([A, B], [False, True]),
+        ValueError,
+        r"rows must have as many rows each as the first, 3, got shape \[4, 5\]",
     ),
-    "sizes": ("step_batch", (A, A, A.double(), "tanh", 0.0), ValueError, r"size must have one element, got shape"),
+    "biases": ("grams", ([A, A], [True]), ValueError, r"biases must have as many elements as rows, 2, got 1"),
+    "change": ("take_steps", steps([A, A], [A, B]), ValueError, r"changes must have shape \[3, 4\], got \[4, 5\]"),
+    "dtypes of steps": (
+        "take_steps",
+        steps([A, A.double()], [A, A.double()]),
+        TypeError,
+        r"bases must be of dtype float32, got float64",
+    ),
+    "size": ("take_steps", steps([A], [A], SIZE.float()), TypeError, r"size must be of dtype float64, got float32"),
+    "sizes": ("take_steps", steps([A], [A], A.double()), ValueError, r"size must have one element, got shape"),
+    "steps": ("take_steps", steps([A, A], [A]), ValueError, r"changes must have as many elements as bases, 2, got 1"),
+    "activation of a step": (
+        "take_steps",
+        (*steps([A], [A])[:-2], ["relu"], [0.0]),
+        ValueError,
+        r"activation must be one of .* got relu",
+    ),
     "place": ("times_curvature", (A, A, B, None, "tanh", 0.0), ValueError, r"at must have shape \[3, 4\], got"),
     "precision of a source": (
         "times_curvature",
@@ -302,7 +359,7 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
         r"source must be of dtype float32, got float64",
     ),
     "right": ("dot_sum", ([A, B], [A, C]), ValueError, r"right must have shape \[4, 5\], got \[3, 5\]"),
-    "lists": ("dot_sum", ([A, B], [A]), ValueError, r"right must have as many tensors as left, 2, got 1"),
+    "lists": ("dot_sum", ([A, B], [A]), ValueError, r"right must have as many elements as left, 2, got 1"),
     "rows": ("pseudo_inverse", (A.double(), A, True), ValueError, r"inverse must have shape \[3, 3\], got \[3, 4\]"),
     "inverse": ("pseudo_inverse", (A[:, :3], A, True), TypeError, r"inverse must be of dtype float64, got float32"),
     "g": ("identity_remainder", (A, 8, 2), ValueError, r"g must have shape \[3, 3\], got \[3, 4\]"),

@@ -15,7 +15,7 @@ from symtele_cuda.pinv import (
     factorize,
     pinv_factor,
 )
-from symtele_cuda.products import gram, invert_grams
+from symtele_cuda.products import grams, invert_grams
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(1, 1), (1, 7), (2, 2), (20, 50), (64, 64), (96, 200)]
@@ -195,11 +195,11 @@ def test_twice_the_same(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_gram_and_its_inverse(dtype: torch.dtype, bias: bool) -> None:
     inputs = normal(12, 20, dtype=dtype)
-    matrix, rounded = gram(inputs, bias)
+    (matrix,), (rounded,) = grams([inputs], [bias])
     exact = append_ones(inputs.double()) if bias else inputs.double()
     assert matrix.dtype == torch.float64 and torch.equal(rounded, matrix.to(dtype))
     torch.testing.assert_close(matrix, exact @ exact.T, rtol=1e-13, atol=1e-13)
-    (inverse,), infos = invert_grams([matrix])
+    (inverse,), infos, _ = invert_grams([matrix])
     assert infos.item() == 0
     torch.testing.assert_close(inverse @ matrix, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-11)
 

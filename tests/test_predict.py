@@ -21,6 +21,7 @@ from bench.launches import (
     Launch,
 )
 from bench.predict import recording
+from symtele_cuda.kernels import Linear, together
 
 H200 = DEVICES["H200"]
 
@@ -49,7 +50,7 @@ def test_a_launch_takes_what_decides_most() -> None:
 def test_a_product_is_counted_by_its_route(rows: int, dtype: torch.dtype, route: str, kernels: int) -> None:
     with recording() as recorder:
         a, b, at = (torch.empty(*shape, dtype=dtype) for shape in ((rows, 512), (512, 1024), (rows, 1024)))
-        recorder.products.masked(a, b, None, at)
+        together(recorder.products, Linear(a, b, mask=at))
     found = recorder.launches
     assert [found[0].route, len(found)] == [route, kernels]
     assert [one.further for one in found] == [False, True][:kernels]  # by one operator
@@ -119,7 +120,7 @@ def test_a_larger_problem_takes_longer_and_the_document_says_that_it_predicts(tm
 def cells_of(table: str, shape: str, column: int) -> list[float]:
     """The numbers of a column, in the rows whose shape begins so."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    return [float(row[column].split()[0]) for row in rows if row[0].startswith(f"`{shape}")]
+    return [float(row[column].split()[0].rstrip("×")) for row in rows if row[0].startswith(f"`{shape}")]
 
 
 def test_the_page_of_the_kernels_says_what_the_file_says() -> None:
@@ -128,8 +129,17 @@ def test_the_page_of_the_kernels_says_what_the_file_says() -> None:
     searches, published = tables.predicted_teleport_table(predicted), tables.predicted_published_table(predicted)
     whole, each = cells_of(searches, "mlp-784-512-512-10-n200", 4), cells_of(published, "mlp-784-512-512-10-n200", 4)
     assert f"n = 200, take {min(whole):.1f} to {max(whole):.1f} ms" in page
-    assert f"a matrix of 200 rows takes {min(each):.0f} to {max(each):.0f} ms" in page
-    as_large = cells_of(searches, "mlp-4096-4096-4096-1000-n4096", 7)
-    others = [step for step in cells_of(searches, "mlp-", 7) if step not in as_large]
-    assert f"takes {min(others):.1f} to {max(others):.1f} forward+backward passes" in page
-    assert f"and {min(as_large):.1f} to {max(as_large):.1f} where the batch is as large" in page
+    assert f"a matrix of 200 rows takes {min(each):.1f} to {max(each):.1f} ms" in page
+    small, large = (cells_of(searches, name, 7) for name in ("mlp-784-512-512-10", "mlp-4096-4096-4096-1000-n4096"))
+    others = [step for step in cells_of(searches, "mlp-", 7) if step not in small + large]
+    assert f"takes {min(small):.2f} to {max(small):.2f} forward+backward passes on the same batch" in page
+    assert f"with wider layers {min(others):.2f} to {max(others):.2f}" in page
+    assert f"and {min(large):.2f} to {max(large):.2f} where the batch is as large" in page
+    faster = cells_of(tables.predicted_layer_table(predicted), "layer-", 5)
+    operator = [name for name in predicted["predicted"] if name.startswith("layer-")]
+    from_1024 = [times for name, times in zip(operator, faster, strict=True) if predict.SHAPES[name].n >= 1024]
+    assert f"{min(from_1024):.1f} to {max(from_1024):.1f} times as fast as the formula with a Cholesky factor" in page
+    decomposition = cells_of(tables.predicted_twin_table(predicted), "layer-", 3)
+    assert (
+        f"takes three times as long there if that takes {min(decomposition):.1f} to {max(decomposition):.1f} ms" in page
+    )

@@ -8,9 +8,11 @@ import pytest
 import torch
 from operators import judge_arguments, results_of
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from symtele_cuda import products
 from symtele_cuda.activations import ELU, Activation, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
+from symtele_cuda.kernels import Linear, together
 
 ACTIVATIONS = [Identity(), LeakyReLU(0.1), Tanh(), Sigmoid(), Softplus(3.0), ELU(0.4)]
 SHAPES = [(1, 1, 1), (2, 3, 4), (7, 1, 5), (31, 33, 2), (5, 0, 3), (0, 3, 4)]
@@ -121,14 +123,18 @@ def test_times_slope(activation: Activation) -> None:
     assert_agree(actual, multiply(a, b) * activation.derivative(at) - 0.5 * source)
 
 
-@pytest.mark.parametrize("with_source", [False, True])
-def test_masked(with_source: bool) -> None:
-    a, b, mask = normal(3, 4), normal(4, 5), normal(3, 5)
-    source = normal(3, 5, seed=1) if with_source else None
-    product, cut = products.masked(a, b, source, mask)
-    expected = multiply(a, b) + (0 if source is None else source)
+def test_grouped_linear() -> None:
+    a, b, mask, source, row = normal(3, 4), normal(4, 5), normal(3, 5), normal(3, 5, seed=1), normal(4, seed=2)
+    (product, cut), nothing, plain = together(
+        products, Linear(a, b, source, mask=mask, alpha=0.5, beta=-2.0), None, Linear(b.T, a.T[:, :2], row=row[:2])
+    )
+    expected = 0.5 * multiply(a, b) - 2 * source
     assert_agree(product, expected)
     assert_agree(cut, expected * mask)
+    assert nothing is None
+    assert_agree(plain, multiply(b.T, a.T[:, :2]) + row[:2])
+    assert together(products) == []
+    assert together(products, None) == [None]
 
 
 @every_dtype
@@ -136,7 +142,8 @@ def test_masked(with_source: bool) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_gram_is_summed_in_float64(size: int, bias: bool, dtype: torch.dtype) -> None:
     rows = normal(size, 40).to(dtype)
-    exact, rounded = products.gram(rows, bias)
+    (exact, other), (rounded, _) = products.grams([rows, rows[:, :3]], [bias, not bias])
+    assert_agree(other, multiply(rows[:, :3].double(), rows[:, :3].double().T) + (not bias), 1e-13)
     assert (exact.dtype, rounded.dtype) == (torch.float64, dtype)
     assert_agree(exact, multiply(rows.double(), rows.double().T) + bias, 1e-13)
     assert torch.equal(rounded, exact.to(dtype))
@@ -144,9 +151,11 @@ def test_gram_is_summed_in_float64(size: int, bias: bool, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("size", [1, 5, 131])
 def test_invert_grams(size: int) -> None:
-    exact, _ = products.gram(normal(size, size + 40), True)
-    inverses, infos = products.invert_grams([exact, -exact, 4 * exact])
+    (exact,), _ = products.grams([normal(size, size + 40)], [True])
+    inverses, infos, rounded = products.invert_grams([exact, -exact, 4 * exact], True)
     assert len(inverses) == 3 and infos.dtype == torch.int32
+    torch.testing.assert_close(rounded, [inverse.float() for inverse in inverses], rtol=0, atol=0, equal_nan=True)
+    assert products.invert_grams([exact])[2] == []
     assert infos.tolist() == [0, 1, 0]
     assert_agree(multiply(inverses[0], exact), torch.eye(size, dtype=torch.float64), 1e-10)
     assert torch.equal(inverses[2], inverses[0] / 4)
@@ -166,7 +175,7 @@ def test_pseudo_inverse(columns: int, bias: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, float("nan"), float("inf")])
 def test_what_is_not_positive_definite_is_told_by_info(value: float) -> None:
-    _, infos = products.invert_grams([torch.full((3, 3), value, dtype=torch.float64)])
+    _, infos, _ = products.invert_grams([torch.full((3, 3), value, dtype=torch.float64)])
     assert infos.item() != 0
 
 
@@ -175,14 +184,15 @@ def test_what_is_not_positive_definite_is_told_by_info(value: float) -> None:
 def test_steps(activation: Activation, dtype: torch.dtype) -> None:
     size = torch.tensor(0.125, dtype=torch.float64)
     batch, change = in_domain(activation, (3, 4)).to(dtype), 1e-2 * normal(3, 4).to(dtype)
-    moved, targets, slopes = products.step_batch(batch, change, size, activation.name, activation.parameter)
+    named = [activation.name], [activation.parameter]
+    (moved,), (targets,), (slopes,) = products.take_steps([batch], [change], size, [False], *named)
     wide = batch.double() + size * change.double()
     assert {moved.dtype, targets.dtype, slopes.dtype} == {dtype}
     for actual, expected in zip((moved, targets), (wide, activation.inverse(wide)), strict=True):
         assert_agree(actual, expected, 10 * TOLERANCE[dtype])
     assert_agree(slopes, activation.derivative(targets.double()), 10 * TOLERANCE[dtype])
 
-    moved, ahead, slopes = products.step_targets(targets, change, size, activation.name, activation.parameter)
+    (moved,), (ahead,), (slopes,) = products.take_steps([targets], [change], size, [True], *named)
     wide = targets.double() + size * change.double()
     assert {moved.dtype, ahead.dtype, slopes.dtype} == {dtype}
     assert_agree(ahead, wide, TOLERANCE[dtype])
@@ -212,6 +222,8 @@ def test_dot_sum(dtype: torch.dtype) -> None:
     left = [normal(3, 4).to(dtype), normal(5).to(dtype), normal(2, 2)[:, :0].to(dtype)]
     right = [normal(4, 3, seed=1).to(dtype).T, normal(5, seed=1).to(dtype), left[2]]
     total = products.dot_sum(left, right)
+    assert products.dot_sum(left, right, -2.0) == -2 * total
+    assert products.dot_sum(left, left, 0.5, True) == (0.5 * products.dot_sum(left, left)).sqrt()
     assert (total.dtype, total.shape) == (torch.float64, ())
     expected = sum((a.double() * b.double()).sum() for a, b in zip(left, right, strict=True))
     assert_agree(total, torch.as_tensor(expected), TOLERANCE[dtype])
@@ -256,12 +268,12 @@ def test_no_two_results_are_one_tensor(dtype: torch.dtype) -> None:
     for results in (
         products.linear_activation(a, a, None, "identity", 0.0),
         products.inverse_activation(a, a, a, 1.0, "identity", 0.0),
-        products.step_batch(a, a, size, "identity", 0.0),
-        products.step_targets(a, a, size, "identity", 0.0),
-        products.gram(a, True),
-        products.masked(a, a, None, a),
+        *(products.take_steps([a], [a], size, [along], ["identity"], [0.0]) for along in (False, True)),
+        products.grams([a], [True]),
+        together(products, Linear(a, a, mask=a))[0],
     ):
-        assert len({result.data_ptr() for result in results}) == len(results)
+        found = tree_leaves(results)
+        assert len({result.data_ptr() for result in found}) == len(found)
 
 
 @pytest.mark.parametrize("accept", [False, True])

@@ -13,7 +13,7 @@ from symtele_cuda import TeleportError, teleport_mlp
 from symtele_cuda.mlp import read_chain
 from symtele_cuda.pinv import condition_from_gram
 from symtele_cuda.problem import layer_inputs, read_network
-from symtele_cuda.products import gram, invert_grams
+from symtele_cuda.products import grams, invert_grams
 from symtele_cuda.sampling import GOOD_CONDITION, matched_samples
 
 DIMS = [30, 40, 36, 5]
@@ -122,8 +122,8 @@ def test_condition_numbers_are_bounded(activation: str, make: Callable[[Tensor],
     assert bool((chosen.diff() > 0).all())
     network = read_network(read_chain(model))
     for values in layer_inputs(network, x[chosen], network.forward(x[chosen]))[:-1]:
-        matrix, _ = gram(values, True)
-        (inverse,), infos = invert_grams([matrix])
+        (matrix,), _ = grams([values], [True])
+        (inverse,), infos, _ = invert_grams([matrix])
         assert infos.item() == 0
         # To rounding: the Gram matrix of the chosen rows, not the chosen rows of the Gram matrix.
         assert condition_from_gram(matrix, inverse) <= GOOD_CONDITION * (1 + 1e-6)

@@ -93,7 +93,7 @@ def draw_case(launcher: int, kind: str, activation: str, draw: random.Random) ->
     a, b = (Layout(draw.random() < 0.5, draw.choice((0, 4))) for _ in range(2))
     inner_lies_along = not a.transposed or b.transposed
     optional = kind in ("linear", "masked")
-    row = kind in ("linear", "activation", "over_slope") and draw.random() < 0.7
+    row = kind in ("linear", "activation", "over_slope", "masked") and draw.random() < 0.7
     return Case(
         launcher,
         torch.float32,
@@ -105,11 +105,11 @@ def draw_case(launcher: int, kind: str, activation: str, draw: random.Random) ->
         a,
         b,
         source=kind == "times_slope" or (optional and draw.random() < 0.5),
-        column=row and kind != "activation" and draw.random() < 0.5,
+        column=row and kind in ("linear", "over_slope") and draw.random() < 0.5,
         row=row,
         vector_stride=draw.choice((1, 3)),
-        alpha=draw.choice((1.0, -0.7)) if kind == "linear" else 1.0,
-        beta=draw.choice((1.0, -0.3)) if kind in ("linear", "inverse_activation", "times_slope") else 1.0,
+        alpha=draw.choice((1.0, -0.7)) if optional else 1.0,
+        beta=draw.choice((1.0, -0.3)) if optional or kind in ("inverse_activation", "times_slope") else 1.0,
         seed=draw.randrange(1000),
     )
 
@@ -238,7 +238,9 @@ def is_found(program: Path, case: Case, order: str) -> bool:
     if done.returncode != 0:
         return True
     try:
-        check(case, inputs, Unpacker(program.with_suffix(".out").read_bytes()))
+        output = Unpacker(program.with_suffix(".out").read_bytes())
+        assert output.number() == 0
+        check(case, inputs, output)
     except AssertionError:
         return True
     return False

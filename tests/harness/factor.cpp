@@ -1,6 +1,6 @@
 // factor ORDER INPUT OUTPUT: runs the cases that INPUT describes (tests/test_factor_kernels_on_cpu.py writes it) with
-// the kernels of csrc/gram.cuh, invert_gram.cuh, step.cuh, curvature.cuh, reduce.cuh, probes.cuh, commit.cuh and judge.cuh on the CPU,
-// the threads in ORDER (cuda_on_cpu::set_order), and writes for each the launcher's error code and the results.
+// the kernels of csrc/gram.cuh, invert_gram.cuh, step.cuh, curvature.cuh, reduce.cuh, probes.cuh, commit.cuh and
+// judge.cuh on the CPU, the threads in ORDER (cuda_on_cpu::set_order), and writes for each the launcher's error code and the results.
 #include <vector>
 
 #include "buffers.h"
@@ -23,30 +23,45 @@ using harness::Writer;
 Dtype read_dtype(Reader& in) { return static_cast<Dtype>(in.number()); }
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
 
-void run_gram(Reader& in, Writer& out) {
+void run_grams(Reader& in, Writer& out) {
   const Dtype dtype = read_dtype(in);
-  const int64_t rows = in.number(), columns = in.number(), row_stride = in.number(), column_stride = in.number();
-  const bool bias = in.number() != 0, rounds = in.number() != 0;
-  const Buffer h = in.buffer();
-  const Buffer exact(rows * rows * sizeof(double)), rounded(rounds ? rows * rows * bytes_of(dtype) : 0);
-  const Matrix matrix{h.get(), row_stride, column_stride};
-  out.number(launch_gram(dtype, matrix, rows, columns, bias, exact.get<double>(), rounded.get(), nullptr));
-  out.buffer(exact);
-  out.buffer(rounded);
+  const int64_t rows = in.number(), count = in.number();
+  const bool rounds = in.number() != 0;
+  std::vector<GramProduct> grams;
+  std::vector<Buffer> operands, exact, rounded;
+  for (int64_t i = 0; i < count; ++i) {
+    GramProduct gram{};
+    gram.columns = in.number();
+    gram.h.row_stride = in.number();
+    gram.h.column_stride = in.number();
+    gram.bias = in.number() != 0;
+    gram.h.data = operands.emplace_back(in.buffer()).get();
+    gram.exact = exact.emplace_back(rows * rows * sizeof(double)).get<double>();
+    gram.rounded = rounded.emplace_back(rounds ? rows * rows * bytes_of(dtype) : 0).get();
+    grams.push_back(gram);
+  }
+  out.number(launch_grams(dtype, rows, grams.data(), static_cast<int>(count), nullptr));
+  for (int64_t i = 0; i < count; ++i) {
+    out.buffer(exact[i]);
+    out.buffer(rounded[i]);
+  }
 }
 
 void run_invert_grams(Reader& in, Writer& out) {
   const int64_t size = in.number();
   SquareMatrices matrices{};
   matrices.count = static_cast<int>(in.number());
-  std::vector<Buffer> grams, inverses;
+  const bool rounds = in.number() != 0;
+  std::vector<Buffer> grams, inverses, rounded;
   for (int i = 0; i < matrices.count; ++i) {
     matrices.from[i] = grams.emplace_back(in.buffer()).get<double>();
     matrices.to[i] = inverses.emplace_back(size * size * sizeof(double)).get<double>();
+    matrices.rounded[i] = rounded.emplace_back(rounds ? size * size * sizeof(float) : 0).get<float>();
   }
   const Buffer infos(matrices.count * sizeof(int32_t)), workspace(invert_grams_workspace(matrices.count, size));
   out.number(launch_invert_grams(size, matrices, infos.get<int32_t>(), workspace.get<double>(), nullptr));
   for (const Buffer& inverse : inverses) out.buffer(inverse);
+  for (const Buffer& inverse : rounded) out.buffer(inverse);
   out.buffer(infos);
 }
 
@@ -66,16 +81,28 @@ struct Elementwise {
   Activation activation;
 };
 
-void run_step(Reader& in, Writer& out) {
-  const auto launcher = in.number() ? launch_step_targets : launch_step_batch;
-  const Elementwise on(in);
-  const Buffer size = in.buffer(), base = in.buffer(), change = in.buffer();
-  const Buffer moved(base.bytes()), targets(base.bytes()), slopes(base.bytes());
-  out.number(launcher(on.dtype, on.count, on.activation, on.start(base), on.start(change), size.get<double>(),
-                      on.start(moved), on.start(targets), on.start(slopes), nullptr));
-  out.buffer(moved);
-  out.buffer(targets);
-  out.buffer(slopes);
+void run_steps(Reader& in, Writer& out) {
+  const Buffer size = in.buffer();
+  const Dtype dtype = read_dtype(in);
+  const int64_t count = in.number();
+  std::vector<LayerStep> steps;
+  std::vector<Buffer> operands, results;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool along_targets = in.number() != 0;
+    const int64_t elements = in.number(), offset = in.number() * bytes_of(dtype);
+    LayerStep step{along_targets, {}, elements, nullptr, nullptr, nullptr, nullptr, nullptr};
+    step.activation.kind = static_cast<ActivationKind>(in.number());
+    step.activation.parameter = in.number<double>();
+    for (const void** operand : {&step.base, &step.change}) {
+      *operand = operands.emplace_back(in.buffer()).get<unsigned char>() + offset;
+    }
+    for (void** result : {&step.moved, &step.targets, &step.slopes}) {
+      *result = results.emplace_back(operands.back().bytes()).get<unsigned char>() + offset;
+    }
+    steps.push_back(step);
+  }
+  out.number(launch_steps(dtype, steps.data(), static_cast<int>(count), size.get<double>(), nullptr));
+  for (const Buffer& result : results) out.buffer(result);
 }
 
 void run_times_curvature(Reader& in, Writer& out) {
@@ -92,6 +119,8 @@ void run_dot_sum(Reader& in, Writer& out) {
   const Dtype dtype = read_dtype(in);
   TensorPairs pairs{};
   pairs.count = static_cast<int>(in.number());
+  const double scale = in.number<double>();
+  const bool root = in.number() != 0;
   std::vector<Buffer> buffers;
   for (int i = 0; i < pairs.count; ++i) {
     const int64_t offset = in.number() * bytes_of(dtype);
@@ -102,7 +131,7 @@ void run_dot_sum(Reader& in, Writer& out) {
     }
   }
   const Buffer partial(dot_sum_workspace()), result(sizeof(double));
-  out.number(launch_dot_sum(dtype, pairs, partial.get<double>(), result.get<double>(), nullptr));
+  out.number(launch_dot_sum(dtype, pairs, scale, root, partial.get<double>(), result.get<double>(), nullptr));
   out.buffer(result);
 }
 
@@ -185,7 +214,7 @@ void run_judge(Reader& in, Writer& out) {
   out.buffer(control);
 }
 
-void (*const operations[])(Reader&, Writer&) = {run_gram,   run_invert_grams,    run_step,  run_dot_sum,
+void (*const operations[])(Reader&, Writer&) = {run_grams,  run_invert_grams,    run_steps, run_dot_sum,
                                                 run_commit, run_near_dependence, run_judge, run_squared_norms,
                                                 run_probes, run_times_curvature};
 

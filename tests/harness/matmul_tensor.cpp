@@ -19,7 +19,8 @@ cudaError_t launch_tiling(const Product& product) {
   return launch_tensor_of<ColumnMajor, ColumnMajor, Tiling>(product, nullptr);
 }
 
-cudaError_t run(int64_t launcher, const Product& product) {
+cudaError_t run(int64_t launcher, const std::vector<Product>& group) {
+  const Product& product = group.at(0);
   if (launcher == small_tiles) return launch_tiling<SmallTiles>(product);
   if (launcher == large_tiles) return launch_tiling<LargeTiles>(product);
   return launch_tensor(product, nullptr);
