@@ -7,10 +7,9 @@ each gets its twin of `products` as its CPU kernel and a fake kernel, which know
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, wraps
 from types import SimpleNamespace
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -120,9 +119,8 @@ class Products(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-@dataclass(frozen=True)
-class Linear:
-    """The arguments of one `linear` among those of a `together`, and the mask M of a second result D ⊙ M."""
+class Linear(NamedTuple):
+    """The arguments of one of the products of a `grouped_linear`, with their names in `linear`."""
 
     a: Tensor
     b: Tensor
@@ -137,17 +135,11 @@ def together(products: Products, *linears: Linear | None) -> list[Any]:
     """The results of independent products, small ones in one launch: for each D, the pair (D, D ⊙ M) where it has a
     mask, None for None."""
     given = [one for one in linears if one is not None]
-    if not given:
-        return [None for _ in linears]
-    columns = zip(*((one.a, one.b, one.source, one.row, one.mask, one.alpha, one.beta) for one in given), strict=True)
-    results = iter(products.grouped_linear(*map(list, columns)))
-
-    def take(one: Linear | None) -> Any:
-        if one is None:
-            return None
-        return next(results) if one.mask is None else (next(results), next(results))
-
-    return list(map(take, linears))
+    results = iter(products.grouped_linear(*map(list, zip(*given, strict=True))) if given else ())
+    return [
+        None if one is None else next(results) if one.mask is None else (next(results), next(results))
+        for one in linears
+    ]
 
 
 def products_for(device: torch.device, backend: str) -> Products:

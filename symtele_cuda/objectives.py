@@ -21,7 +21,7 @@ from typing import Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
-from .action import Gradient, Network, Plan, State, add, kernel, reference_image
+from .action import Gradient, Network, Plan, State, add
 from .activation_space import Backpropagation, Evaluation, Seeds, backpropagate, pull_back, squared_gradient_norm
 from .checks import check_number
 from .kernels import Linear, Products, together
@@ -135,24 +135,24 @@ def has_fast_path(objective: Objective) -> TypeGuard[GradNorm | Lookahead]:
 
 @dataclass(frozen=True)
 class _TrialStep:
-    """z_l of every layer, and (q_l B_lᵀ + 1)(A_l − η δ_l) of every layer but the first."""
+    """z_l of every layer, and every layer but the first."""
 
     outputs: list[Tensor]
-    overlaps: dict[int, KernelProduct]
+    layers: dict[int, SteppedLayer]
 
 
 def _step(network: Network, state: State, backward: Backpropagation) -> _TrialStep:
     """The forward pass of a lookahead, given −η δ_l."""
     step = backward.deltas
     outputs = [network.products.linear(state.grams[0], step[0], source=state.targets[0])]
-    overlaps = dict[int, KernelProduct]()
+    layers = dict[int, SteppedLayer]()
     for layer in range(1, len(network)):
         hidden = network.activations[layer - 1].forward(outputs[-1])
         change = add(step[layer], state.coefficients[layer])
         assert change is not None
-        overlaps[layer] = KernelProduct.make(network, layer, hidden, state.inputs[layer], change)
-        outputs.append(overlaps[layer].added_to(reference_image(state, layer, hidden)))
-    return _TrialStep(outputs, overlaps)
+        layers[layer] = SteppedLayer.make(network, state, layer, hidden, change)
+        outputs.append(layers[layer].output())
+    return _TrialStep(outputs, layers)
 
 
 def _seeds(
@@ -161,9 +161,9 @@ def _seeds(
     """The reverse pass of `_step`, and ∂f/∂δ_0 ⊙ σ'(Y_0)."""
     seeds, adjoint = Seeds(), output_gradient
     for layer in range(len(network) - 1, 0, -1):
-        overlap, reference, moved = trial.overlaps[layer], state.references[layer], plan.moved[layer - 1]
+        stepped, reference, moved = trial.layers[layer], state.references[layer], plan.moved[layer - 1]
         with_image = reference is not None and moved and IMAGE_PRODUCTS * len(adjoint) <= len(reference)
-        by_hidden, by_change, by_inputs, image = overlap.pull_back(adjoint, reference, moved, with_image)
+        by_hidden, by_change, by_inputs, image = stepped.pull_back(adjoint, moved, with_image)
         if image is not None:
             seeds.coefficient_images[layer] = image
         seeds.coefficients[layer] = by_change
@@ -171,7 +171,7 @@ def _seeds(
         if by_inputs is not None:
             seeds.inputs[layer] = by_inputs
         if plan.changes_reference(layer):
-            seeds.references[layer] = (adjoint, overlap.hidden)
+            seeds.references[layer] = (adjoint, stepped.hidden)
         if plan.changes_offset(layer) and network.biases[layer] is not None:
             seeds.offsets[layer] = adjoint.sum(0)
         adjoint = network.activations[layer - 1].pull_back(by_hidden, trial.outputs[layer - 1])
@@ -181,57 +181,66 @@ def _seeds(
 
 
 @dataclass(frozen=True)
-class KernelProduct:
-    """(q Bᵀ + 1) C for q, B (n×d) and C (n×c), and its reverse mode, in the cheaper order of the products.
+class SteppedLayer:
+    """z = q Rᵀ + r + (q Bᵀ + 1) C with q (`hidden`) and B (`inputs`), n×d, and C (`change`), n×c, and its reverse mode,
+    in the cheaper order of the products.
 
-    inner is q Bᵀ + 1 (n×n), or Cᵀ B (c×d) where C is thin.
+    image is q Rᵀ + r, None where R is zero; inner is q Bᵀ + 1 (n×n), or Cᵀ B (c×d) where C is thin.
     """
 
     products: Products
     hidden: Tensor
     inputs: Tensor
     change: Tensor
+    reference: Tensor | None
+    image: Tensor | None
     bias: bool
     thin: bool
     inner: Tensor
 
     @classmethod
-    def make(cls, network: Network, layer: int, hidden: Tensor, inputs: Tensor, change: Tensor) -> KernelProduct:
-        thin, bias, products = is_thin(change), network.biases[layer] is not None, network.products
-        inner = products.linear(change.T, inputs) if thin else kernel(hidden, inputs, bias)
-        return cls(products, hidden, inputs, change, bias, thin, inner)
+    def make(cls, network: Network, state: State, layer: int, hidden: Tensor, change: Tensor) -> SteppedLayer:
+        inputs, reference = state.inputs[layer], state.references[layer]
+        thin, bias = is_thin(change), network.biases[layer] is not None
+        inner, image = together(
+            network.products,
+            Linear(change.T, inputs) if thin else Linear(hidden, inputs.T),
+            None if reference is None else Linear(hidden, reference.T, row=state.offsets[layer]),
+        )
+        if bias and not thin:
+            inner.add_(1)
+        return cls(network.products, hidden, inputs, change, reference, image, bias, thin, inner)
 
-    def added_to(self, base: Tensor) -> Tensor:
-        """base + (q Bᵀ + 1) C."""
+    def output(self) -> Tensor:
+        """z."""
         if not self.thin:
-            return self.products.linear(self.inner, self.change, source=base)
+            return self.products.linear(self.inner, self.change, source=self.image)
         row = self.change.sum(0) if self.bias else None
-        return self.products.linear(self.hidden, self.inner.T, source=base, row=row)
+        return self.products.linear(self.hidden, self.inner.T, source=self.image, row=row)
 
     def pull_back(
-        self, adjoint: Tensor, reference: Tensor | None, to_inputs: bool, with_image: bool
+        self, adjoint: Tensor, to_inputs: bool, with_image: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """∂f/∂q = (adjoint Cᵀ) B + adjoint R, R being the `reference` of what was added to; ∂f/∂C = (B qᵀ + 1) adjoint;
-        if asked for ∂f/∂B = (C adjointᵀ) q and ∂f/∂C R, the latter not where C is thin."""
-        inner = Linear(adjoint.T, self.hidden) if self.thin else Linear(adjoint, self.change.T)
+        """∂f/∂q = (adjoint Cᵀ) B + adjoint R;  ∂f/∂C = (B qᵀ + 1) adjoint;  if asked for ∂f/∂B = (C adjointᵀ) q and
+        ∂f/∂C R, the latter not where C is thin."""
         by_inner, by_change, through = together(
             self.products,
-            inner,
+            Linear(adjoint.T, self.hidden) if self.thin else Linear(adjoint, self.change.T),
             None if self.thin else Linear(self.inner.T, adjoint),
-            None if reference is None else Linear(adjoint, reference),
+            None if self.reference is None else Linear(adjoint, self.reference),
         )
-        if not self.thin:
-            by_hidden, by_inputs, image = together(
+        if self.thin:
+            by_hidden, by_change, by_inputs = together(
                 self.products,
-                Linear(by_inner, self.inputs, through),
-                Linear(by_inner.T, self.hidden) if to_inputs else None,
-                Linear(self.inner.T, through) if with_image else None,
+                Linear(adjoint, self.inner, through),
+                Linear(self.inputs, by_inner.T, row=adjoint.sum(0) if self.bias else None),
+                Linear(self.change, by_inner) if to_inputs else None,
             )
-            return by_hidden, by_change, by_inputs, image
-        by_hidden, by_change, by_inputs = together(
+            return by_hidden, by_change, by_inputs, None
+        by_hidden, by_inputs, image = together(
             self.products,
-            Linear(adjoint, self.inner, through),
-            Linear(self.inputs, by_inner.T, row=adjoint.sum(0) if self.bias else None),
-            Linear(self.change, by_inner) if to_inputs else None,
+            Linear(by_inner, self.inputs, through),
+            Linear(by_inner.T, self.hidden) if to_inputs else None,
+            Linear(self.inner.T, through) if with_image else None,
         )
-        return by_hidden, by_change, by_inputs, None
+        return by_hidden, by_change, by_inputs, image
