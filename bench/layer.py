@@ -1,13 +1,13 @@
-"""One layer's transform and its gradient ∂f/∂g: the operator, its plain-torch twin, and the SVD pseudo-inverse.
+"""One layer's transform and its gradient ∂f/∂g: the operator, and the formula with a Cholesky factor, with an SVD in
+float64 (its plain-torch twin) and with one in the dtype of the layer.
 
     python -m bench.layer [--device cpu] [--shape NAME ...] [--threads 1] [--rounds 9] [--out FILE]
 
 f = ⟨V, W'⟩ with a fixed V. All compute the published action (R = 0), so that their results are the same, and are
 checked in float64 before anything is timed. The unit is one forward+backward of the layer on the same batch.
 
-On a GPU also the operator on torch's own kernels, the formula as one would write it with a Cholesky factor, plain and
-compiled by torch, and what share of the time the counted work must take at the ceilings of the same run (see
-`bench.roofline`).
+On a GPU also the operator on torch's own kernels, the formula with a Cholesky factor compiled by torch, and what share
+of the time the counted work must take at the ceilings of the same run (see `bench.roofline`).
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class Shape:
 
 
 SHAPES = {
+    "n8-16-16": Shape(8, 16, 16),
     "n20-784-512": Shape(20, 784, 512),
     "n100-128-128": Shape(100, 128, 128),
     "n200-784-512": Shape(200, 784, 512),
@@ -86,6 +87,7 @@ SHAPES = {
     "n512-1024-1024": Shape(512, 1024, 1024),
 }
 CUDA_SHAPES = {
+    "n8-16-16": Shape(8, 16, 16),
     "n20-784-512": Shape(20, 784, 512),
     "n20-512-512": Shape(20, 512, 512),
     "n200-784-512": Shape(200, 784, 512),
@@ -199,7 +201,7 @@ def by_cholesky(problem: Problem, act: Callable[..., Tensor] = act_by_cholesky) 
 
 
 Methods = dict[str, Callable[[Problem], Result]]
-METHODS: Methods = {OPERATOR: by_operator, TWIN: by_reference, SVD: by_svd}
+METHODS: Methods = {OPERATOR: by_operator, EAGER: by_cholesky, TWIN: by_reference, SVD: by_svd}
 
 
 def methods_for(shape: Shape, device: torch.device) -> Methods:

@@ -30,8 +30,8 @@ from __future__ import annotations
 import math
 import numbers
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -159,7 +159,7 @@ def teleport_layer(
         raise ValueError("weight must hold numbers to compute with, got a tensor on the meta device")
     layer = _Layer(weight, inputs, g, bias, chosen.name, chosen.parameter, action, backend)
     operator = torch.ops.symtele_cuda.teleport_layer
-    new_weight, new_bias, z, *_, measured = operator(*layer.arguments())
+    new_weight, new_bias, z, *_, measured = operator(*layer)
     _check_health(_Health(*measured.tolist()), layer, z, new_weight, new_bias)
     return new_weight, None if bias is None else new_bias
 
@@ -283,7 +283,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (outputs, columns) = _widen(layer.inputs), layer.weight.shape
     z = inputs.new_empty(len(inputs), outputs)
     factor = padded_memory(inputs, len(inputs), columns + int(layer.has_bias))
-    health = layer.weight.new_empty(len(fields(_Health)), dtype=torch.float64)
+    health = layer.weight.new_empty(len(_Health._fields), dtype=torch.float64)
     return *layer.new_empty(), z, torch.empty_like(z), torch.empty_like(z), factor, health
 
 
@@ -309,7 +309,9 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _differentiate_forward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     _check_no_tangent({"the gradient of the new weight": grad_weight, "the gradient of the new bias": grad_bias})
     needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
-    by_weight, by_g, by_bias = torch.ops.symtele_cuda.teleport_layer_backward(
+    # Where no further derivative is to come, the kernel itself: for a small layer the dispatcher takes as long again.
+    backward = torch.ops.symtele_cuda.teleport_layer_backward if torch.is_grad_enabled() else _backward
+    by_weight, by_g, by_bias = backward(
         needs_weight or needs_bias, grad_weight, grad_bias, *ctx.saved_tensors, *ctx.description
     )
     by_layer = by_weight if needs_weight else None, None, by_g, by_bias if needs_bias else None
@@ -359,8 +361,7 @@ torch.library.register_autograd("symtele_cuda::teleport_layer_double_backward", 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Layer:
+class _Layer(NamedTuple):
     """The operator's arguments in the order of its schema, and what the kernels read off them."""
 
     weight: Tensor
@@ -375,10 +376,7 @@ class _Layer:
     @classmethod
     def at_the_end_of(cls, arguments: tuple[Any, ...]) -> _Layer:
         """These are the last arguments of all three operators."""
-        return cls(*arguments[-len(fields(cls)) :])
-
-    def arguments(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return cls(*arguments[-len(cls._fields) :])
 
     @property
     def sigma(self) -> Activation:
@@ -436,7 +434,8 @@ class _Layer:
 
 def _widen(tensor: Tensor) -> Tensor:
     """`tensor` in the dtype of the computation."""
-    return tensor.to(_COMPUTE_DTYPE[tensor.dtype])
+    dtype = _COMPUTE_DTYPE[tensor.dtype]
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _pack(matrix: Tensor, column: Tensor | None) -> Tensor:
@@ -517,8 +516,7 @@ def _check_no_tangent(named: dict[str, Tensor]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Health:
+class _Health(NamedTuple):
     """Squared norms that a layer's kernel leaves on its device, of which some are small where the result is sound.
 
     Attributes:

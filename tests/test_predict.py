@@ -143,3 +143,6 @@ def test_the_page_of_the_kernels_says_what_the_file_says() -> None:
     assert (
         f"takes three times as long there if that takes {min(decomposition):.1f} to {max(decomposition):.1f} ms" in page
     )
+    on_cpu = tables.load("layer")["shapes"]["n8-16-16"]["timings"]
+    ours, formula = (1e3 * on_cpu[name]["seconds"] for name in (layer.OPERATOR, layer.EAGER))
+    assert f"it takes {ours:.2f} ms and the formula with a Cholesky factor {formula:.2f} ms" in page
