@@ -77,6 +77,11 @@ must take at the assumed rates of the library, as a share of ours.
 PREDICTED_TWIN_TEXT = """Against the plain-torch twin by autograd, without the time of its one singular value
 decomposition: what that must take for the operator to be three times faster.
 """
+HOST_TEXT = """These predictions leave out what the host does besides launching. **Measured**, without a GPU, by
+`python -m bench.host`, file `bench/results/host.json`, on tensors so small that nothing else is left: a teleport whose
+graphs and a layer whose operators of ours do nothing, so that checks, set-up, reports, autograd and torch's own calls
+remain. Units are forward+backward passes of the same network or layer.
+"""
 
 GPU_TEXT = """## On a GPU
 
@@ -234,6 +239,15 @@ def predicted_twin_table(results: Results) -> str:
     return table(("shape", layer.OPERATOR, f"{layer.TWIN}, the rest", factor), rows)
 
 
+def host_table(results: Results) -> str:
+    rows = [
+        [f"{program}: {name}", _milliseconds(timing["seconds"]), f"{timing['units']:.1f}"]
+        for program, entry in results["shapes"].items()
+        for name, timing in entry["timings"].items()
+    ]
+    return table(("program", "host", "units"), rows)
+
+
 def predicted_layer_table(results: Results) -> str:
     assumed = results["assumed"]
     rates = {
@@ -321,6 +335,8 @@ def page() -> str:
     sections += [PREDICTED_PUBLISHED_TEXT.rstrip(), predicted_published_table(predicted)]
     sections += [PREDICTED_LAYER_TEXT.rstrip(), predicted_layer_table(predicted)]
     sections += [PREDICTED_TWIN_TEXT.rstrip(), predicted_twin_table(predicted)]
+    host = load("host")
+    sections += [HOST_TEXT.rstrip(), host_table(host), f"Machine: {host['machine']}"]
     return "\n\n".join(sections + gpu_sections(RESULTS / "gpu"))
 
 

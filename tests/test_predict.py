@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import layer, predict, tables, teleport
+from bench import host, layer, predict, tables, teleport
 from bench.launches import (
     DEVICES,
     EAGER_LAUNCH,
@@ -143,6 +143,8 @@ def test_the_page_of_the_kernels_says_what_the_file_says() -> None:
     assert (
         f"takes three times as long there if that takes {min(decomposition):.1f} to {max(decomposition):.1f} ms" in page
     )
-    on_cpu = tables.load("layer")["shapes"]["n8-16-16"]["timings"]
-    ours, formula = (1e3 * on_cpu[name]["seconds"] for name in (layer.OPERATOR, layer.EAGER))
-    assert f"it takes {ours:.2f} ms and the formula with a Cholesky factor {formula:.2f} ms" in page
+    on_host = tables.load("host")["shapes"]
+    seconds = on_host["teleport"]["timings"][host.TELEPORT]["seconds"]
+    assert f"of a teleport {1e3 * seconds:.2f} ms" in page
+    ours, formula = (1e3 * on_host["layer"]["timings"][name]["seconds"] for name in (layer.OPERATOR, layer.EAGER))
+    assert f"Of `teleport_layer` {ours:.2f} ms" in page and f"checks nothing, takes {formula:.2f} ms" in page

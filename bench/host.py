@@ -1,0 +1,133 @@
+"""What the host does of a GPU's programs, measured without one: Python, checks and torch's calls, on tensors so small
+that nothing else is left.
+
+    python -m bench.host [--rounds 9] [--out FILE]
+
+What the device would do is left out: a graph's outcome is that of its first run, and the operators of csrc return
+copies of what their twins returned in a first run. torch's own operators compute on the CPU what they would launch.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from bench import layer
+from bench.harness import UNIT, Contestant, add_rounds, compare, make_parser, read_arguments, run_shapes
+from symtele_cuda import device_search, graphs, ops, products, teleport_mlp
+from symtele_cuda.kernels import FAKES
+
+CPU = torch.device("cpu")
+TELEPORT = "teleport_mlp, ten steps"
+
+
+class Replays:
+    """In the place of `graphs`: the outcome of a kind's first run, after what a replay copies."""
+
+    def __init__(self) -> None:
+        self._captured: dict[Hashable, tuple[list[Tensor], Any]] = {}
+
+    def run(self, work: Any, program: Callable[[Any], Any]) -> tuple[Any, str]:
+        tensors, key = work.tensors(), (program, work.signature())
+        if key not in self._captured:
+            self._captured[key] = [tensor.clone() for tensor in tensors], program(work)
+        inputs, outcome = self._captured[key]
+        graphs._copy(tensors, inputs)
+        return outcome, graphs.GRAPH
+
+
+@contextmanager
+def replayed() -> Iterator[None]:
+    """Inside, teleports take the way of the device."""
+    with patch.object(graphs, "run", Replays().run), patch.object(device_search, "can_find", lambda task: True):
+        yield
+
+
+@contextmanager
+def without_work(program: Callable[[], object]) -> Iterator[None]:
+    """Inside, the operators of csrc return copies of what their twins return in one run of the program."""
+    results: dict[str, list[Any]] = {name: [] for name in FAKES}
+
+    def recording(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            results[name].append(getattr(products, name)(*arguments, **keywords))
+            return results[name][-1]
+
+        return call
+
+    def repeating(found: Sequence[Any]) -> Callable[..., Any]:
+        turns = itertools.cycle(found)
+        return lambda *arguments, **keywords: tree_map(Tensor.clone, next(turns))
+
+    def remainder(test: Any, operators: Any, g: Tensor) -> Tensor:
+        return operators.identity_remainder(g, test.vectors, test.rounds)
+
+    as_on_a_gpu = patch.multiple(ops, _identity_tests=lambda g: ops._GPU_TESTS)
+    with as_on_a_gpu, patch.object(ops._IdentityTest, "remainder", remainder):
+        first = SimpleNamespace(**{name: recording(name) for name in FAKES})
+        with patch.object(ops, "products_for", lambda device, backend: first):
+            program()
+        others = SimpleNamespace(**{name: repeating(found) for name, found in results.items()})
+        with patch.object(ops, "products_for", lambda device, backend: others):
+            yield
+
+
+def measure_teleport(rounds: int) -> dict[str, Any]:
+    """A network of three layers, without biases."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Linear(12, 10, bias=False), nn.LeakyReLU(0.1)),
+        *(nn.Linear(10, 10, bias=False), nn.LeakyReLU(0.1)),
+        nn.Linear(10, 3, bias=False),
+    )
+    for weight in model.parameters():
+        nn.init.uniform_(weight, -0.3, 0.3, generator=generator)
+    x, y = torch.randn(6, 12, generator=generator), torch.randint(3, (6,), generator=generator)
+
+    def train(network: nn.Module) -> None:
+        functional.cross_entropy(network(x), y).backward()
+
+    def teleport(network: nn.Module) -> None:
+        report = teleport_mlp(network, (x, y), steps=10, max_growth=math.inf)
+        assert report.accepted, report.reason
+
+    with replayed():
+        contestants = {
+            name: Contestant(run, lambda: copy.deepcopy(model)) for name, run in ((UNIT, train), (TELEPORT, teleport))
+        }
+        return {"timings": compare(contestants, rounds, CPU)}
+
+
+def measure_layer(rounds: int) -> dict[str, Any]:
+    problem = layer.make_problem(layer.Shape(8, 16, 16), CPU)
+    methods = {UNIT: layer.forward_backward, layer.OPERATOR: layer.by_operator, layer.EAGER: layer.by_cholesky}
+    with without_work(lambda: layer.by_operator(problem)):
+        contestants = {name: Contestant(method, lambda: problem) for name, method in methods.items()}
+        return {"timings": compare(contestants, rounds, CPU)}
+
+
+PROGRAMS = {"teleport": measure_teleport, "layer": measure_layer}
+REGISTRY = {"cpu": PROGRAMS}
+
+
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = make_parser("What the host does of a GPU's programs.", REGISTRY)
+    add_rounds(parser, 9)
+    arguments = read_arguments(parser, REGISTRY, "host", words)
+    settings = {"rounds": arguments.rounds}
+    return run_shapes("host", lambda name: PROGRAMS[name](arguments.rounds), arguments, settings=settings)
+
+
+if __name__ == "__main__":
+    main()
