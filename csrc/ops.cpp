@@ -442,19 +442,21 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> grams(TensorList rows, cons
                       one.sizes());
   }
   const c10::cuda::CUDAGuard guard(rows[0].device());
-  const bool rounds = rows[0].scalar_type() != at::kDouble;
   std::vector<Tensor> exact, rounded;
   for (const Tensor& one : rows) {
     exact.push_back(at::empty({size, size}, one.options().dtype(at::kDouble)));
     rounded.push_back(at::empty({size, size}, one.options()));
   }
-  for (size_t i = 0; i < rows.size() && size > largest_own_gram; ++i) {
-    gram_by_library(rows[i], biases.get(i), exact[i]);
+  const bool by_library = size > largest_own_gram, rounds = rows[0].scalar_type() != at::kDouble;
+  if (by_library) {
+    for (size_t i = 0; i < rows.size(); ++i) gram_by_library(rows[i], biases.get(i), exact[i]);
+  } else {
+    const TensorList also = rounds ? TensorList(rounded) : TensorList();
+    for (size_t start = 0; start < rows.size(); start += max_grams) some_grams(rows, biases, start, exact, also);
   }
-  for (size_t start = 0; start < rows.size() && size <= largest_own_gram; start += max_grams) {
-    some_grams(rows, biases, start, exact, rounds ? TensorList(rounded) : TensorList());
+  if (by_library || !rounds) {
+    for (size_t i = 0; i < rows.size(); ++i) rounded[i].copy_(exact[i]);
   }
-  for (size_t i = 0; i < rows.size() && (!rounds || size > largest_own_gram); ++i) rounded[i].copy_(exact[i]);
   return {exact, rounded};
 }
 
