@@ -373,6 +373,23 @@ def test_the_other_transforms_are_refused(transform: Callable[..., Any]) -> None
         transform(function)(torch.stack([layer.g, layer.g]) if transform is torch.func.vmap else layer.g)
 
 
+def test_a_compiler_sees_one_operator() -> None:
+    layer, graphs = make_layer(4, 5, 3, bias=True).with_gradient(), []
+
+    def function(g: Tensor) -> Tensor:
+        return _weighted_sum(apply(replace(layer, g=g), Tanh(), "least_change"))
+
+    def keep(module: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(module.code)
+        return module.forward
+
+    (expected,) = torch.autograd.grad(function(layer.g), layer.g)
+    (compiled,) = torch.autograd.grad(torch.compile(function, backend=keep)(layer.g), layer.g)
+    torch.compiler.reset()
+    assert "symtele_cuda.teleport_layer" in "".join(graphs)
+    assert_agree("gradient", compiled, expected, 1e-12)
+
+
 @pytest.mark.parametrize("activation", [LeakyReLU(), Tanh()], ids=str)
 def test_a_third_derivative_is_refused(activation: Activation) -> None:
     layer = make_layer(4, 5, 3, bias=True).with_gradient()
