@@ -9,9 +9,7 @@ copies of what their twins returned in a first run. torch's own operators comput
 
 from __future__ import annotations
 
-import copy
 import itertools
-import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -19,12 +17,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from bench import layer
+from bench import layer, teleport
 from bench.harness import UNIT, Contestant, add_rounds, compare, make_parser, read_arguments, run_shapes
-from symtele_cuda import device_search, graphs, ops, products, teleport_mlp
+from symtele_cuda import device_search, graphs, ops, products
 from symtele_cuda.kernels import FAKES
 
 CPU = torch.device("cpu")
@@ -88,27 +85,16 @@ def without_work(program: Callable[[], object]) -> Iterator[None]:
 
 
 def measure_teleport(rounds: int) -> dict[str, Any]:
-    """A network of three layers, without biases."""
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(
-        *(nn.Linear(12, 10, bias=False), nn.LeakyReLU(0.1)),
-        *(nn.Linear(10, 10, bias=False), nn.LeakyReLU(0.1)),
-        nn.Linear(10, 3, bias=False),
-    )
-    for weight in model.parameters():
-        nn.init.uniform_(weight, -0.3, 0.3, generator=generator)
-    x, y = torch.randn(6, 12, generator=generator), torch.randint(3, (6,), generator=generator)
+    start = teleport.make_problem(teleport.Shape((12, 10, 10, 3), 6), CPU)
 
-    def train(network: nn.Module) -> None:
-        functional.cross_entropy(network(x), y).backward()
-
-    def teleport(network: nn.Module) -> None:
-        report = teleport_mlp(network, (x, y), steps=10, max_growth=math.inf)
+    def run(problem: teleport.Problem) -> None:
+        report = teleport.our_teleport(problem, "grad_norm")
         assert report.accepted, report.reason
 
     with replayed():
         contestants = {
-            name: Contestant(run, lambda: copy.deepcopy(model)) for name, run in ((UNIT, train), (TELEPORT, teleport))
+            UNIT: Contestant(teleport.Problem.gradients, start.clone),
+            TELEPORT: Contestant(run, start.clone),
         }
         return {"timings": compare(contestants, rounds, CPU)}
 

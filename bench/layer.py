@@ -56,6 +56,7 @@ MAX_DIFFERENCE = {
 # An SVD of more rows than this takes seconds on a GPU; the float64 operator on torch's kernels is the truth there.
 LARGEST_SVD = 200
 MUST_NOT_SLOWER, MUST_SMALL, MUST_COMPILED, MUST_SHARE = 1.0, 3.0, 1.3, 0.8
+LARGEST_SMALL = 512  # of the sizes where MUST_SMALL is asked
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,7 @@ def judge(shape: Shape, timings: dict[str, Timing], ceilings: Ceilings) -> dict[
     """What is asked of the operator on a GPU: of its time against torch's, and against the work at the ceilings."""
     seconds = {name: timing.seconds for name, timing in timings.items()}
     least = layer_work(shape.n, shape.d_in, shape.d_out, shape.precision).seconds(ceilings)
-    must = MUST_SMALL if shape.largest <= 512 else MUST_NOT_SLOWER
+    must = MUST_SMALL if shape.largest <= LARGEST_SMALL else MUST_NOT_SLOWER
     requirements = {
         f"faster than {name}, times": Check(seconds[name] / seconds[OPERATOR], at_least=at_least)
         for name, at_least in ((ON_TORCH, must), (EAGER, must), (COMPILED, MUST_COMPILED))

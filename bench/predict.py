@@ -176,10 +176,6 @@ def call_kernel(operator: str, *arguments: Any) -> Any:
 WHERE = torch.device("cuda" if torch.version.cuda else "cpu")
 
 
-# Rows up to which a layer is to be three times as fast as its plain twin.
-LARGEST_SMALL = 512
-
-
 @dataclass(frozen=True)
 class LayerShape:
     """W' of one layer and, for a given ∂f/∂W', ∂f/∂g: what `bench.layer` times, and its opponents."""
@@ -203,7 +199,7 @@ class LayerShape:
             problem = layer.Problem(w, h, t, v, self.activation)
             yield layer.EAGER
             layer.by_cholesky(problem)
-            if self.n <= LARGEST_SMALL:
+            if max(self.n, self.d_in, self.d_out) <= layer.LARGEST_SMALL:
                 yield layer.TWIN
                 layer.by_reference(problem)
 

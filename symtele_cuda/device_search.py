@@ -286,6 +286,6 @@ def _direction_tensors(direction: Direction) -> list[Tensor]:
 
 
 def _flags(flags: Sequence[Tensor], like: Tensor) -> Tensor:
-    if len(flags) == 1:
+    if len(flags) == 1:  # to stack it would be a launch
         return flags[0].reshape(1)
     return torch.stack([*flags]) if flags else torch.zeros(0, dtype=torch.bool, device=like.device)

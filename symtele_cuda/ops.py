@@ -189,11 +189,17 @@ torch.library.define(
 )
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """W', b' (empty without bias), Z, S, Y, P and the numbers of `_Health`."""
+def _checked_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """`_forward` for who calls the operator itself."""
     layer = _Layer(*arguments)
     check_name("action", layer.action, ACTIONS)
     _check_tensors(*layer.tensors())
+    return _forward(*layer)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """W', b' (empty without bias), Z, S, Y, P and the numbers of `_Health`."""
+    layer = _Layer(*arguments)
     products, sigma = layer.products, (layer.activation, layer.parameter)
     with _full_precision(layer.weight):
         weight, inputs, g, bias = layer.widened()
@@ -310,7 +316,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _differentiate_forward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     _check_no_tangent({"the gradient of the new weight": grad_weight, "the gradient of the new bias": grad_bias})
     needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
-    # Where no further derivative is to come, the kernel itself: for a small layer the dispatcher takes as long again.
+    # Where no further derivative is to come, the kernel itself, as in `_TeleportLayer`.
     backward = torch.ops.symtele_cuda.teleport_layer_backward if torch.is_grad_enabled() else _backward
     by_weight, by_g, by_bias = backward(
         needs_weight or needs_bias, grad_weight, grad_bias, *ctx.saved_tensors, *ctx.description
@@ -343,7 +349,7 @@ def _refuse_third_derivative(ctx: Any, *_: Tensor) -> NoReturn:
 
 
 for _operator, _kernel, _fake in (
-    ("teleport_layer", _forward, _forward_fake),
+    ("teleport_layer", _checked_forward, _forward_fake),
     ("teleport_layer_backward", _backward, _backward_fake),
     ("teleport_layer_double_backward", _double_backward, _double_backward_fake),
 ):
@@ -358,7 +364,7 @@ torch.library.register_autograd("symtele_cuda::teleport_layer_double_backward", 
 
 
 class _TeleportLayer(torch.autograd.Function):
-    """The operator without the dispatcher, which takes as long as all launches of a small layer."""
+    """The operator on checked arguments, without the dispatcher, whose time is felt where the layer is small."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
