@@ -684,6 +684,10 @@ class OtherSamples:
         overlap = kernel(inputs, batch, network.biases[0] is not None)
         return cls(inputs, tuple(network.forward(inputs)), overlap)
 
+    def first(self, count: int) -> OtherSamples:
+        """The first `count` of them."""
+        return OtherSamples(self.inputs[:count], tuple(y[:count] for y in self.outputs), self.overlap[:count])
+
 
 def predict(network: Network, plan: Plan, state: State, others: OtherSamples) -> Tensor:
     """The logits of `others` under the state's weights, without forming them.

@@ -10,7 +10,7 @@ The steps taken are those of `search.ascend` and `search.ascend_fixed`, to round
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +34,7 @@ from .search import (
     LATER_GROWTH,
     LEAST_SHARE,
     NO_IMPROVEMENT,
+    NO_STEP_LEFT,
     NOT_FINITE,
     SHORTENED,
     SHORTENED_BELOW,
@@ -41,12 +42,12 @@ from .search import (
     SMALLEST_RADIUS,
     STEPS_LONG_ENOUGH,
     ZERO_GRADIENT,
-    LossBound,
+    Bounds,
     Search,
     SearchResult,
     StepRecord,
-    no_step_left,
     not_taken,
+    why_ended,
 )
 from .task import Candidate, Found, Task, describe_backend
 
@@ -78,8 +79,8 @@ class Trace:
     hindrances: tuple[str, ...]
     fixed: bool
 
-    def result(self, rows: Sequence[Sequence[float]], bounds: Sequence[LossBound]) -> SearchResult:
-        """What the host's search would have said, from the rows as numbers."""
+    def result(self, rows: Sequence[Sequence[float]], texts: Sequence[Callable[[float], str]]) -> SearchResult:
+        """What the host's search would have said, from the rows as numbers; texts: those of the search's bounds."""
         notes = (*self.hindrances, NOT_FINITE, NO_IMPROVEMENT, ABOVE_CAP)
         waypoints, records, reason = [self.waypoints[0]], list[StepRecord](), ALL_STEPS
         for (value, size, accepted, shortened, note, end, *losses), tried in zip(rows, self.waypoints[1:], strict=True):
@@ -96,7 +97,7 @@ class Trace:
                 text = notes[place - 1]
             else:
                 broken = place - len(notes) - 1
-                text = bounds[broken].describe(losses[broken])
+                text = texts[broken](losses[broken])
             reached = math.nan if 0 < place <= len(self.hindrances) + 1 else value
             records.append(StepRecord(reached, size, bool(accepted), text))
             if accepted:
@@ -105,8 +106,9 @@ class Trace:
                 reason = not_taken(len(records), text)
                 break
             if end in (_CAP, _RADIUS):
-                reason = CAP_REACHED if end == _CAP else no_step_left(text)
+                reason = CAP_REACHED if end == _CAP else NO_STEP_LEFT
                 break
+        reason = reason if self.fixed else why_ended(reason, records)
         return SearchResult(tuple(waypoints), tuple(records), reason)
 
 
@@ -142,8 +144,8 @@ def run_program(task: Task) -> Program:
     evaluation = search.path.evaluate(start)
     before = task.measure(task.problem.network, task.problem.outputs)
     if step_size is None:
-        loss, data_loss, objective, gradient_norm, *holdout = before.unbind()
-        bounds = task.bounds(data_loss, holdout[0] if holdout else None)
+        loss, data_loss, objective, gradient_norm, sensitivity, *holdout = before.unbind()
+        bounds = task.bounds(data_loss, sensitivity, *holdout[:1])
         ended = (objective < loss).logical_not() if task.options.wants_gain else torch.zeros_like(loss)
         trace = ascend(search, start, evaluation, cap=task.cap(gradient_norm), bounds=bounds, ended=ended)
     else:
@@ -155,13 +157,13 @@ def run_program(task: Task) -> Program:
 def read_back(task: Task, program: Program, backend: str) -> Found:
     """The program's numbers, in one transfer, as the host's search would have told them."""
     flags = _flags([flag for flag, _ in program.last.hindrances], program.before).double()
-    parts = [program.before, program.rows.flatten(), program.last.measured, flags]
-    before_values, row_values, measured, hindered = torch.cat(parts).cpu().split([len(part) for part in parts])
+    parts = [program.before, program.rows.flatten(), program.last.measured, program.last.changes, flags]
+    before_values, row_values, measured, changes, hindered = torch.cat(parts).cpu().split([len(part) for part in parts])
     before = read(before_values)
-    bounds = () if program.trace.fixed else task.bounds(before.data_loss, before.holdout)
-    result = program.trace.result(row_values.reshape(program.rows.shape).tolist(), bounds)
+    bounds = task.bounds(before.data_loss, before.sensitivity, before.holdout)
+    result = program.trace.result(row_values.reshape(program.rows.shape).tolist(), bounds.texts)
     texts = [text for _, text in program.last.hindrances]
-    last = Candidate(program.last.network, measured, tuple(zip(hindered, texts, strict=True)))
+    last = Candidate(program.last.network, measured, changes, tuple(zip(hindered, texts, strict=True)))
     return Found(program.start, before, result, last, backend)
 
 
@@ -171,7 +173,7 @@ def ascend(
     evaluation: Evaluation,
     *,
     cap: float | Tensor,
-    bounds: Sequence[LossBound],
+    bounds: Bounds,
     ended: Tensor,
 ) -> Trace:
     """`search.ascend`: a step that is refused, or comes after the end, is computed and not committed.
@@ -189,19 +191,19 @@ def ascend(
         size = search.limit(trace.state, direction, (radius if search.maximise else -radius) / direction.norm)
         trial, hindrances = search.advance(trace.state, direction, size)
         evaluation = search.path.evaluate(trial)
-        losses = [bound.loss(trial) for bound in bounds]
+        figures = bounds.figures(trial)
         accept, row = products.judge(
             control,
             size,
             direction.norm,
             evaluation.value.double(),
             _flags([flag for flag, _ in hindrances], control),
-            _flags([bound.broken_by(loss) for bound, loss in zip(bounds, losses, strict=True)], control),
+            _flags(bounds.broken_by(figures), control),
             limit,
             search.maximise,
             _RULES,
         )
-        trace.rows.append(torch.cat([row, torch.stack(losses)]) if losses else row)
+        trace.rows.append(torch.cat([row, torch.stack(figures)]) if figures else row)
         following = search.direction(trial, evaluation) if step < search.steps - 1 else None
         _take(search, trace, accept, direction, trial, hindrances, following)
     return trace

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .action import Network, kernel, parameter_list, squared_norm
 from .objectives import Lookahead, LooksAhead, Objective, has_fast_path
-from .problem import Holdout, Problem, layer_inputs
+from .problem import Problem, layer_inputs
+from .surroundings import Surroundings
 
 # ⟨δ, K δ⟩ below this share of ‖K‖ ‖δ‖² has lost more than three of float32's seven digits.
 CANCELLED = 1e-3
@@ -23,14 +24,16 @@ class Measurement:
     """The losses of given weights, the objective and ‖∇L‖ on the batch.
 
     loss: on the batch; data_loss: the same with its weight terms, if it has any, held at the model's own weights, which
-    is what the action keeps; holdout: on the holdout batch, None without one; holdout_ahead: the same after the step
-    that an objective looks ahead to, which the gradient on the batch makes.
+    is what the action keeps; sensitivity: by how much noise in the inputs moves the logits, see `Surroundings`;
+    holdout: the loss on the holdout batch; holdout_ahead: the same after the step that an objective looks ahead to,
+    which the gradient on the batch makes. None is what was not measured.
     """
 
     loss: float
     data_loss: float
     objective: float
     gradient_norm: float
+    sensitivity: float | None = None
     holdout: float | None = None
     holdout_ahead: float | None = None
 
@@ -42,7 +45,7 @@ class Measurement:
 def measure(
     problem: Problem,
     objective: Objective,
-    held: Holdout | None,
+    around: Surroundings | None,
     network: Network,
     outputs: Sequence[Tensor],
     sample_gram: Tensor,
@@ -53,31 +56,33 @@ def measure(
     The values of a `Measurement`, in its order, as one float64 tensor on the device: `read` makes numbers of it.
     """
     data_loss, output_delta = problem.loss.value_and_gradient(outputs[-1])
-    on_holdout: list[Tensor] = []
+    if around is not None:
+        others = around.others
+        other_outputs = network.forward(others.inputs, others.outputs[: network.layers_in_common(problem.network)])
+    logits_ahead: Tensor | None = None  # of the holdout
     if problem.weight_terms or not has_fast_path(objective):
         loss, squared, value, ahead = _measure_with_autograd(problem, objective, network)
-        if held is not None:
-            networks = [network] if ahead is None else [network, network.with_parameters(ahead)]
-            on_holdout = [each.forward(held.others.inputs)[-1] for each in networks]
+        if around is not None and ahead is not None and around.held > 0:
+            logits_ahead = network.with_parameters(ahead).forward(others.inputs[: around.held])[-1]
     else:
         inputs = layer_inputs(network, problem.samples, outputs)
         deltas = _backpropagate(network, outputs, output_delta)
         first_kernel = sample_gram.to(problem.samples.dtype)
         loss = data_loss
         value = squared = _squared_gradient_norm(network, inputs, deltas, first_kernel)
-        if held is not None:
-            known = held.others.outputs[: network.layers_in_common(problem.network)]
-            held_outputs = network.forward(held.others.inputs, known)
-            on_holdout = [held_outputs[-1]]
         if isinstance(objective, Lookahead):
             steps = [delta * -objective.rate for delta in deltas]
             value = problem.loss.value(_logits_after_step(network, inputs, steps, outputs[0], first_kernel))
-            if held is not None:
-                overlap = held.others.overlap
-                on_holdout.append(_logits_after_step(network, inputs, steps, held_outputs[0], overlap))
+            if around is not None and around.held > 0:
+                first_output, overlap = other_outputs[0][: around.held], others.overlap[: around.held]
+                logits_ahead = _logits_after_step(network, inputs, steps, first_output, overlap)
     values = [loss, data_loss, value, squared.sqrt()]
-    if held is not None:
-        values += [held.loss.value(logits) for logits in on_holdout]
+    if around is not None:
+        values.append(around.sensitivity(other_outputs[-1], outputs[-1]))
+        if around.held > 0:
+            values.append(around.holdout_loss(other_outputs[-1]))
+        if logits_ahead is not None:
+            values.append(around.holdout_loss(logits_ahead))
     return torch.stack([value.double() for value in values])
 
 
@@ -87,10 +92,36 @@ def read(values: Tensor) -> Measurement:
 
 
 def measure_own(problem: Problem, objective: Objective) -> Measurement:
-    """Measure the problem's own weights, without a holdout."""
+    """Measure the problem's own weights, on its batch alone."""
     samples, biased = problem.samples, problem.network.biases[0] is not None
     sample_gram = kernel(samples, samples, biased)
     return read(measure(problem, objective, None, problem.network, problem.outputs, sample_gram))
+
+
+def weight_changes(before: Network, after: Network) -> Tensor:
+    """‖[W', b'] − [W, b]‖_F / ‖[W, b]‖_F of every weight layer, and behind them that of all: float64.
+
+    It is 0 where nothing has changed, infinite from 0 to anything else, and not finite where a new weight is not.
+    """
+    changes = torch.stack([_square_sums(*pair) for pair in zip(_layers(before), _layers(after), strict=True)])
+    changed, whole = torch.cat([changes, changes.sum(0, keepdim=True)]).sqrt().unbind(1)
+    return torch.where(changed == 0, changed, changed / whole)
+
+
+def _layers(network: Network) -> list[list[Tensor]]:
+    pairs = zip(network.weights, network.biases, strict=True)
+    return [[tensor for tensor in pair if tensor is not None] for pair in pairs]
+
+
+def _square_sums(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """Σ (θ' − θ)² and Σ θ² over the tensors of one layer: float64, of two elements."""
+    changes = [_square_sum(new - old) for old, new in zip(before, after, strict=True) if new is not old]
+    whole = torch.stack([_square_sum(old) for old in before]).sum()
+    return torch.stack([torch.stack(changes).sum() if changes else torch.zeros_like(whole), whole])
+
+
+def _square_sum(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
 
 
 def _backpropagate(network: Network, outputs: Sequence[Tensor], output_delta: Tensor) -> list[Tensor]:

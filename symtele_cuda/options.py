@@ -33,6 +33,8 @@ class Options:
     drift_tol: float
     holdout_tol: float
     min_gain: float
+    max_weight_change: float
+    max_sensitivity: float
 
     @property
     def wants_gain(self) -> bool:
@@ -58,6 +60,8 @@ def make_options(
     drift_tol: float,
     holdout_tol: float,
     min_gain: float,
+    max_weight_change: float,
+    max_sensitivity: float,
     backend: str,
 ) -> Options:
     """Check every option of `teleport_mlp`, for a network of `hidden_layers` hidden layers.
@@ -79,6 +83,8 @@ def make_options(
     check_number("drift_tol", drift_tol, above=0.0, finite=False)
     check_number("holdout_tol", holdout_tol, at_least=0.0, finite=False)
     check_number("min_gain", min_gain, at_least=0.0)
+    check_number("max_weight_change", max_weight_change, above=0.0, finite=False)
+    check_number("max_sensitivity", max_sensitivity, above=0.0, finite=False)
     return Options(
         objective=_make_objective(objective, lr, margin),
         steps=steps,
@@ -93,6 +99,8 @@ def make_options(
         drift_tol=float(drift_tol),
         holdout_tol=float(holdout_tol),
         min_gain=float(min_gain),
+        max_weight_change=float(max_weight_change),
+        max_sensitivity=float(max_sensitivity),
     )
 
 

@@ -1,8 +1,7 @@
-"""A model, a batch and a holdout, read and checked: what a teleport works on."""
+"""A model and a batch, read and checked: what a teleport works on."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import products as torch_products
-from .action import Network, OtherSamples, parameter_list
+from .action import Network, parameter_list
 from .errors import TeleportError
 from .kernels import Products
 from .loss import BatchLoss, LossFunction, check_default_targets, default_loss, examine
@@ -48,7 +47,7 @@ class Problem:
     ) -> Problem:
         network = replace(read_network(chain), products=products)
         dtype = network.weights[0].dtype
-        samples, targets = _prepare(chain, batch, dtype)
+        samples, targets = prepare(chain, batch, dtype)
         outputs = tuple(network.forward(samples))
         if loss_fn is None:
             check_default_targets(targets, len(samples), outputs[-1].shape[1])
@@ -72,34 +71,7 @@ class Problem:
         )
 
 
-@dataclass(frozen=True)
-class Holdout:
-    """A second batch: its samples and its loss."""
-
-    others: OtherSamples
-    loss: BatchLoss
-
-    @classmethod
-    def make(cls, chain: Chain, batch: tuple[Tensor, Tensor], problem: Problem) -> Holdout:
-        try:
-            samples, targets = _prepare(chain, batch, problem.samples.dtype)
-            others = OtherSamples.make(problem.network, samples, problem.samples)
-            logits = others.outputs[-1]
-            if problem.loss.default:
-                if targets.is_floating_point() != problem.loss.targets.is_floating_point():
-                    raise TypeError(
-                        f"targets must be of the batch's kind {problem.loss.targets.dtype}, got {targets.dtype}"
-                    )
-                check_default_targets(targets, len(samples), logits.shape[1])
-            loss = replace(problem.loss, targets=targets)
-            if not math.isfinite(value := float(loss.value(logits))):
-                raise ValueError(f"the loss must be finite, got {value}")
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"holdout: {error}") from error
-        return cls(others, loss)
-
-
-def _prepare(chain: Chain, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def prepare(chain: Chain, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(x, y) checked, x flattened; both in the dtype of the search where they had the model's."""
     samples, targets = check_batch(chain, batch)
     if targets.is_floating_point() and targets.dtype == samples.dtype:

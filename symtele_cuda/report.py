@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from .search import StepRecord
 
+LONGEST_LINE = 120
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -28,19 +30,24 @@ class LayerReport:
     group: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TeleportReport:
-    """The outcome of `teleport_mlp`.
+    """The outcome of `teleport_mlp`. `print(report)` is one line of it, `report.describe()` all that matters.
 
     accepted: whether the weights were written; reason: why the search ended, or why nothing was written.
     steps: accepted ascent steps; trace: every step tried.
     loss_*: on the teleport batch; drift: |loss_after − loss_before| / |loss_before|, with the weight terms of a loss
     that has them held at the old weights.
     grad_norm_*: ‖∇L‖ (not squared) over the weights and biases of all layers; objective_*: the objective's own value.
-    holdout_*: the loss on the holdout batch, None without one. seconds: wall-clock of the whole call.
+    holdout_*: the loss on the holdout batch, None without one.
+    weight_changes: ‖[W', b'] − [W, b]‖_F / ‖[W, b]‖_F of every weight layer; weight_change: of all of them together.
+    sensitivity_*: √(1/N Σ ‖z(x + ε) − z(x)‖²), by how much noise ε in the inputs moves the logits z. The samples x are
+    those of the holdout, or of the batch without one. ε has 0.1 times the standard deviation of all elements of x. None
+    where it was not measured.
+    seconds: wall-clock of the whole call.
     backend: what has computed, "torch" or the compiled "cuda" kernels, on which device, and whether a CUDA graph ran
     the search, or why not.
-    If not accepted the *_after fields equal the *_before fields: nothing has changed.
+    If not accepted the *_after fields equal the *_before fields and the changes are 0: nothing has changed.
     """
 
     accepted: bool
@@ -55,21 +62,58 @@ class TeleportReport:
     drift: float
     holdout_before: float | None
     holdout_after: float | None
+    weight_changes: tuple[float, ...]
+    weight_change: float
+    sensitivity_before: float | None
+    sensitivity_after: float | None
     layers: tuple[LayerReport, ...]
     trace: tuple[StepRecord, ...]
     seconds: float
     backend: str
 
     def __str__(self) -> str:
-        moved = sum(layer.teleported for layer in self.layers)
-        outcome = "teleported" if self.accepted else "not teleported"
-        holdout = ""
-        if self.holdout_before is not None and self.holdout_after is not None:
-            holdout = f", holdout loss {self.holdout_before:.4g} → {self.holdout_after:.4g}"
-        return (
-            f"{outcome} ({self.reason}): {moved} of {len(self.layers)} hidden layers, n = {self.layers[0].n}, "
-            f"{self.steps} of {len(self.trace)} steps accepted, "
-            f"objective {self.objective_before:.4g} → {self.objective_after:.4g}, "
+        if not self.accepted:
+            return _shortened(f"not teleported: {self.reason}")
+        noise = ""
+        if self.sensitivity_before and self.sensitivity_after is not None:
+            noise = f", noise ×{self.sensitivity_after / self.sensitivity_before:.3g}"
+        return _shortened(
+            f"teleported: objective {self.objective_before:.4g} → {self.objective_after:.4g}, "
             f"‖∇L‖ {self.grad_norm_before:.4g} → {self.grad_norm_after:.4g}, "
-            f"loss {self.loss_before:.4g}, drift {self.drift:.1e}{holdout}, {1e3 * self.seconds:.1f} ms"
+            f"‖ΔW‖/‖W‖ {self.weight_change:.2g}{noise}"
         )
+
+    __repr__ = __str__
+
+    def describe(self) -> str:
+        """The outcome in several lines: figures before and after, the layers, and every step tried."""
+        figures = [
+            ("loss on the batch", self.loss_before, self.loss_after),
+            ("loss on the holdout", self.holdout_before, self.holdout_after),
+            ("objective", self.objective_before, self.objective_after),
+            ("‖∇L‖", self.grad_norm_before, self.grad_norm_after),
+            ("sensitivity to noise", self.sensitivity_before, self.sensitivity_after),
+        ]
+        lines = [f"{'teleported' if self.accepted else 'not teleported'}: {self.reason}"]
+        lines += [
+            f"  {name:<22}{before:.6g} → {after:.6g}"
+            for name, before, after in figures
+            if before is not None and after is not None
+        ]
+        lines.append(f"  {'drift of the loss':<22}{self.drift:.1e}")
+        changes = ", ".join(f"{change:.3g}" for change in self.weight_changes)
+        lines.append(f"  {'‖ΔW‖/‖W‖':<22}{self.weight_change:.3g} in all; by weight layer {changes}")
+        for layer in self.layers:
+            condition = "" if layer.condition is None else f", condition {layer.condition:.2g}"
+            moved = f"moved by {layer.group}" if layer.teleported else f"not moved: {layer.reason}"
+            lines.append(f"  hidden layer {layer.index:<9}{layer.width} units, n = {layer.n}{condition}; {moved}")
+        lines += [
+            f"  step {number:<17}objective {step.objective:.6g}, size {step.size:.3g}: {step.note}"
+            for number, step in enumerate(self.trace, start=1)
+        ]
+        return "\n".join([*lines, f"  {self.backend}, {1e3 * self.seconds:.1f} ms"])
+
+
+def _shortened(line: str) -> str:
+    """At most `LONGEST_LINE` characters of it."""
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…"

@@ -4,7 +4,7 @@ Both follow the direction of steepest ascent on the group, T = ∇_T f with g �
 (Zhao et al. 2022, arXiv 2205.10637, Algorithm 1), and of the positive diagonal group its like, B ← B exp(ε diag T). The
 trust region moves bounded activations along Y = σ⁻¹(B) instead, see `Plan.along_targets`. ‖∇L‖² grows without bound on
 either group, so ascending it ends at the growth cap; the trust region accepts a step only if the objective improves,
-everything is finite and the losses keep their bounds.
+everything is finite and the losses and the sensitivity to noise keep their bounds.
 
 Every decision is taken on the host here; `device_search` takes the same ones on a GPU.
 """
@@ -51,6 +51,8 @@ SHORTENED = "accepted, shortened at the edge of the activation's domain, or of t
 NOT_FINITE, NO_IMPROVEMENT, ABOVE_CAP = "not finite", "no improvement", "above the growth cap"
 ZERO_GRADIENT, GRADIENT_NOT_FINITE = "the gradient on the group is zero", "the gradient on the group is not finite"
 CAP_REACHED, ALL_STEPS = "growth cap reached", "all steps taken"
+NO_STEP_LEFT = "no acceptable step left"
+NONE_IMPROVED = "no trial step improved the objective"
 STEPS_LONG_ENOUGH = "the step ahead does not lower the loss, so that a larger gradient is no gain"
 
 
@@ -65,17 +67,20 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
-class LossBound:
-    """A loss that a state must keep between two bounds to be accepted; `describe` says what its value has broken."""
+class Bounds:
+    """What a state must keep to be accepted: `figures` of it, float64 scalars, each between its two `limits`.
 
-    loss: Callable[[State], Tensor]
-    low: float | Tensor
-    high: float | Tensor
-    describe: Callable[[float], str]
+    texts: for each figure, what a value of it has broken.
+    """
 
-    def broken_by(self, value: Tensor) -> Tensor:
-        """Whether a value of the loss lies outside, or is NaN: a bool scalar."""
-        return ((value >= self.low) & (value <= self.high)).logical_not()
+    figures: Callable[[State], list[Tensor]]
+    limits: tuple[tuple[float | Tensor, float | Tensor], ...]
+    texts: tuple[Callable[[float], str], ...]
+
+    def broken_by(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Which of the figures lie outside, or are NaN, with these values: bool scalars."""
+        pairs = zip(values, self.limits, strict=True)
+        return [((value >= low) & (value <= high)).logical_not() for value, (low, high) in pairs]
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class _Trial:
 
 
 def ascend(
-    search: Search, start: State, evaluation: Evaluation, *, cap: float, bounds: Sequence[LossBound]
+    search: Search, start: State, evaluation: Evaluation, *, cap: float, bounds: Bounds
 ) -> SearchResult:
     """A trust region of the activations' Frobenius norm over all moved layers.
 
@@ -150,7 +155,7 @@ def ascend(
     norm, failed = math.nan, False
 
     def ended(reason: str) -> SearchResult:
-        return SearchResult(tuple(waypoints), tuple(records), reason)
+        return SearchResult(tuple(waypoints), tuple(records), why_ended(reason, records))
 
     for _ in range(search.steps):
         if direction is None:
@@ -185,7 +190,7 @@ def ascend(
             radius *= shrinkage
             failed = True
         if radius < SMALLEST_RADIUS * first_radius:
-            return ended(no_step_left(records[-1].note))
+            return ended(NO_STEP_LEFT)
     return ended(ALL_STEPS)
 
 
@@ -213,9 +218,14 @@ def holding(hindrances: Sequence[Hindrance]) -> str | None:
     return next((text for flag, text in hindrances if bool(flag)), None)
 
 
-def no_step_left(note: str) -> str:
-    """Why a search ends whose radius has become too small."""
-    return f"no acceptable step left ({note})"
+def why_ended(reason: str, records: Sequence[StepRecord]) -> str:
+    """What the end of a trust region's search says: `reason`, or where it took no step why it took none."""
+    refused = [record.note for record in records if not record.accepted]
+    if not refused or len(refused) < len(records):
+        return reason
+    if set(refused) == {NO_IMPROVEMENT}:
+        return NONE_IMPROVED
+    return f"no trial step was accepted: {next(note for note in reversed(refused) if note != NO_IMPROVEMENT)}"
 
 
 def not_taken(step: int, hindrance: str) -> str:
@@ -234,13 +244,11 @@ def _try(search: Search, state: State, direction: Direction, size: Tensor) -> _T
     return _Trial(trial, evaluation, value, None)
 
 
-def _broken(bounds: Sequence[LossBound], state: State) -> str | None:
-    """What the first of the losses that `state` does not keep within its bounds says."""
-    for bound in bounds:
-        value = bound.loss(state)
-        if bool(bound.broken_by(value)):
-            return bound.describe(float(value))
-    return None
+def _broken(bounds: Bounds, state: State) -> str | None:
+    """What the first of the figures says that `state` does not keep within its limits."""
+    values = bounds.figures(state)
+    broken = zip(bounds.broken_by(values), bounds.texts, values, strict=True)
+    return next((text(float(value)) for flag, text, value in broken if bool(flag)), None)
 
 
 def _scalar(value: float, direction: Direction) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,20 +24,23 @@ from .action import (
     parameter_list,
     predict,
 )
-from .measurement import Measurement, measure, relative_change
+from .measurement import Measurement, measure, relative_change, weight_changes
 from .objectives import GradNorm, Lookahead
 from .options import Options
 from .paths import Path, choose_path
-from .problem import Holdout, Problem
-from .search import LossBound, Search, SearchResult
+from .problem import Problem
+from .search import Bounds, Search, SearchResult
+from .surroundings import Surroundings
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights that a state stands for, as they would be written; their `measure`d values; what may hinder them."""
+    """Weights that a state stands for, as they would be written; their `measure`d values and `weight_changes`; what may
+    hinder them."""
 
     network: Network
     measured: Tensor
+    changes: Tensor
     hindrances: tuple[Hindrance, ...]
 
 
@@ -57,10 +60,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Task:
-    """A problem with its holdout, how its layers' inputs are matched, the plan that follows, and the options."""
+    """A problem with its surroundings, how its layers' inputs are matched, the plan that follows, and the options."""
 
     problem: Problem
-    held: Holdout | None
+    around: Surroundings
     matches: tuple[Match, ...]
     plan: Plan
     options: Options
@@ -72,9 +75,8 @@ class Task:
         tensors += problem.outputs
         for match in self.matches:
             tensors += [match.inputs, match.gram, *([] if match.gram_inverse is None else [match.gram_inverse])]
-        if self.held is not None:
-            others = self.held.others
-            tensors += [others.inputs, *others.outputs, others.overlap, self.held.loss.targets]
+        others, holdout = self.around.others, self.around.loss
+        tensors += [others.inputs, *others.outputs, others.overlap, *([] if holdout is None else [holdout.targets])]
         if isinstance(objective := self.options.objective, Lookahead):
             rate = objective.rate
             tensors.append(rate if isinstance(rate, Tensor) else problem.samples.new_full((), rate))
@@ -83,7 +85,7 @@ class Task:
     def with_tensors(self, tensors: Sequence[Tensor]) -> Task:
         """The same task with other tensors, in the order of `tensors()`."""
         rest = iter(tensors)
-        problem, held, options = self.problem, self.held, self.options
+        problem, around, options = self.problem, self.around, self.options
         network = problem.network.with_parameters([next(rest) for _ in parameter_list(problem.network)])
         samples, targets, output_delta = next(rest), next(rest), next(rest)
         problem = replace(
@@ -103,13 +105,13 @@ class Task:
             )
             for match in self.matches
         )
-        if held is not None:
-            inputs, outputs = next(rest), tuple(next(rest) for _ in held.others.outputs)
-            others = OtherSamples(inputs, outputs, next(rest))
-            held = replace(held, others=others, loss=replace(held.loss, targets=next(rest)))
+        inputs, others_outputs = next(rest), tuple(next(rest) for _ in around.others.outputs)
+        around = replace(around, others=OtherSamples(inputs, others_outputs, next(rest)))
+        if around.loss is not None:
+            around = replace(around, loss=replace(around.loss, targets=next(rest)))
         if isinstance(options.objective, Lookahead):
             options = replace(options, objective=Lookahead(next(rest)))
-        return replace(self, problem=problem, held=held, matches=matches, options=options)
+        return replace(self, problem=problem, around=around, matches=matches, options=options)
 
     def signature(self) -> Hashable:
         """What a program of this task depends on besides its tensors."""
@@ -149,7 +151,7 @@ class Task:
 
     def measure(self, network: Network, outputs: Sequence[Tensor]) -> Tensor:
         """The values of a `Measurement` of `network`, whose pre-activations on the batch are `outputs`."""
-        return measure(self.problem, self.options.objective, self.held, network, outputs, self.matches[0].gram)
+        return measure(self.problem, self.options.objective, self.around, network, outputs, self.matches[0].gram)
 
     def cap(self, gradient_norm: float | Tensor) -> float | Tensor:
         """The value that ‖∇L‖² may reach from a start with ‖∇L‖ = `gradient_norm`; no cap for other objectives."""
@@ -158,40 +160,44 @@ class Task:
         largest = self.options.max_growth * gradient_norm
         return largest * largest
 
-    def bounds(self, data_loss: float | Tensor, holdout: float | Tensor | None) -> tuple[LossBound, ...]:
-        """What an accepted state keeps, given the losses at the start: the batch's loss where it can drift, and the
-        holdout's where there is one."""
-        bounds: list[LossBound] = []
-        if self.plan.first_order_inverse:
-            room = _share(self.options.drift_tol, data_loss)
-            bounds.append(
-                LossBound(
-                    lambda state: self.problem.loss.value(state.logits).double(),
-                    data_loss - room,
-                    data_loss + room,
-                    lambda value: drift_refusal(self.options, float(data_loss), value),
-                )
-            )
-        if self.held is not None and holdout is not None:
-            bounds.append(
-                LossBound(
-                    self._holdout_loss,
-                    -math.inf,
-                    holdout + _share(self.options.holdout_tol, holdout),
-                    lambda value: holdout_refusal(float(holdout), value),
-                )
-            )
-        return tuple(bounds)
+    def bounds(
+        self, data_loss: float | Tensor, sensitivity: float | Tensor | None, holdout: float | Tensor | None = None
+    ) -> Bounds:
+        """What an accepted state keeps, given the measurement at the start: the batch's loss where it can drift, the
+        holdout's where there is one, and the sensitivity to noise where it is bounded."""
+        options, around = self.options, self.around
+        limits: list[tuple[float | Tensor, float | Tensor]] = []
+        texts: list[Callable[[float], str]] = []
+        drifts, bounds_noise = self.plan.first_order_inverse, math.isfinite(options.max_sensitivity)
+        if drifts:
+            room = _share(options.drift_tol, data_loss)
+            limits.append((data_loss - room, data_loss + room))
+            texts.append(lambda value: drift_refusal(options, float(data_loss), value))
+        if holdout is not None:
+            limits.append((-math.inf, holdout + _share(options.holdout_tol, holdout)))
+            texts.append(lambda value: holdout_refusal(float(holdout), value))
+        if bounds_noise:
+            assert sensitivity is not None
+            limits.append((-math.inf, options.max_sensitivity * sensitivity))
+            texts.append(lambda value: noise_refusal(options, float(sensitivity), value))
+        others = around.others if bounds_noise else around.others.first(around.held)
+
+        def figures(state: State) -> list[Tensor]:
+            found = [self.problem.loss.value(state.logits).double()] if drifts else []
+            if holdout is not None or bounds_noise:
+                logits = predict(self.problem.network, self.plan, state, others)
+                found += [around.holdout_loss(logits).double()] if holdout is not None else []
+                found += [around.sensitivity(logits, state.logits)] if bounds_noise else []
+            return found
+
+        return Bounds(figures, tuple(limits), tuple(texts))
 
     def candidate(self, start: State, goal: Waypoint) -> Candidate:
         """The weights of an accepted state, formed, rounded to the dtype of the model's parameters, and measured."""
         formed, outputs, hindrances = form_weights(self.problem.network, self.plan, start, goal, self.matches)
         written, outputs = _round(formed, outputs, self.problem)
-        return Candidate(written, self.measure(written, outputs), hindrances)
-
-    def _holdout_loss(self, state: State) -> Tensor:
-        assert self.held is not None
-        return self.held.loss.value(predict(self.problem.network, self.plan, state, self.held.others)).double()
+        changes = weight_changes(self.problem.network, written)
+        return Candidate(written, self.measure(written, outputs), changes, hindrances)
 
 
 def is_futile(options: Options, before: Measurement) -> bool:
@@ -216,6 +222,24 @@ def drift_refusal(options: Options, before: float, loss: float) -> str:
 def holdout_refusal(before: float, loss: float) -> str:
     """What a loss on the holdout says that is beyond `holdout_tol`."""
     return f"the holdout loss rose from {before:.4g} to {loss:.4g}"  # or is NaN
+
+
+def noise_refusal(options: Options, before: float, sensitivity: float) -> str:
+    """What a sensitivity to noise says that is beyond `max_sensitivity`."""
+    times = sensitivity / before if before > 0 else math.inf
+    return (
+        f"noise in the inputs would move the logits {times:.3g} times as far, "
+        f"more than max_sensitivity = {options.max_sensitivity:g} allows"
+    )
+
+
+def change_refusal(options: Options, changes: Sequence[float]) -> str:
+    """What the relative changes of the weight layers say of which the largest is beyond `max_weight_change`."""
+    largest = max(range(len(changes)), key=changes.__getitem__)
+    return (
+        f"weight layer {largest + 1} would change by {changes[largest]:.3g} of its norm, "
+        f"more than max_weight_change = {options.max_weight_change:g} allows"
+    )
 
 
 def _share(tolerance: float, loss: float | Tensor) -> float | Tensor:

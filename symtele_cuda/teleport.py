@@ -19,10 +19,22 @@ from .mlp import Chain, read_chain
 from .objectives import Objective
 from .options import POSITIVE_DIAGONAL, Options, make_options
 from .planning import make_plan, match_inputs, observe_inputs, report_unmatched
-from .problem import Holdout, Problem, at_work
+from .problem import Problem, at_work
 from .report import LayerReport, TeleportReport
 from .search import STEPS_LONG_ENOUGH, SearchResult, StepRecord, ascend, ascend_fixed, holding
-from .task import Found, Task, describe_backend, drift_refusal, holdout_refusal, is_futile
+from .surroundings import Surroundings
+from .task import (
+    Found,
+    Task,
+    change_refusal,
+    describe_backend,
+    drift_refusal,
+    holdout_refusal,
+    is_futile,
+    noise_refusal,
+)
+
+LATER_TAKEN_BACK = "later steps were taken back: the weights formed from them broke a guard"
 
 
 def teleport_mlp(
@@ -46,6 +58,8 @@ def teleport_mlp(
     holdout: tuple[Tensor, Tensor] | None = None,
     holdout_tol: float = 0.05,
     min_gain: float = 0.0,
+    max_weight_change: float = math.inf,
+    max_sensitivity: float = math.inf,
     backend: str = "auto",
 ) -> TeleportReport:
     """Move the weights of `model`, in place, along the level set of the loss on `batch`, to where the optimizer
@@ -97,6 +111,9 @@ def teleport_mlp(
         min_gain: for "lookahead", how many times as much the step ahead must lower the loss on the batch as it does
             without the teleport. Where it does not lower it even so, the steps are not too short there, whatever the
             gradient: there is no search, and no teleport. 0 asks for nothing but a lower objective.
+        max_weight_change: the largest ‖[W', b'] − [W, b]‖_F / ‖[W, b]‖_F of a weight layer; math.inf bounds nothing.
+        max_sensitivity: how many times as far as before noise in the inputs may move the logits: the samples are those
+            of the holdout, or of the batch without one, see `TeleportReport`; math.inf only reports.
         backend: "torch", "cuda", or "auto" for the best that is there.
 
     Returns:
@@ -126,13 +143,15 @@ def teleport_mlp(
         drift_tol=drift_tol,
         holdout_tol=holdout_tol,
         min_gain=min_gain,
+        max_weight_change=max_weight_change,
+        max_sensitivity=max_sensitivity,
         backend=backend,
     )
     with at_work(chain):
         products = products_for(chain.linears[0].weight.device, options.backend)
         problem = Problem.make(model, chain, batch, loss_fn, products)
-        held = None if holdout is None else Holdout.make(chain, holdout, problem)
-        report, weights = _teleport(problem, options, held)
+        around = Surroundings.make(chain, holdout, problem)
+        report, weights = _teleport(problem, options, around)
         if report.accepted:
             _write(chain, weights)
     return replace(report, seconds=time.perf_counter() - start)
@@ -154,11 +173,11 @@ def refuse_futile(
     if not is_futile(options, before):
         return None
     backend = describe_backend(problem.network, "decisions on the host")
-    report = _unchanged(before, STEPS_LONG_ENOUGH, report_unmatched(problem), (), backend)
+    report = _unchanged(problem, before, STEPS_LONG_ENOUGH, report_unmatched(problem), (), backend)
     return replace(report, seconds=time.perf_counter() - start)
 
 
-def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple[TeleportReport, Network]:
+def _teleport(problem: Problem, options: Options, around: Surroundings) -> tuple[TeleportReport, Network]:
     """Plan, search and check; the report (without its time) and the weights to write if it is accepted."""
     matches = observe_inputs(problem) if options.group == POSITIVE_DIAGONAL else match_inputs(problem, options.layers)
     plan, layer_reports = make_plan(
@@ -170,14 +189,20 @@ def _teleport(problem: Problem, options: Options, held: Holdout | None) -> tuple
         group_steps=options.step_size is not None,
         group=options.group,
     )
-    task = Task(problem, held, tuple(matches), plan, options)
+    task = Task(problem, around, tuple(matches), plan, options)
     found = device_search.find(task) if device_search.can_find(task) else _find_on_host(task)
-    unchanged = _unchanged(found.before, found.result.reason, layer_reports, found.result.records, found.backend)
+    result = found.result
+    unchanged = _unchanged(problem, found.before, result.reason, layer_reports, result.records, found.backend)
     return _settle(task, found, unchanged)
 
 
 def _unchanged(
-    before: Measurement, reason: str, layers: tuple[LayerReport, ...], trace: tuple[StepRecord, ...], backend: str
+    problem: Problem,
+    before: Measurement,
+    reason: str,
+    layers: tuple[LayerReport, ...],
+    trace: tuple[StepRecord, ...],
+    backend: str,
 ) -> TeleportReport:
     """The report (without its time) of weights that stay as they are."""
     return TeleportReport(
@@ -193,6 +218,10 @@ def _unchanged(
         drift=0.0,
         holdout_before=before.holdout,
         holdout_after=before.holdout,
+        weight_changes=(0.0,) * len(problem.network),
+        weight_change=0.0,
+        sensitivity_before=before.sensitivity,
+        sensitivity_after=before.sensitivity,
         layers=layers,
         trace=trace,
         seconds=0.0,
@@ -213,7 +242,8 @@ def _find_on_host(task: Task) -> Found:
         result = ascend_fixed(search, start, evaluation, step_size=options.step_size)
     else:
         cap = float(task.cap(before.gradient_norm))
-        result = ascend(search, start, evaluation, cap=cap, bounds=task.bounds(before.data_loss, before.holdout))
+        bounds = task.bounds(before.data_loss, before.sensitivity, before.holdout)
+        result = ascend(search, start, evaluation, cap=cap, bounds=bounds)
     return Found(start, before, result, None, backend)
 
 
@@ -231,8 +261,8 @@ def _settle(task: Task, found: Found, unchanged: TeleportReport) -> tuple[Telepo
         if (hindrance := holding(candidate.hindrances)) is not None:
             reason = hindrance
             continue
-        after = read(candidate.measured)
-        if (refusal := _refusal(task.options, before, after) or _no_gain(task.options, before, after)) is not None:
+        after, (*changes, whole) = read(candidate.measured), candidate.changes.tolist()
+        if (refusal := _refusal(task.options, before, after, changes)) is not None:
             reason = refusal
             continue
         if (refusal := _too_little_gain(task, before, after)) is not None:
@@ -241,39 +271,55 @@ def _settle(task: Task, found: Found, unchanged: TeleportReport) -> tuple[Telepo
         report = replace(
             unchanged,
             accepted=True,
-            reason=reason,
+            reason=found.result.reason if steps == len(waypoints) - 1 else LATER_TAKEN_BACK,
             steps=steps,
             loss_after=after.loss,
             grad_norm_after=after.gradient_norm,
             objective_after=after.objective,
             drift=relative_change(before.data_loss, after.data_loss),
             holdout_after=after.holdout,
+            weight_changes=tuple(changes),
+            weight_change=whole,
+            sensitivity_after=after.sensitivity,
         )
         return report, candidate.network
     return replace(unchanged, reason=reason), task.problem.network
 
 
-def _refusal(options: Options, before: Measurement, after: Measurement) -> str | None:
-    """Why weights with these losses are not acceptable, or None; without a trust region only finiteness counts."""
+def _refusal(options: Options, before: Measurement, after: Measurement, changes: Sequence[float]) -> str | None:
+    """Why weights with these figures are not acceptable, or None; without a trust region only finiteness counts.
+
+    changes: those of the single weight layers.
+    """
+    if not all(map(math.isfinite, changes)):
+        return "the new weights are not finite"
     if not math.isfinite(after.data_loss):
         return drift_refusal(options, before.data_loss, after.data_loss)
-    if options.step_size is not None:
-        return None
-    if relative_change(before.data_loss, after.data_loss) > options.drift_tol:
-        return drift_refusal(options, before.data_loss, after.data_loss)
-    if before.holdout is None or after.holdout is None:
-        return None
-    if after.holdout <= before.holdout + options.holdout_tol * abs(before.holdout):
-        return None
-    return holdout_refusal(before.holdout, after.holdout)
-
-
-def _no_gain(options: Options, before: Measurement, after: Measurement) -> str | None:
-    """Why the objective on the weights formed is no reason to write them, or None."""
     if not after.finite:
         return "the loss, the objective or the gradient of the new weights is not finite"
     if options.step_size is not None:
         return None
+    if relative_change(before.data_loss, after.data_loss) > options.drift_tol:
+        return drift_refusal(options, before.data_loss, after.data_loss)
+    if max(changes) > options.max_weight_change:
+        return change_refusal(options, changes)
+    return _harm_elsewhere(options, before, after) or _no_gain(options, before, after)
+
+
+def _harm_elsewhere(options: Options, before: Measurement, after: Measurement) -> str | None:
+    """Why the new weights are not acceptable on the holdout, or under noise in the inputs, or None."""
+    old, new = before.holdout, after.holdout
+    if old is not None and new is not None and not new <= old + options.holdout_tol * abs(old):
+        return holdout_refusal(old, new)
+    calm, noisy = before.sensitivity, after.sensitivity
+    assert calm is not None and noisy is not None
+    if math.isfinite(options.max_sensitivity) and not noisy <= options.max_sensitivity * calm:
+        return noise_refusal(options, calm, noisy)
+    return None
+
+
+def _no_gain(options: Options, before: Measurement, after: Measurement) -> str | None:
+    """Why the objective on the weights formed is no reason to write them, or None."""
     gained = after.objective > before.objective if options.objective.maximise else after.objective < before.objective
     if not gained:
         return "the objective did not improve"

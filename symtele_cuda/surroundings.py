@@ -1,0 +1,84 @@
+"""What a teleport is looked at on besides its batch: the loss of a holdout, and what noise in the inputs does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .action import OtherSamples
+from .loss import BatchLoss, check_default_targets
+from .mlp import Chain
+from .problem import Problem, prepare
+
+NOISE = 0.1
+"""The standard deviation of the noise, as a share of that of all elements of the inputs."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The N samples of a holdout, or of the batch itself where there is none, and the same with noise.
+
+    others: those of the holdout, if there is one, and behind them the N noisy ones. loss: of the holdout.
+    """
+
+    others: OtherSamples
+    loss: BatchLoss | None
+
+    @classmethod
+    def make(cls, chain: Chain, holdout: tuple[Tensor, Tensor] | None, problem: Problem) -> Surroundings:
+        """Raises TypeError or ValueError, which name the holdout, if it is no batch for the model and the loss."""
+        if holdout is None:
+            return cls(OtherSamples.make(problem.network, with_noise(problem.samples), problem.samples), None)
+        try:
+            samples, targets = prepare(chain, holdout, problem.samples.dtype)
+            own_kind = problem.loss.targets
+            if problem.loss.default and targets.is_floating_point() != own_kind.is_floating_point():
+                raise TypeError(f"targets must be of the batch's kind {own_kind.dtype}, got {targets.dtype}")
+            rows = torch.cat([samples, with_noise(samples)])
+            others = OtherSamples.make(problem.network, rows, problem.samples)
+            found, logits = cls(others, replace(problem.loss, targets=targets)), others.outputs[-1]
+            if problem.loss.default:
+                check_default_targets(targets, len(samples), logits.shape[1])
+            if not math.isfinite(value := float(found.holdout_loss(logits))):
+                raise ValueError(f"the loss must be finite, got {value}")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"holdout: {error}") from error
+        return found
+
+    @property
+    def held(self) -> int:
+        """How many samples the holdout has; 0 without one."""
+        return 0 if self.loss is None else len(self.others.inputs) // 2
+
+    def holdout_loss(self, logits: Tensor) -> Tensor:
+        """The loss of the holdout, from the logits of its samples or of all `others`: a scalar."""
+        assert self.loss is not None
+        return self.loss.value(logits[: self.held])
+
+    def sensitivity(self, logits: Tensor, batch_logits: Tensor) -> Tensor:
+        """√(1/N Σ ‖z(x + ε) − z(x)‖²), the root mean square by which the noise ε moves the logits z: a float64 scalar.
+
+        logits: of all `others`; batch_logits: of the batch.
+        """
+        clean = logits[: self.held] if self.loss is not None else batch_logits
+        change = logits[self.held :] - clean
+        return torch.linalg.vector_norm(change, dtype=torch.float64) / math.sqrt(len(change))
+
+
+def with_noise(samples: Tensor) -> Tensor:
+    """x + ε with ε from a normal distribution, of `NOISE` times the standard deviation of all elements of x (n×d).
+
+    ε is the same for all calls of one shape, dtype and device; the process's random state stays as it is.
+    """
+    spread = samples.std(correction=0)
+    return torch.addcmul(samples, _noise(samples.shape, samples.dtype, samples.device), spread * NOISE)
+
+
+@lru_cache(maxsize=2)  # a training loop's teleports have one shape
+def _noise(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
