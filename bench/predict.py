@@ -55,6 +55,7 @@ from symtele_cuda.mlp import read_chain
 from symtele_cuda.options import make_options
 from symtele_cuda.planning import make_plan, match_inputs
 from symtele_cuda.problem import Problem
+from symtele_cuda.surroundings import Surroundings
 from symtele_cuda.task import Task
 
 # --- a prediction ----------------------------------------------------------------------------------------------------
@@ -223,8 +224,9 @@ class TeleportShape:
         problem = Problem.make(model, chain, (x, y), None, recorder.products)
         matches = tuple(match_inputs(problem))
         plan, _ = make_plan(problem, matches, None, action=options.action, inverse=options.inverse, group_steps=False)
+        around = Surroundings.make(chain, None, problem)
         for part, steps in ((SEARCH, teleport.STEPS), (LONGER_SEARCH, teleport.LONGER_STEPS)):
-            task = Task(problem, None, matches, plan, replace(options, steps=steps))
+            task = Task(problem, around, matches, plan, replace(options, steps=steps))
             on_device = task.with_tensors([torch.empty_like(tensor, device=WHERE) for tensor in task.tensors()])
             yield part
             graphs.run(on_device, run_program)
@@ -263,6 +265,8 @@ OPTIONS: dict[str, Any] = {
     "drift_tol": 1e-4,
     "holdout_tol": 0.05,
     "min_gain": 0.0,
+    "max_weight_change": math.inf,
+    "max_sensitivity": math.inf,
     "backend": "auto",
 }
 NETWORKS = [

@@ -721,12 +721,6 @@ def kernel(left: Tensor, right: Tensor, bias: bool) -> Tensor:
     return product.add_(1) if bias else product
 
 
-def squared_norm(tensor: Tensor) -> Tensor:
-    """Σ of the squared elements, in one pass."""
-    flat = tensor.flatten()
-    return flat @ flat
-
-
 def _factorize_moved(
     network: Network,
     plan: Plan,

@@ -128,7 +128,7 @@ class Program:
 
 def can_find(task: Task) -> bool:
     """Whether the task can be searched on its device: on a GPU, in activation space."""
-    fast = has_fast_path(task.options.objective) and not task.problem.weight_terms
+    fast = has_fast_path(task.options.objective) and task.problem.sees_logits_alone
     return fast and task.problem.samples.device.type == "cuda"
 
 

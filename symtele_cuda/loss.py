@@ -59,8 +59,9 @@ def default_loss(targets: Tensor) -> LossFunction:
 
 def _default_value_and_gradient(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """−1/n Σ log p_y and (p − 1_y) / n with p = softmax(o), or the mean of (o − y)² and 2 (o − y) / N, of outputs o."""
-    if targets.is_floating_point():
-        return F.mse_loss(outputs, targets), (outputs - targets) * (2 / outputs.numel())
+    if targets.is_floating_point():  # of another dtype than the outputs, the wider of the two counts
+        gradient = (outputs - targets) * (2 / outputs.numel())
+        return F.mse_loss(outputs, targets), gradient.to(outputs.dtype)
     log_p = F.log_softmax(outputs, dim=1)
     chosen, share = targets.unsqueeze(1), 1 / len(outputs)
     hit = torch.full_like(chosen, -share, dtype=outputs.dtype)
@@ -107,20 +108,40 @@ def examine(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor]) -> Lo
 
     Raises:
         ValueError: the loss is no scalar, is not finite, or does not depend on the logits.
+        TypeError: the loss takes targets and outputs in the other order. Other errors of the loss arrive as they are.
     """
     if loss.default:  # it sees nothing but the logits
         value, gradient = loss.value_and_gradient(logits.detach())
         return LossAtStart(_finite(value), gradient, False)
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        value = loss(leaf)
+        try:
+            value = loss(leaf)
+        except Exception as error:
+            _check_order(loss, leaf, error)
+            raise
         number = _finite(value.detach())
         if not value.requires_grad:
             raise ValueError("loss_fn must depend on the model's output, got a value that carries no gradient")
-        gradient, *direct = torch.autograd.grad(value, [leaf, *parameters], allow_unused=True)
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        gradient, *direct = torch.autograd.grad(value, [leaf, *trainable], allow_unused=True)
     if gradient is None:
         raise ValueError("loss_fn must depend on the model's output, got a value that does not")
     return LossAtStart(number, gradient, any(term is not None for term in direct))
+
+
+def _check_order(loss: BatchLoss, logits: Tensor, error: Exception) -> None:
+    """Raise if the loss, which has failed, works with its arguments swapped."""
+    try:
+        swapped = loss.function(loss.targets, loss.output.forward(logits))
+        works = isinstance(swapped, Tensor) and swapped.ndim == 0 and swapped.requires_grad
+    except Exception:
+        works = False
+    if works:
+        raise TypeError(
+            "loss_fn must take (outputs, targets) in this order, got one that fails with "
+            f"{type(error).__name__} and works with the two swapped"
+        ) from error
 
 
 def _finite(value: Tensor) -> float:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .action import Network, kernel, parameter_list, squared_norm
+from .action import Network, kernel
 from .objectives import Lookahead, LooksAhead, Objective, has_fast_path
 from .problem import Problem, layer_inputs
+from .products import dot
 from .surroundings import Surroundings
 
 # ⟨δ, K δ⟩ below this share of ‖K‖ ‖δ‖² has lost more than three of float32's seven digits.
@@ -60,7 +61,7 @@ def measure(
         others = around.others
         other_outputs = network.forward(others.inputs, others.outputs[: network.layers_in_common(problem.network)])
     logits_ahead: Tensor | None = None  # of the holdout
-    if problem.weight_terms or not has_fast_path(objective):
+    if not (problem.sees_logits_alone and has_fast_path(objective)):
         loss, squared, value, ahead = _measure_with_autograd(problem, objective, network)
         if around is not None and ahead is not None and around.held > 0:
             logits_ahead = network.with_parameters(ahead).forward(others.inputs[: around.held])[-1]
@@ -115,13 +116,10 @@ def _layers(network: Network) -> list[list[Tensor]]:
 
 def _square_sums(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Σ (θ' − θ)² and Σ θ² over the tensors of one layer: float64, of two elements."""
-    changes = [_square_sum(new - old) for old, new in zip(before, after, strict=True) if new is not old]
-    whole = torch.stack([_square_sum(old) for old in before]).sum()
+    differences = [new - old for old, new in zip(before, after, strict=True) if new is not old]
+    changes = [dot(difference, difference) for difference in differences]
+    whole = torch.stack([dot(old, old) for old in before]).sum()
     return torch.stack([torch.stack(changes).sum() if changes else torch.zeros_like(whole), whole])
-
-
-def _square_sum(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
 
 
 def _backpropagate(network: Network, outputs: Sequence[Tensor], output_delta: Tensor) -> list[Tensor]:
@@ -158,8 +156,8 @@ def _square_through_gram(batch: Tensor, known: Tensor | None, bias: bool, delta:
     if columns * rows <= n * (columns + rows):
         return None
     gram_matrix = kernel(batch, batch, bias) if known is None else known
-    square = delta.flatten() @ (gram_matrix @ delta).flatten()
-    trusted = CANCELLED * squared_norm(gram_matrix).sqrt() * squared_norm(delta)
+    square = dot(delta, gram_matrix @ delta)
+    trusted = CANCELLED * dot(gram_matrix, gram_matrix).sqrt() * dot(delta, delta)
     return square if bool(square > trusted) else None
 
 
@@ -185,14 +183,16 @@ def _measure_with_autograd(
     problem: Problem, objective: Objective, network: Network
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor] | None]:
     """Loss, ‖∇L‖² and objective of any loss of the parameters and any objective, and where it looks ahead to."""
+    loss_of = problem.loss_of_trainable(network)
     with torch.enable_grad():
-        parameters = parameter_list(network, requires_grad=True)
-        loss = problem.loss_of(parameters)
-        gradients = torch.autograd.grad(loss, parameters)
-        ahead = objective.ahead(problem.loss_of, parameters) if isinstance(objective, LooksAhead) else None
-        value = objective.value(problem.loss_of, parameters) if ahead is None else problem.loss_of(ahead)
-    square = torch.stack([squared_norm(gradient).double() for gradient in gradients]).sum()
-    return loss.detach(), square, value.detach(), None if ahead is None else [p.detach() for p in ahead]
+        parameters = problem.leaves(network)
+        loss = loss_of(parameters)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        ahead = objective.ahead(loss_of, parameters) if isinstance(objective, LooksAhead) else None
+        value = objective.value(loss_of, parameters) if ahead is None else loss_of(ahead)
+    squares = [dot(gradient, gradient) for gradient in gradients if gradient is not None]
+    whole = None if ahead is None else [tensor.detach() for tensor in problem.merge(network, ahead)]
+    return loss.detach(), torch.stack(squares).sum(), value.detach(), whole
 
 
 def relative_change(before: float, after: float) -> float:

@@ -57,10 +57,21 @@ class Chain:
     flattens: bool = False
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(qualified name, parameter) of all weight layers: weight, bias, weight, ..."""
+        """(qualified name, parameter) of all weight layers: weight, bias, weight, ...
+
+        By name: a Linear may have registered its bias first, as `prune.remove` leaves it.
+        """
         for where, linear in zip(self.names, self.linears, strict=True):
-            for name, parameter in linear.named_parameters(recurse=False):
-                yield f"{where}.{name}", parameter
+            for name in ("weight", "bias"):
+                parameter = linear._parameters.get(name)
+                if parameter is not None:
+                    yield f"{where}.{name}", parameter
+
+    def frozen(self, layer: int) -> str | None:
+        """The name of a parameter of weight layer `layer` (0-based) that does not require a gradient, or None."""
+        own = self.linears[layer]._parameters.values()
+        frozen = {id(parameter) for parameter in own if parameter is not None and not parameter.requires_grad}
+        return next((name for name, parameter in self.named_parameters() if id(parameter) in frozen), None)
 
 
 def read_chain(model: nn.Module) -> Chain:
@@ -82,17 +93,55 @@ def read_chain(model: nn.Module) -> Chain:
     return _assemble(_steps_of_module(model, ""))
 
 
+def mark_of(model: nn.Module) -> tuple[Any, ...]:
+    """What a chain depends on besides the parameters of its Linear layers: where it is the same, so is the chain.
+
+    Of every module its place, identity, mode, hooks, plain attributes and submodules, and the tensors that are no
+    parameters of a Linear, by identity and version.
+    """
+    return tuple((name, *_mark_of_module(module)) for name, module in model.named_modules(remove_duplicate=False))
+
+
+def _mark_of_module(module: nn.Module) -> tuple[Any, ...]:
+    plain = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, torch.dtype)))
+    hooks = (*map(id, module._forward_pre_hooks.values()), *map(id, module._forward_hooks.values()))
+    own = {} if isinstance(module, nn.Linear) else module._parameters
+    others = ((k, t) for k, t in (*own.items(), *module._buffers.items()) if t is not None)
+    tensors = tuple((k, id(t), None if t.is_inference() else t._version) for k, t in others)
+    present = tuple(k for k, p in module._parameters.items() if p is not None)
+    return id(module), type(module), "forward" in vars(module), plain, hooks, tensors, present
+
+
+def check_same_structure(before: Chain, now: Chain) -> None:
+    """Raise ValueError, which names the difference, unless two chains have layers of the same shapes and kinds."""
+    for old, new in itertools.zip_longest(_describe(before), _describe(now), fillvalue="nothing"):
+        if old != new:
+            raise ValueError(f"model must keep the structure that it had at first, got {new} in the place of {old}")
+
+
+def _describe(chain: Chain) -> list[str]:
+    """A text for each of its layers and activations."""
+    parts = []
+    for where, linear, activation in zip(chain.names, chain.linears, (*chain.activations, chain.output), strict=True):
+        rows, columns = linear.weight.shape
+        bias = "" if linear.bias is not None else " without bias"
+        parts += [f"{where!r}, a Linear from {columns} to {rows}{bias}", f"{activation} behind {where!r}"]
+    return parts
+
+
 def check_parameters(chain: Chain) -> None:
     """Raise unless all weight layers can be computed with, and rewritten in place.
 
     Their parameters must be plain dense tensors of one floating dtype (16 bits or more) on one device (not meta),
-    finite, contiguous, not frozen, no two of them sharing memory. TypeError for wrong kinds of tensors and dtypes,
-    ValueError otherwise; the message has the parameter's qualified name.
+    finite, contiguous, not made in torch.inference_mode(), no two of them sharing memory. TypeError for wrong kinds of
+    tensors and dtypes, ValueError otherwise; the message has the parameter's qualified name.
     """
     parameters = list(chain.named_parameters())
     for name, parameter in parameters:
         _check_kind(name, parameter)
         _check_same_kind(name, parameter, *parameters[0])
+    for where, linear in zip(chain.names, chain.linears, strict=True):
+        _check_shapes(where, linear)
     _check_untied(parameters)
     for name, parameter in parameters:
         _check_writable(name, parameter)
@@ -113,7 +162,12 @@ def check_batch(chain: Chain, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"batch targets must have one entry for each of n={len(flat)} inputs, got shape {tuple(targets.shape)}"
         )
-    return flat, targets
+    return flat, as_constant(targets)
+
+
+def as_constant(data: Tensor) -> Tensor:
+    """The tensor without its graph, as one that autograd can save: a copy where inference mode has made it."""
+    return data.clone() if data.is_inference() else data.detach()
 
 
 def check_inputs(chain: Chain, inputs: Tensor, argument: str) -> Tensor:
@@ -127,7 +181,7 @@ def check_inputs(chain: Chain, inputs: Tensor, argument: str) -> Tensor:
     if inputs.dtype != weight.dtype:
         raise TypeError(f"{argument} must have the model's dtype {weight.dtype}, got {inputs.dtype}")
     _check_real(argument, inputs)
-    flat = inputs.detach()
+    flat = as_constant(inputs)
     if chain.flattens and flat.dim() > 2:
         flat = flat.flatten(1)
     features = weight.shape[1]
@@ -242,6 +296,8 @@ def _check_plain_linear(linear: nn.Linear, where: str) -> nn.Linear:
         raise _no_chain(where, "a plain torch.nn.Linear", f"{type(linear).__name__}, which has a forward of its own")
     if "weight" not in linear._parameters:  # pruned, or normalized the old way
         raise _no_chain(where, "a Linear whose weight is a parameter", f"parameters {[*linear._parameters]}")
+    if not {*linear._parameters} <= {"weight", "bias"}:
+        raise _no_chain(where, "a Linear with weight and bias alone", f"parameters {[*linear._parameters]}")
     return linear
 
 
@@ -447,6 +503,17 @@ def _check_kind(name: str, parameter: nn.Parameter) -> None:
     _check_real(f"parameter {name!r}", parameter)
 
 
+def _check_shapes(where: str, linear: nn.Linear) -> None:
+    weight, bias = linear.weight, linear.bias
+    if weight.dim() != 2:
+        raise ValueError(f"parameter '{where}.weight' must be a matrix, got shape {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"parameter '{where}.bias' must have shape ({weight.shape[0]},), one element a row of the weight, "
+            f"got {tuple(bias.shape)}"
+        )
+
+
 def _check_real(argument: str, tensor: Tensor) -> None:
     """Raise for dtypes without the arithmetic of real numbers, such as float8."""
     if tensor.dtype not in _DTYPES:
@@ -482,9 +549,9 @@ def _check_same_kind(name: str, parameter: nn.Parameter, first_name: str, first:
 
 
 def _check_writable(name: str, parameter: nn.Parameter) -> None:
-    if not parameter.requires_grad:
+    if parameter.is_inference():
         raise ValueError(
-            f"parameter {name!r} must be trainable to be teleported, got one frozen by requires_grad=False"
+            f"parameter {name!r} must be one that autograd can follow, got one made in torch.inference_mode()"
         )
     if not parameter.is_contiguous():
         raise ValueError(f"parameter {name!r} must be contiguous, got strides {parameter.stride()}")

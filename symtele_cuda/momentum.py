@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import TeleportError
-from .mlp import Chain, check_inputs, check_parameters, read_chain
+from .mlp import Chain, check_inputs
+from .optimizers import holder_of, kind_of
 from .options import GL, POSITIVE_DIAGONAL
 from .pinv import MAX_CONDITION, append_ones, pinv_factor
-from .problem import layer_inputs, read_network
+from .problem import begin, layer_inputs, read_network
 from .report import TeleportReport
+from .transaction import Transaction
 
-FIRST_MOMENTS: dict[type, str | None] = {
+FIRST_MOMENTS: dict[type[torch.optim.Optimizer], str | None] = {
     torch.optim.SGD: "momentum_buffer",
     torch.optim.Adagrad: None,
     torch.optim.RMSprop: "momentum_buffer",
@@ -28,7 +30,7 @@ FIRST_MOMENTS: dict[type, str | None] = {
 
 def check_first_moment_known(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError unless it is known which entry of the optimizer's state is its first moment."""
-    if type(optimizer) not in FIRST_MOMENTS:
+    if kind_of(optimizer, FIRST_MOMENTS) is None:
         raise ValueError(
             f"optimizer must be one of {', '.join(known.__name__ for known in FIRST_MOMENTS)} for "
             f'optimizer_state="transport", got {type(optimizer).__name__}'
@@ -36,9 +38,13 @@ def check_first_moment_known(optimizer: torch.optim.Optimizer) -> None:
 
 
 def with_momentum(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, teleport: Callable[[], TeleportReport]
+    transaction: Transaction,
+    chain: Chain,
+    optimizers: Sequence[torch.optim.Optimizer],
+    x: Tensor,
+    teleport: Callable[[], TeleportReport],
 ) -> TeleportReport:
-    """Run `teleport`, a teleport of `model` on the samples `x`, and if it is accepted move the first moments with it.
+    """Run `teleport`, a teleport of `chain` on the samples `x`, and if it is accepted move the first moments with it.
 
     A weight layer's gradient is δᵀ [B, 1]. Where its input B moved to B' = B gᵀ, the share of the weights becomes
     δᵀ B gᵀ, and so the moment M goes to M gᵀ.
@@ -60,7 +66,7 @@ def with_momentum(
     Second moments stay, as do parameters without a state.
 
     Args:
-        optimizer: as for `check_first_moment_known`.
+        optimizers: each as for `check_first_moment_known`.
         x: the samples as for `teleport_mlp`.
         teleport: changes nothing but the model's parameters.
 
@@ -69,23 +75,14 @@ def with_momentum(
 
     Raises:
         TeleportError: the inputs of a layer behind one that GL moved have no full rank, or are too ill-conditioned for
-            the dtype. After it, as after any error, model and state are what they were.
+            the dtype. After it, as after any error in the transaction, model and state are what they were.
     """
-    chain = read_chain(model)
-    check_parameters(chain)
-    moments = _first_moments(optimizer, chain)
+    begin(transaction, chain)
+    moments = _first_moments(optimizers, chain)
     before = _observe(chain, x)
-    kept: list[Tensor] = [parameter for _, parameter in chain.named_parameters()]
-    kept += [moment for layer in moments for moment in (layer.weight, layer.bias) if moment is not None]
-    saved = [tensor.detach().clone() for tensor in kept]
-    with torch.no_grad():
-        try:
-            report = teleport()
-            if report.accepted:
-                _transport(moments, before, _observe(chain, x), [layer.group for layer in report.layers])
-        except BaseException:
-            torch._foreach_copy_(kept, saved)
-            raise
+    report = teleport()
+    if report.accepted:
+        _transport(transaction, moments, before, _observe(chain, x), [layer.group for layer in report.layers])
     return report
 
 
@@ -97,11 +94,16 @@ class _Moments:
     bias: Tensor | None
 
 
-def _first_moments(optimizer: torch.optim.Optimizer, chain: Chain) -> list[_Moments]:
-    name = FIRST_MOMENTS[type(optimizer)]
+def _first_moments(optimizers: Sequence[torch.optim.Optimizer], chain: Chain) -> list[_Moments]:
+    holders = holder_of(optimizers)
 
     def moment(parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else optimizer.state.get(parameter, {}).get(name)
+        if parameter is None or id(parameter) not in holders:
+            return None
+        optimizer, _ = holders[id(parameter)]
+        kind = kind_of(optimizer, FIRST_MOMENTS)
+        assert kind is not None
+        return optimizer.state.get(parameter, {}).get(FIRST_MOMENTS[kind])
 
     return [_Moments(moment(linear.weight), moment(linear.bias)) for linear in chain.linears]
 
@@ -115,18 +117,20 @@ class _Activations:
 
 
 def _observe(chain: Chain, x: Tensor) -> _Activations:
-    flat = check_inputs(chain, x, "x")
-    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
-        network = read_network(chain)
-        samples = flat.to(network.weights[0].dtype)
-        outputs = network.forward(samples)
-        return _Activations(layer_inputs(network, samples, outputs), outputs)
+    network = read_network(chain)
+    samples = check_inputs(chain, x, "x").to(network.weights[0].dtype)
+    outputs = network.forward(samples)
+    return _Activations(layer_inputs(network, samples, outputs), outputs)
 
 
 def _transport(
-    moments: Sequence[_Moments], before: _Activations, after: _Activations, groups: Sequence[str | None]
+    transaction: Transaction,
+    moments: Sequence[_Moments],
+    before: _Activations,
+    after: _Activations,
+    groups: Sequence[str | None],
 ) -> None:
-    """Write the new moments into the old ones, all in one call; groups: what has moved the hidden layers."""
+    """Write the new moments into the old ones; groups: what has moved the hidden layers."""
     moved = list(moments)
     for index, group in enumerate(groups):
         behind = index + 1
@@ -137,7 +141,7 @@ def _transport(
             moved[index], moved[behind] = _scaled(moved[index], moved[behind], scales)
     changed = [(old, new) for pair in zip(moments, moved, strict=True) for old, new in _replaced(*pair)]
     if changed:
-        torch._foreach_copy_([old for old, _ in changed], [new for _, new in changed])
+        transaction.write([old for old, _ in changed], [new for _, new in changed])
 
 
 def _replaced(old: _Moments, new: _Moments) -> list[tuple[Tensor, Tensor]]:

@@ -62,7 +62,7 @@ class GradNorm:
 
     def value(self, loss_of: LossOfParameters, parameters: Sequence[Tensor]) -> Tensor:
         gradients = torch.autograd.grad(loss_of(parameters), list(parameters), create_graph=True)
-        return torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+        return torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
 
     def evaluate(self, network: Network, plan: Plan, state: State, loss: BatchLoss, output_delta: Tensor) -> Evaluation:
         """f = Σ_l ⟨δ_l δ_lᵀ, K_l⟩ and its gradient."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .checks import check_number
 from .objectives import LossOfParameters
+from .optimizers import holder_of, kind_of, unwrap
 
 Update = Callable[[Tensor, Tensor], Tensor]
 """u of one parameter, of its value θ and its gradient g."""
@@ -43,8 +44,8 @@ class OptimizerLookahead:
     """f = L(θ − c·u(θ, ∇L(θ))), the loss after `margin` = c times the optimizer's next step u on the same batch, to be
     minimised.
 
-    step: of `read_step` for the model's parameters in the order of its Linear layers, weight before bias; its state
-    stays as it was read. margin: a number > 0.
+    step: of `read_step` for the model's trainable parameters in the order of its Linear layers, weight before bias; its
+    state stays as it was read. margin: a number > 0.
     """
 
     step: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
@@ -65,7 +66,9 @@ class OptimizerLookahead:
         return [p - self.margin * u for p, u in zip(parameters, steps, strict=True)]
 
 
-def read_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> OptimizerStep:
+def read_step(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor]
+) -> OptimizerStep:
     """The next step of `optimizer` for `parameters`, with copies of its settings and state as they stand.
 
     With γ = lr, λ = weight_decay, t the number of the step, primes for the state after it, and g + λθ in the place of g
@@ -87,24 +90,34 @@ def read_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) ->
     true one where gradient and second moment are exactly 0: γ/ε and not NaN.
 
     Args:
-        optimizer: a torch.optim.SGD, Adagrad, RMSprop, Adam, AdamW or Muon, and no subclass of theirs.
+        optimizer: a torch.optim.SGD, Adagrad, RMSprop, Adam, AdamW or Muon, a subclass that inherits their `step`, a
+            wrapper that holds one in `.optimizer`, or a sequence of these, each for the parameters that it holds.
         parameters: tensors that it holds, in the order of the step's arguments. The state is taken in the dtype of a
             search: float64 for float64, float32 for everything else.
 
     Raises:
         ValueError: another optimizer, or a parameter that it does not hold.
     """
-    read = _UPDATES.get(type(optimizer))
-    if read is None:
-        raise ValueError(
-            f"optimizer must be one of {', '.join(known.__name__ for known in _UPDATES)}, whose next step is known, "
-            f"got {type(optimizer).__name__}: pass lr=, the rate of a plain gradient step, instead"
-        )
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [index for index, parameter in enumerate(parameters) if id(parameter) not in groups]
+    optimizers = unwrap(optimizer)
+    kinds = {id(one): kind_of(one, _UPDATES) for one in optimizers}
+    for one in optimizers:
+        if kinds[id(one)] is None:
+            known = ", ".join(cls.__name__ for cls in _UPDATES)
+            raise ValueError(
+                f"optimizer must be one of {known}, whose next step is known, got {type(one).__name__}: pass lr=, the "
+                "rate of a plain gradient step, instead"
+            )
+    holders = holder_of(optimizers)
+    missing = [index for index, parameter in enumerate(parameters) if id(parameter) not in holders]
     if missing:
         raise ValueError(f"parameters must be held by the optimizer, got others at the positions {missing}")
-    return OptimizerStep(tuple(_read_update(read, optimizer, p, groups[id(p)]) for p in parameters))
+    updates = []
+    for parameter in parameters:
+        holder, group = holders[id(parameter)]
+        kind = kinds[id(holder)]
+        assert kind is not None
+        updates.append(_read_update(_UPDATES[kind], holder, parameter, group))
+    return OptimizerStep(tuple(updates))
 
 
 def sgd_rate(settings: Mapping[str, Any]) -> float:
@@ -358,7 +371,7 @@ def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], ite
     return image.T if tall else image
 
 
-_UPDATES: dict[type, Callable[[_Slot], Update]] = {
+_UPDATES: dict[type[torch.optim.Optimizer], Callable[[_Slot], Update]] = {
     torch.optim.SGD: _SGD.read,
     torch.optim.Adagrad: _Adagrad.read,
     torch.optim.RMSprop: _RMSprop.read,

@@ -11,7 +11,7 @@ from torch import Tensor
 from .action import Gradient, Network, Plan, State, parameter_list, pull_back_weights, weights_of
 from .activation_space import Evaluation
 from .loss import BatchLoss
-from .objectives import GradNorm, Lookahead, LossOfParameters, Objective, has_fast_path
+from .objectives import GradNorm, Lookahead, Objective, has_fast_path
 from .problem import Problem
 
 
@@ -43,31 +43,33 @@ class FastPath:
 class GeneralPath:
     """With the weights formed at every step; for any objective and any loss of the parameters."""
 
-    network: Network
+    problem: Problem
     plan: Plan
     objective: Objective
-    loss_of: LossOfParameters
 
     def evaluate(self, state: State) -> Evaluation:
-        formed = weights_of(self.network, self.plan, state)
+        problem, network = self.problem, self.problem.network
+        formed = weights_of(network, self.plan, state)
         with torch.enable_grad():
-            parameters = parameter_list(formed, requires_grad=True)
-            value = self.objective.value(self.loss_of, parameters)
+            parameters = problem.leaves(formed)
+            value = self.objective.value(problem.loss_of_trainable(formed), parameters)
         if not (isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad):
             raise ValueError("objective.value must return a scalar tensor that depends on the parameters")
 
         def gradient() -> Gradient:
             # One Hessian-vector product gives ∂f/∂[W', b'], the closed form of the action the rest.
             found = torch.autograd.grad(value, parameters, allow_unused=True)
-            filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
-            pairs = [(next(filled), None if bias is None else next(filled)) for bias in formed.biases]
-            return pull_back_weights(self.network, self.plan, state, formed, pairs)
+            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+            nothing = formed.with_parameters([torch.zeros_like(tensor) for tensor in parameter_list(formed)])
+            by_weights = formed.with_parameters(problem.merge(nothing, filled))
+            pairs = list(zip(by_weights.weights, by_weights.biases, strict=True))
+            return pull_back_weights(network, self.plan, state, formed, pairs)
 
         return Evaluation(value.detach(), gradient)
 
 
 def choose_path(problem: Problem, plan: Plan, objective: Objective) -> Path:
     """In activation space where loss and objective allow it, else with the weights formed."""
-    if has_fast_path(objective) and not problem.weight_terms:
+    if has_fast_path(objective) and problem.sees_logits_alone:
         return FastPath(problem.network, plan, objective, problem.loss, problem.output_delta)
-    return GeneralPath(problem.network, plan, objective, problem.loss_of)
+    return GeneralPath(problem, plan, objective)

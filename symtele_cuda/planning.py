@@ -14,6 +14,7 @@ from .action import Match, Network, Plan
 from .activations import Activation
 from .errors import TeleportError
 from .kernels import Products
+from .mlp import Chain
 from .options import AUTO, GL, POSITIVE_DIAGONAL
 from .pinv import MAX_CONDITION, condition_from_gram, pinv_factor
 from .problem import Problem, layer_inputs
@@ -118,10 +119,14 @@ def report_unmatched(problem: Problem) -> tuple[LayerReport, ...]:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What moves the activations behind one hidden layer, "gl" or "positive_diagonal", or None and why."""
+    """What moves the activations behind one hidden layer, "gl" or "positive_diagonal", or None and why.
+
+    frozen: whether it is that a parameter is frozen which would have to change.
+    """
 
     group: str | None
     reason: str = TELEPORTED
+    frozen: bool = False
 
     @property
     def refused(self) -> bool:
@@ -151,7 +156,7 @@ def make_plan(
     choices = [
         _Choice(None, NOT_ASKED_FOR)
         if layers is not None and index not in layers
-        else _choose_group(network, matches, index - 1, group)
+        else _choose_group(problem, matches, index - 1, group)
         for index in range(1, len(network))
     ]
 
@@ -182,26 +187,72 @@ def make_plan(
     return plan_for(choices), reports
 
 
-def _choose_group(network: Network, matches: Sequence[Match], layer: int, group: str) -> _Choice:
+def _choose_group(problem: Problem, matches: Sequence[Match], layer: int, group: str) -> _Choice:
     """The first group that can move the activations behind weight layer `layer` (0-based), of those that `group` is."""
-    reasons = []
-    for name in (GL, POSITIVE_DIAGONAL) if group == AUTO else (group,):
-        reason = _why_not_gl(network, matches, layer) if name == GL else _why_not_scaled(network, layer)
+    network, reasons = problem.network, []
+    for name in problem.frozen[layer : layer + 2]:
+        if name is not None:
+            return _Choice(None, _frozen(name), frozen=True)
+    for name in _groups(group):
+        by_gl = name == GL
+        reason = _why_not_gl(network, matches, layer) if by_gl else _why_not_scaled(network.activations[layer])
         if reason is None:
             return _Choice(name)
         reasons.append(reason)
     return _Choice(None, ", and ".join(reasons))
 
 
-def _why_not_gl(network: Network, matches: Sequence[Match], layer: int) -> str | None:
-    """Why GL cannot move the activations behind weight layer `layer`, or None."""
-    if not network.activations[layer].invertible:
-        return f"{network.activations[layer]} has no inverse"
-    match = matches[layer]
-    n, width = match.inputs.shape
-    columns = width + (network.biases[layer] is not None)
+def check_possible(chain: Chain, layers: Sequence[int] | None, group: str, n: int) -> None:
+    """Raise ValueError if no batch of `n` samples lets `group` move the hidden `layers` (1..m; None: any) of `chain`.
+
+    It sees what needs no batch: frozen parameters, activations without inverse, layers too narrow.
+    """
+    hidden = range(1, len(chain.linears)) if layers is None else layers
+    reasons = {index: _why_never(chain, index - 1, group, n) for index in hidden}
+    impossible = {index: reason for index, reason in reasons.items() if reason is not None}
+    if not impossible or (layers is None and len(impossible) < len(reasons)):
+        return
+    details = "; ".join(f"hidden layer {index}: {reason}" for index, reason in impossible.items())
+    raise ValueError(f"model can never be teleported by group={group!r} with {n} samples: {details}")
+
+
+def _why_never(chain: Chain, layer: int, group: str, n: int) -> str | None:
+    """Why `group` moves the activations behind weight layer `layer` with no batch of n samples, or None."""
+    for name in (chain.frozen(layer), chain.frozen(layer + 1)):
+        if name is not None:
+            return _frozen(name)
+    activation, linear = chain.activations[layer], chain.linears[layer]
+    by_gl = _why_never_gl(activation, linear.weight.shape[1] + (linear.bias is not None), n)
+    found = {GL: by_gl, POSITIVE_DIAGONAL: _why_not_scaled(activation)}
+    reasons = [found[name] for name in _groups(group)]
+    return None if None in reasons else ", and ".join(reason for reason in reasons if reason is not None)
+
+
+def _groups(group: str) -> tuple[str, ...]:
+    """The groups that `group` stands for, in the order in which they are tried."""
+    return (GL, POSITIVE_DIAGONAL) if group == AUTO else (group,)
+
+
+def _frozen(name: str) -> str:
+    return f"it would change {name!r}, which is frozen"
+
+
+def _why_never_gl(activation: Activation, columns: int, n: int) -> str | None:
+    """Why GL cannot move activations behind a layer whose input has `columns` columns, whatever the n samples."""
+    if not activation.invertible:
+        return f"{activation} has no inverse"
     if n > columns:
         return f"{n} samples cannot be independent in an input of {columns} columns (bias included)"
+    return None
+
+
+def _why_not_gl(network: Network, matches: Sequence[Match], layer: int) -> str | None:
+    """Why GL cannot move the activations behind weight layer `layer`, or None."""
+    match = matches[layer]
+    n, width = match.inputs.shape
+    never = _why_never_gl(network.activations[layer], width + (network.biases[layer] is not None), n)
+    if never is not None:
+        return never
     if match.rank is not None and match.rank < n:
         return f"the {n} samples have rank {match.rank} in the layer's input"
     if match.gram_inverse is None:
@@ -209,9 +260,8 @@ def _why_not_gl(network: Network, matches: Sequence[Match], layer: int) -> str |
     return None
 
 
-def _why_not_scaled(network: Network, layer: int) -> str | None:
-    """Why the positive diagonal group does not act on the activations behind weight layer `layer`, or None."""
-    activation = network.activations[layer]
+def _why_not_scaled(activation: Activation) -> str | None:
+    """Why the positive diagonal group does not act on the activations behind a layer with `activation`, or None."""
     return None if activation.positively_homogeneous else f"{activation} is not positively homogeneous"
 
 
@@ -234,17 +284,19 @@ _EXPECTED = {
 def _check_enough(
     network: Network, choices: Sequence[_Choice], layers: Sequence[int] | None, n: int, group: str
 ) -> None:
-    refused = [(index, choice.reason) for index, choice in enumerate(choices, start=1) if choice.refused]
+    refused = [(index, choice) for index, choice in enumerate(choices, start=1) if choice.refused]
     if any(choice.group is not None for choice in choices) and not (layers is not None and refused):
         return
     argument = "layers" if layers is not None else "group" if group == POSITIVE_DIAGONAL else "batch"
-    details = "; ".join(f"hidden layer {index}: {reason}" for index, reason in refused)
-    advice = _advise([network.activations[index - 1] for index, _ in refused], group)
+    details = "; ".join(f"hidden layer {index}: {choice.reason}" for index, choice in refused)
+    advice = _advise([network.activations[index - 1] for index, choice in refused if not choice.frozen], group)
     raise TeleportError(f"{argument}: expected {_EXPECTED[group]}, got a batch of n = {n} with {details}. {advice}.")
 
 
 def _advise(refused: Sequence[Activation], group: str) -> str:
-    """What may help where layers with these activations cannot be moved by `group`."""
+    """What may help where layers with these activations, and none that is frozen, cannot be moved by `group`."""
+    if not refused:
+        return "Unfreeze it, or name other hidden layers in layers"
     if group == POSITIVE_DIAGONAL:
         return 'Use group="gl"'
     advice = ["Use fewer or more varied samples"] if any(activation.invertible for activation in refused) else []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,16 +15,18 @@ from .action import Network, parameter_list
 from .errors import TeleportError
 from .kernels import Products
 from .loss import BatchLoss, LossFunction, check_default_targets, default_loss, examine
-from .mlp import Chain, check_batch, check_parameters
+from .mlp import Chain, as_constant, check_batch, check_parameters
 from .objectives import LossOfParameters
+from .transaction import Transaction
 
 
 @dataclass(frozen=True)
 class Problem:
     """A model and a batch, read and checked: everything that the search needs of them.
 
-    outputs: the pre-activations Y_l; output_delta: ∂L/∂logits; loss_of: the loss as a function of all parameters, and
-    weight_terms whether it depends on them other than through the logits.
+    outputs: the pre-activations Y_l; output_delta: ∂L/∂logits; trainable: of each of the `parameter_list`, whether the
+    optimizer moves it; frozen: of each weight layer, the name of a parameter that it does not move; loss_of: the loss
+    as a function of all parameters, and weight_terms whether it depends on them other than through the logits.
     """
 
     network: Network
@@ -32,6 +34,8 @@ class Problem:
     outputs: tuple[Tensor, ...]
     loss: BatchLoss
     output_delta: Tensor
+    trainable: tuple[bool, ...]
+    frozen: tuple[str | None, ...]
     loss_of: LossOfParameters
     weight_terms: bool
     parameter_dtype: torch.dtype
@@ -45,6 +49,11 @@ class Problem:
         loss_fn: LossFunction | None,
         products: Products = torch_products,
     ) -> Problem:
+        """Raises TeleportError inside torch.inference_mode(); TypeError, ValueError where batch or loss do not fit."""
+        if torch.is_inference_mode_enabled():
+            raise TeleportError(
+                "teleport_mlp cannot run inside torch.inference_mode(), expected torch.no_grad() or neither"
+            )
         network = replace(read_network(chain), products=products)
         dtype = network.weights[0].dtype
         samples, targets = prepare(chain, batch, dtype)
@@ -56,7 +65,7 @@ class Problem:
         loss = BatchLoss(loss_fn or default_loss(targets), targets, chain.output, default=loss_fn is None)
         parameters = [parameter for _, parameter in chain.named_parameters()]
         at_start = examine(loss, outputs[-1], parameters)
-        loss_of = _loss_of_parameters(model, chain, loss.function, batch[0].detach().to(dtype), targets)
+        loss_of = _loss_of_parameters(model, chain, loss.function, as_constant(batch[0]).to(dtype), targets)
         if at_start.weight_terms:
             _check_reaches_weights(loss_of, network, parameters)
         return cls(
@@ -65,10 +74,32 @@ class Problem:
             outputs=outputs,
             loss=loss,
             output_delta=at_start.gradient,
+            trainable=tuple(parameter.requires_grad for parameter in parameters),
+            frozen=tuple(map(chain.frozen, range(len(chain.linears)))),
             loss_of=loss_of,
             weight_terms=at_start.weight_terms,
             parameter_dtype=parameters[0].dtype,
         )
+
+    @property
+    def sees_logits_alone(self) -> bool:
+        """Whether loss and gradient follow from the logits, for all weights: what activation space can do."""
+        return not self.weight_terms and all(self.trainable)
+
+    def leaves(self, network: Network) -> list[Tensor]:
+        """The trainable ones of the `parameter_list` of `network`, as leaves of their own memory."""
+        pairs = zip(parameter_list(network), self.trainable, strict=True)
+        return [tensor.detach().clone().requires_grad_() for tensor, trainable in pairs if trainable]
+
+    def merge(self, network: Network, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The `parameter_list` of `network` with others in the place of the trainable ones."""
+        replacements = iter(leaves)
+        pairs = zip(parameter_list(network), self.trainable, strict=True)
+        return [next(replacements) if trainable else tensor for tensor, trainable in pairs]
+
+    def loss_of_trainable(self, network: Network) -> LossOfParameters:
+        """The loss as a function of the trainable ones alone, the others being those of `network`."""
+        return lambda leaves: self.loss_of(self.merge(network, leaves))
 
 
 def prepare(chain: Chain, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -76,40 +107,22 @@ def prepare(chain: Chain, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> t
     samples, targets = check_batch(chain, batch)
     if targets.is_floating_point() and targets.dtype == samples.dtype:
         targets = targets.to(dtype)
-    return samples.detach().to(dtype), targets.detach()
+    return samples.to(dtype), targets
 
 
-@contextmanager
-def at_work(chain: Chain) -> Iterator[None]:
-    """Around all that computes with the model: on its device, without gradients and autocast, its parameters kept.
+def begin(transaction: Transaction, chain: Chain) -> None:
+    """Before all that computes with the chain: check it, and compute on its device, without gradients and autocast.
+
+    Where the work raises, its modules hold their own parameter objects again: the loss with other weights swaps tensors
+    into the live model.
 
     Raises:
-        TeleportError: inside torch.inference_mode().
         TypeError, ValueError: as `check_parameters`.
     """
-    if torch.is_inference_mode_enabled():
-        raise TeleportError(
-            "teleport_mlp cannot run inside torch.inference_mode(), expected torch.no_grad() or neither"
-        )
     check_parameters(chain)
-    device = chain.linears[0].weight.device
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with on_device, torch.no_grad(), torch.autocast(device.type, enabled=False), parameters_kept(chain):
-        yield
-
-
-@contextmanager
-def parameters_kept(chain: Chain) -> Iterator[None]:
-    """Whatever happens inside, the model's modules hold their own parameter objects afterwards.
-
-    The loss with other weights swaps tensors into the live model, which an interrupt may leave there.
-    """
-    own = [(linear, name, parameter) for linear in chain.linears for name, parameter in linear.named_parameters()]
-    try:
-        yield
-    finally:
-        for linear, name, parameter in own:
-            linear._parameters[name] = parameter
+    for linear in chain.linears:
+        transaction.on_failure(functools.partial(linear._parameters.update, dict(linear._parameters)))
+    transaction.compute_on(chain.linears[0].weight.device)
 
 
 def layer_inputs(network: Network, samples: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -155,7 +168,8 @@ def _check_reaches_weights(loss_of: LossOfParameters, network: Network, original
     """Raise if the loss reads the parameters past the model, where other weights cannot be put in their place."""
     with torch.enable_grad():
         value = loss_of(parameter_list(network, requires_grad=True))
-        found = torch.autograd.grad(value, originals, allow_unused=True) if value.requires_grad else ()
+        trainable = [parameter for parameter in originals if parameter.requires_grad]
+        found = torch.autograd.grad(value, trainable, allow_unused=True) if value.requires_grad else ()
     if any(gradient is not None for gradient in found):
         raise ValueError(
             "loss_fn must read the weights through the model (as model.parameters() when it is called), "

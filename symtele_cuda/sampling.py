@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from . import products
 from .errors import TeleportError
-from .mlp import Chain, check_inputs, check_parameters, read_chain
+from .mlp import Chain, check_inputs, read_chain
 from .options import AUTO, POSITIVE_DIAGONAL, check_layers
 from .pinv import condition_from_gram
-from .problem import layer_inputs, read_network
+from .problem import begin, layer_inputs, read_network
+from .transaction import Transaction
 
 # Float32 would bear more, the data outside the batch would not: the nearer the samples are to dependence, the larger
 # the weights that tell them apart. With less the batch shrinks at the second of several teleports, for they bring its
@@ -58,23 +59,28 @@ def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = 
             `teleport_mlp` asks for (NaN or Inf in it, frozen, ...).
         TeleportError: no sample can be taken, because all are zero in the input of a layer without bias, or not finite.
     """
-    chain = read_chain(model)
+    transaction = Transaction()
+    return transaction.run(lambda: samples_of_chain(transaction, read_chain(model), x, layers))
+
+
+def samples_of_chain(
+    transaction: Transaction, chain: Chain, x: Tensor, layers: Sequence[int] | None = None
+) -> Tensor:
+    """`matched_samples` of a model that is read as `chain`, as part of a transaction."""
     named = range(1, len(chain.linears)) if layers is None else check_layers(layers, len(chain.linears) - 1)
-    check_parameters(chain)
-    flat = check_inputs(chain, x, "x")
-    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
-        network = read_network(chain)
-        samples = flat.to(network.weights[0].dtype)
-        inputs = layer_inputs(network, samples, network.forward(samples))
-        biased = [bias is not None for bias in network.biases]
-        exact, _ = products.grams([inputs[k - 1] for k in named], [biased[k - 1] for k in named])
-        grams = torch.stack(exact).cpu()  # row by row is slow on a GPU
+    begin(transaction, chain)
+    network = read_network(chain)
+    samples = check_inputs(chain, x, "x").to(network.weights[0].dtype)
+    inputs = layer_inputs(network, samples, network.forward(samples))
+    biased = [bias is not None for bias in network.biases]
+    exact, _ = products.grams([inputs[k - 1] for k in named], [biased[k - 1] for k in named])
+    grams = torch.stack(exact).cpu()  # row by row is slow on a GPU
     squares = grams.diagonal(dim1=1, dim2=2)
     usable = (squares.isfinite() & (squares > 0)).all(0).nonzero()[:, 0]
     if len(usable) == 0:
         raise TeleportError(
             f"x: expected a sample that is finite and not zero in the inputs of the hidden layers {list(named)}, "
-            f"got none among {len(flat)}"
+            f"got none among {len(samples)}"
         )
     columns = min(inputs[k - 1].shape[1] + biased[k - 1] for k in named)
     if len(usable) <= columns and _well_conditioned(_restrict(grams, usable)):  # then none would be skipped
@@ -86,8 +92,9 @@ def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = 
 def layers_to_match(chain: Chain, layers: Sequence[int] | None, group: str) -> list[int]:
     """The hidden layers, of `layers` (1..m; None: all), in whose inputs a batch for a teleport by `group` is to match.
 
-    "gl": those with an invertible activation. "positive_diagonal": none. "auto": as for "gl", but for layers with a
-    positively homogeneous activation and an input of fewer than 50 columns (the bias' included), which scale instead.
+    "gl": those with an invertible activation and nothing frozen in the weight layers beside them. "positive_diagonal":
+    none. "auto": as for "gl", but for layers with a positively homogeneous activation and an input of fewer than 50
+    columns (the bias' included), which scale instead.
     """
     hidden = range(1, len(chain.linears)) if layers is None else layers
     return [k for k in hidden if group != POSITIVE_DIAGONAL and _counts(chain, k, group)]
@@ -97,7 +104,8 @@ def _counts(chain: Chain, layer: int, group: str) -> bool:
     """Whether hidden layer `layer` is one for GL to move."""
     activation = chain.activations[layer - 1]
     narrow = input_columns(chain, layer) < LEAST_MATCHED
-    return activation.invertible and not (group == AUTO and activation.positively_homogeneous and narrow)
+    free = chain.frozen(layer - 1) is None and chain.frozen(layer) is None
+    return free and activation.invertible and not (group == AUTO and activation.positively_homogeneous and narrow)
 
 
 def input_columns(chain: Chain, layer: int) -> int:

@@ -13,6 +13,7 @@ from .action import OtherSamples
 from .loss import BatchLoss, check_default_targets
 from .mlp import Chain
 from .problem import Problem, prepare
+from .products import dot
 
 NOISE = 0.1
 """The standard deviation of the noise, as a share of that of all elements of the inputs."""
@@ -33,20 +34,12 @@ class Surroundings:
         """Raises TypeError or ValueError, which name the holdout, if it is no batch for the model and the loss."""
         if holdout is None:
             return cls(OtherSamples.make(problem.network, with_noise(problem.samples), problem.samples), None)
-        try:
-            samples, targets = prepare(chain, holdout, problem.samples.dtype)
-            own_kind = problem.loss.targets
-            if problem.loss.default and targets.is_floating_point() != own_kind.is_floating_point():
-                raise TypeError(f"targets must be of the batch's kind {own_kind.dtype}, got {targets.dtype}")
-            rows = torch.cat([samples, with_noise(samples)])
-            others = OtherSamples.make(problem.network, rows, problem.samples)
-            found, logits = cls(others, replace(problem.loss, targets=targets)), others.outputs[-1]
-            if problem.loss.default:
-                check_default_targets(targets, len(samples), logits.shape[1])
-            if not math.isfinite(value := float(found.holdout_loss(logits))):
-                raise ValueError(f"the loss must be finite, got {value}")
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"holdout: {error}") from error
+        samples, targets = _check_holdout(chain, holdout, problem)
+        rows = torch.cat([samples, with_noise(samples)])
+        others = OtherSamples.make(problem.network, rows, problem.samples)
+        found = cls(others, replace(problem.loss, targets=targets))
+        if not math.isfinite(value := float(found.holdout_loss(others.outputs[-1]))):
+            raise ValueError(f"holdout: the loss must be finite, got {value}")
         return found
 
     @property
@@ -66,7 +59,21 @@ class Surroundings:
         """
         clean = logits[: self.held] if self.loss is not None else batch_logits
         change = logits[self.held :] - clean
-        return torch.linalg.vector_norm(change, dtype=torch.float64) / math.sqrt(len(change))
+        return dot(change, change).sqrt() / math.sqrt(len(change))
+
+
+def _check_holdout(chain: Chain, holdout: tuple[Tensor, Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
+    """(x, y) of a holdout as `prepare` gives them; the errors name it."""
+    try:
+        samples, targets = prepare(chain, holdout, problem.samples.dtype)
+        if problem.loss.default:
+            own = problem.loss.targets
+            if targets.is_floating_point() != own.is_floating_point():
+                raise TypeError(f"targets must be of the batch's kind {own.dtype}, got {targets.dtype}")
+            check_default_targets(targets, len(samples), problem.outputs[-1].shape[1])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"holdout: {error}") from error
+    return samples, targets
 
 
 def with_noise(samples: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from . import device_search
@@ -19,7 +18,7 @@ from .mlp import Chain, read_chain
 from .objectives import Objective
 from .options import POSITIVE_DIAGONAL, Options, make_options
 from .planning import make_plan, match_inputs, observe_inputs, report_unmatched
-from .problem import Problem, at_work
+from .problem import Problem, begin
 from .report import LayerReport, TeleportReport
 from .search import STEPS_LONG_ENOUGH, SearchResult, StepRecord, ascend, ascend_fixed, holding
 from .surroundings import Surroundings
@@ -33,6 +32,7 @@ from .task import (
     is_futile,
     noise_refusal,
 )
+from .transaction import Transaction
 
 LATER_TAKEN_BACK = "later steps were taken back: the weights formed from them broke a guard"
 
@@ -124,52 +124,72 @@ def teleport_mlp(
         came.
         TeleportError: no layer, or not every layer named in `layers`, can be teleported with this batch.
     """
+    def work() -> TeleportReport:
+        chain = read_chain(model)
+        options = make_options(
+            objective=objective,
+            lr=lr,
+            margin=margin,
+            steps=steps,
+            step_size=step_size,
+            first_radius=first_radius,
+            max_growth=max_growth,
+            action=action,
+            metric=metric,
+            inverse=inverse,
+            group=group,
+            layers=layers,
+            hidden_layers=len(chain.activations),
+            drift_tol=drift_tol,
+            holdout_tol=holdout_tol,
+            min_gain=min_gain,
+            max_weight_change=max_weight_change,
+            max_sensitivity=max_sensitivity,
+            backend=backend,
+        )
+        return teleport_chain(transaction, model, chain, batch, loss_fn, options, holdout)
+
+    transaction = Transaction()
+    return transaction.run(work)
+
+
+def teleport_chain(
+    transaction: Transaction,
+    model: nn.Module,
+    chain: Chain,
+    batch: tuple[Tensor, Tensor],
+    loss_fn: LossFunction | None,
+    options: Options,
+    holdout: tuple[Tensor, Tensor] | None,
+) -> TeleportReport:
+    """`teleport_mlp` of a model that is read as `chain`, as part of a transaction."""
     start = time.perf_counter()
-    chain = read_chain(model)
-    options = make_options(
-        objective=objective,
-        lr=lr,
-        margin=margin,
-        steps=steps,
-        step_size=step_size,
-        first_radius=first_radius,
-        max_growth=max_growth,
-        action=action,
-        metric=metric,
-        inverse=inverse,
-        group=group,
-        layers=layers,
-        hidden_layers=len(chain.activations),
-        drift_tol=drift_tol,
-        holdout_tol=holdout_tol,
-        min_gain=min_gain,
-        max_weight_change=max_weight_change,
-        max_sensitivity=max_sensitivity,
-        backend=backend,
-    )
-    with at_work(chain):
-        products = products_for(chain.linears[0].weight.device, options.backend)
-        problem = Problem.make(model, chain, batch, loss_fn, products)
-        around = Surroundings.make(chain, holdout, problem)
-        report, weights = _teleport(problem, options, around)
-        if report.accepted:
-            _write(chain, weights)
+    begin(transaction, chain)
+    products = products_for(chain.linears[0].weight.device, options.backend)
+    problem = Problem.make(model, chain, batch, loss_fn, products)
+    report, weights = _teleport(problem, options, Surroundings.make(chain, holdout, problem))
+    if report.accepted:
+        transaction.write([parameter for _, parameter in chain.named_parameters()], parameter_list(weights))
     return replace(report, seconds=time.perf_counter() - start)
 
 
 def refuse_futile(
-    model: nn.Module, batch: tuple[Tensor, Tensor], loss_fn: LossFunction | None, options: Options
+    transaction: Transaction,
+    model: nn.Module,
+    chain: Chain,
+    batch: tuple[Tensor, Tensor],
+    loss_fn: LossFunction | None,
+    options: Options,
 ) -> TeleportReport | None:
     """The report of a teleport that `min_gain` refuses whatever a search would find, or None.
 
     It takes a forward and a backward pass and the step ahead: the inputs of no layer are matched.
     """
     start = time.perf_counter()
-    chain = read_chain(model)
-    with at_work(chain):
-        products = products_for(chain.linears[0].weight.device, options.backend)
-        problem = Problem.make(model, chain, batch, loss_fn, products)
-        before = measure_own(problem, options.objective)
+    begin(transaction, chain)
+    products = products_for(chain.linears[0].weight.device, options.backend)
+    problem = Problem.make(model, chain, batch, loss_fn, products)
+    before = measure_own(problem, options.objective)
     if not is_futile(options, before):
         return None
     backend = describe_backend(problem.network, "decisions on the host")
@@ -337,9 +357,3 @@ def _too_little_gain(task: Task, before: Measurement, after: Measurement) -> str
     if gain >= least:
         return None
     return f"the step ahead would lower the loss by {gain:.4g}, less than min_gain asks for, {least:.4g}"
-
-
-def _write(chain: Chain, network: Network) -> None:
-    """Copy the weights into the model's own parameters, in one call that no interrupt of Python can split."""
-    parameters: list[Tensor] = [parameter for _, parameter in chain.named_parameters()]
-    torch._foreach_copy_(parameters, parameter_list(network))

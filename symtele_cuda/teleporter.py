@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import types
+import typing
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,20 +18,24 @@ from torch import Tensor, nn
 from .checks import check_int, check_name
 from .loss import LossFunction
 from .measurement import measure_own
-from .mlp import Chain, check_batch, read_chain
+from .mlp import Chain, as_constant, check_batch, check_same_structure, mark_of, read_chain
 from .momentum import check_first_moment_known, with_momentum
 from .objectives import GradNorm, Objective
 from .optimizer_step import OptimizerLookahead, muon_length, read_step, sgd_rate
+from .optimizers import PendingGradients, check_holds, groups_of, kind_of, unwrap
 from .options import GL, Options, make_options
-from .problem import Problem, at_work
+from .planning import check_possible
+from .problem import Problem, begin
 from .report import LayerReport, TeleportReport
-from .sampling import input_columns, layers_to_match, matched_samples
+from .sampling import input_columns, layers_to_match, samples_of_chain
 from .search import StepRecord
-from .teleport import refuse_futile, teleport_mlp
+from .teleport import refuse_futile, teleport_chain, teleport_mlp
+from .transaction import Transaction
 
 AUTO_BATCH_SIZE = 200  # the most samples that batch_size="auto" gathers
 AUTO_HOLDOUT_SIZE = 200  # so many tell a change of the loss by a few percent from chance
 OPTIMIZER_STATES = ("keep", "reset", "transport")
+ON_ERROR = ("raise", "warn")
 
 Batch = tuple[Tensor, Tensor]
 
@@ -61,11 +67,15 @@ LOOKAHEADS = ("lookahead", NEXT_STEP)
 
 @dataclass(frozen=True)
 class _Progress:
-    """Where a teleporter is in an epoch: the teleports done, and the batches gathered for the next one."""
+    """Where a teleporter is in an epoch: the teleports done, and the batches gathered for the next one.
+
+    waited: whether the next one was put off as gradients were pending.
+    """
 
     epoch: int | None = None
     done: int = 0
     gathered: tuple[Batch, ...] = ()
+    waited: bool = False
 
 
 class Teleporter:
@@ -80,12 +90,16 @@ class Teleporter:
     In an epoch of the schedule, samples are gathered from successive batches; as soon as there are enough, the model
     is teleported on exactly that many and the gathered ones are dropped, until it has been teleported
     `teleports_per_epoch` times (a search that accepts no step counts). An epoch's leftovers are dropped at its end,
-    with a warning if it had too few samples for a single teleport.
+    with a warning if there was not a single teleport.
+
+    No teleport is made on pending gradients, those that no optimizer step has used yet: they belong to the weights as
+    they are. Under gradient accumulation, or where a GradScaler has skipped a step, it waits for the next call without.
 
     Args:
         model: a chain of nn.Linear and activations, as for `teleport_mlp`, whose parameters are changed in
-            place.
-        optimizer: holds all trainable parameters of the model.
+            place. It is read here; a later change of its structure is an error that names what has changed.
+        optimizer: holds all trainable parameters of the model: a torch.optim.Optimizer, a wrapper that holds one in
+            `.optimizer`, or a sequence of these (Muon for the matrices and AdamW for the biases, say).
         loss_fn: loss_fn(outputs, y) → scalar; default as for `teleport_mlp`.
         schedule: a Schedule; the default is three teleports at the start of epoch 0.
         batch_size: samples of one teleport. "auto" gathers the smaller of 200 and the number of columns of the inputs
@@ -102,7 +116,8 @@ class Teleporter:
             come to with momentum, lr (1 − dampening)/(1 − momentum), the largest over the groups that hold parameters
             of the model. For Muon, whose steps are of one length whatever the gradient, it is a gradient step of that
             length, at the rate that it takes before the teleport on the samples gathered. For Adagrad, RMSprop, Adam
-            and AdamW it is their next step, `OptimizerLookahead`, weight decay included. While the lr of all these
+            and AdamW, and for several optimizers of different kinds, it is their next step, `OptimizerLookahead`,
+            weight decay included. While the lr of all these
             groups is 0, as at the start of a warm-up, `step` does nothing: there is no step to look ahead to. With `lr`
             it is the gradient step of that rate, for any optimizer. "next_step" is `OptimizerLookahead` for all: with
             momentum it sees little of what the new gradient will do, since the buffer stays as it is.
@@ -116,6 +131,10 @@ class Teleporter:
             follow one another.
         min_gain: as for `teleport_mlp`. Where the rate suits the weights well, the steps ahead do not gain twice as
             much anywhere on the level set, and the run goes on as it would have without the teleporter.
+        max_weight_change, max_sensitivity: as for `teleport_mlp`. Without bounds an accepted teleport can make hidden
+            weights, and with them the effect of noise in the inputs, many times as large.
+        on_error: "raise", or "warn": a teleport that fails is a warning, its samples are dropped, it counts as made,
+            and training goes on.
         **options: the other keyword arguments of `teleport_mlp`.
 
     Attributes:
@@ -125,13 +144,14 @@ class Teleporter:
     equals the uninterrupted one bit for bit on the CPU.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said above, or the model is no such chain.
+        TypeError, ValueError: an argument is not what is said above, or the model is no such chain, or one that these
+            options can never teleport.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         loss_fn: LossFunction | None = None,
         schedule: Schedule = EARLY,
         batch_size: int | str = "auto",
@@ -144,22 +164,28 @@ class Teleporter:
         margin: float = 8.0,
         holdout_tol: float = 0.03,
         min_gain: float = 2.0,
+        max_weight_change: float = math.inf,
+        max_sensitivity: float = math.inf,
+        on_error: str = "raise",
         **options: Any,
     ) -> None:
-        chain = read_chain(model)
-        _check_optimizer(optimizer, model)
+        chain = Transaction().run(lambda: read_chain(model))
+        optimizers = unwrap(optimizer)
+        check_holds(model, optimizers)
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}")
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
         check_name("optimizer_state", optimizer_state, OPTIMIZER_STATES)
+        check_name("on_error", on_error, ON_ERROR)
         if optimizer_state == "transport":
-            check_first_moment_known(optimizer)
+            for one in optimizers:
+                check_first_moment_known(one)
         if isinstance(objective, str):
             check_name("objective", objective, ("grad_norm", *LOOKAHEADS))
         ahead = objective in LOOKAHEADS
         if ahead:
-            _check_minimises(optimizer, model)
+            _check_minimises(optimizers, model)
         if objective == NEXT_STEP and options.get("lr") is not None:
             raise ValueError(f'lr must not be given for objective "{NEXT_STEP}", got {options["lr"]!r}')
         options |= {
@@ -170,15 +196,17 @@ class Teleporter:
             "margin": margin,
             "holdout_tol": holdout_tol,
             "min_gain": min_gain,
+            "max_weight_change": max_weight_change,
+            "max_sensitivity": max_sensitivity,
         }
         self._reads_step = ahead and options.get("lr") is None
         self._along_next_step = objective == NEXT_STEP
         # A scheduler may start at lr = 0: an lr that is read counts at the teleports only.
         checked = _check_options(options | {"lr": 1.0} if self._reads_step else options, chain)
         if self._reads_step:
-            read_step(optimizer, _parameters(chain))
+            read_step(optimizers, _parameters(chain))
             if not self._along_next_step:
-                _check_rate_known(optimizer, model)
+                _check_rate_known(optimizers, model)
         self.model, self.optimizer, self.loss_fn, self.schedule = model, optimizer, loss_fn, schedule
         self.optimizer_state = optimizer_state
         self.reports: list[TeleportReport] = []
@@ -187,25 +215,50 @@ class Teleporter:
         self._matched_layers = layers_to_match(chain, checked.layers, checked.group) if automatic else []
         self._wanted = _most_matched(chain, self._matched_layers) if automatic else _check_batch_size(batch_size)
         self._holdout_size = _check_holdout_size(holdout_size, options)
+        check_possible(chain, checked.layers, checked.group, self._wanted)
+        self.on_error = on_error
+        self._optimizers, self._chain, self._mark = optimizers, chain, mark_of(model)
+        self._pending_gradients = PendingGradients(model, optimizers)
         self._progress = _Progress()
+
+    def __repr__(self) -> str:
+        epochs = ", ".join(map(str, self.schedule.epochs))
+        layers = self._options["layers"]
+        which = "all hidden layers" if layers is None else f"hidden layers {list(layers)}"
+        accepted = sum(report.accepted for report in self.reports)
+        return (
+            f"Teleporter({self.schedule.teleports_per_epoch} × in epochs [{epochs}]: {which} of "
+            f"{len(self._chain.activations)}, {self._wanted} samples + {self._holdout_size} held out; "
+            f"so far {accepted} of {len(self.reports)} accepted)"
+        )
 
     def step(self, batch: Batch, *, epoch: int) -> TeleportReport | None:
         """Gather or teleport as the schedule says; the report if there was a teleport, else None.
 
-        If it raises, the samples gathered and the teleports counted are what they were before.
+        If it raises, the samples gathered and the teleports counted are what they were before, as are model and
+        optimizers.
         """
         epoch = check_int("epoch", epoch, at_least=0)
         progress = self._progress
+        if progress.epoch is not None and epoch < progress.epoch:
+            raise ValueError(
+                f"epoch must not go backwards, got {epoch} after {progress.epoch}: a new run takes a new Teleporter"
+            )
         if epoch != progress.epoch:
-            self._warn_of_short_epoch(progress)
+            self._warn_of_epoch_without(progress)
             progress = _Progress(epoch)
-        report = None
-        if self._is_due(progress):
-            progress, report = self._advance(progress, batch)
-        self._progress = progress
-        if report is not None:
-            self.reports.append(report)
-        return report
+        if not self._is_due(progress):
+            self._progress = progress
+            return None
+        transaction = Transaction()
+        try:
+            return transaction.run(lambda: self._advance(transaction, progress, batch))
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            warnings.warn(f"a teleport failed, {type(error).__name__}: {error}", stacklevel=2)
+            self._progress = _Progress(epoch, progress.done + 1)
+            return None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the teleporter is, as tensors and plain values: `torch.load(..., weights_only=True)` reads it."""
@@ -236,67 +289,98 @@ class Teleporter:
         reports = [_restore_report(values) for values in _check_list("state: reports", state["reports"])]
         self._progress, self.reports = progress, reports
 
-    def _warn_of_short_epoch(self, progress: _Progress) -> None:
-        """Say that an epoch of the schedule has ended without one teleport, for want of samples."""
+    def _warn_of_epoch_without(self, progress: _Progress) -> None:
+        """Say that an epoch of the schedule has ended without one teleport, and why."""
         seen = sum(len(x) for x, _ in progress.gathered)
-        if seen > 0 and progress.done == 0:
-            warnings.warn(
-                f"epoch {progress.epoch} had {seen} samples, fewer than the {self._wanted} of a teleport and the "
-                f"{self._holdout_size} of its holdout: no teleport; pass a smaller batch_size or holdout_size",
-                stacklevel=3,
+        if progress.done > 0 or not (seen > 0 or progress.waited):
+            return
+        if progress.waited:
+            reason = (
+                "had gradients that no optimizer step had used at every call with enough samples: no teleport; call "
+                "step where there are none, and hand over the optimizers that really step"
             )
+        else:
+            reason = (
+                f"had {seen} samples, fewer than the {self._wanted} of a teleport and the {self._holdout_size} of its "
+                "holdout: no teleport; pass a smaller batch_size or holdout_size"
+            )
+        warnings.warn(f"epoch {progress.epoch} {reason}", stacklevel=3)
 
     def _is_due(self, progress: _Progress) -> bool:
         """Whether the schedule wants one more teleport, and the optimizer takes steps to look ahead to."""
         if progress.epoch not in self.schedule.epochs or progress.done >= self.schedule.teleports_per_epoch:
             return False
-        return not self._reads_step or _largest_lr(self.optimizer, self.model) > 0
+        return not self._reads_step or _largest_lr(self._optimizers, self.model) > 0
 
-    def _advance(self, progress: _Progress, batch: Batch) -> tuple[_Progress, TeleportReport | None]:
-        """Gather `batch`, or teleport if that makes enough samples."""
-        check_batch(read_chain(self.model), batch)
-        inputs, targets = batch[0].detach(), batch[1].detach()
+    def _read_model(self) -> Chain:
+        """The chain, read again only where something of the model has changed that it depends on."""
+        if (mark := mark_of(self.model)) != self._mark:
+            chain = read_chain(self.model)
+            check_same_structure(self._chain, chain)
+            self._chain, self._mark = chain, mark
+        return self._chain
+
+    def _advance(self, transaction: Transaction, progress: _Progress, batch: Batch) -> TeleportReport | None:
+        """Gather `batch`, or teleport if that makes enough samples and no gradients are pending."""
+        for name in ("_progress", "_chain", "_mark"):
+            transaction.keep_attribute(self, name)
+        transaction.on_failure(functools.partial(self.reports.__setitem__, slice(None), [*self.reports]))
+        chain = self._read_model()
+        check_batch(chain, batch)
+        inputs, targets = map(as_constant, batch)
         pending = (*progress.gathered, (inputs, targets))
         _check_alike(pending)
         if sum(len(x) for x, _ in pending) < self._wanted + self._holdout_size:
-            return replace(progress, gathered=(*progress.gathered, (inputs.clone(), targets.clone()))), None
-        report = self._teleport(*(torch.cat(tensors) for tensors in zip(*pending, strict=True)))
-        return _Progress(progress.epoch, progress.done + 1), report
+            self._progress = replace(progress, gathered=(*progress.gathered, (inputs.clone(), targets.clone())))
+            return None
+        if self._pending_gradients:
+            self._progress = replace(progress, waited=True)
+            return None
+        check_holds(self.model, self._optimizers)
+        report = self._teleport(transaction, chain, *(torch.cat(tensors) for tensors in zip(*pending, strict=True)))
+        self._progress = _Progress(progress.epoch, progress.done + 1)
+        self.reports.append(report)
+        return report
 
-    def _teleport(self, inputs: Tensor, targets: Tensor) -> TeleportReport:
+    def _teleport(self, transaction: Transaction, chain: Chain, inputs: Tensor, targets: Tensor) -> TeleportReport:
         """Teleport on the first of the samples, with those behind them as the holdout if one is wanted."""
         own, held = slice(self._wanted), slice(self._wanted, self._wanted + self._holdout_size)
         batch = inputs[own], targets[own]
-        options = self._options | (self._own_lookahead(batch) if self._reads_step else {})
+        own_lookahead = self._own_lookahead(transaction, chain, batch) if self._reads_step else {}
+        options = _check_options(self._options | own_lookahead, chain)
         if self._matched_layers:
-            checked = _check_options(options, read_chain(self.model))
-            if checked.wants_gain and (refusal := refuse_futile(self.model, batch, self.loss_fn, checked)) is not None:
+            arguments = transaction, self.model, chain, batch, self.loss_fn, options
+            if options.wants_gain and (refusal := refuse_futile(*arguments)) is not None:
                 return refusal  # choosing among the samples would take several times as long
-            chosen = matched_samples(self.model, batch[0], self._matched_layers)
+            chosen = samples_of_chain(transaction, chain, batch[0], self._matched_layers)
             batch = batch[0][chosen], batch[1][chosen]
-        if self._holdout_size > 0:
-            options["holdout"] = (inputs[held], targets[held])
-        teleport = functools.partial(teleport_mlp, self.model, batch, self.loss_fn, **options)
+        holdout = (inputs[held], targets[held]) if self._holdout_size > 0 else self._options.get("holdout")
+
+        def teleport() -> TeleportReport:
+            return teleport_chain(transaction, self.model, chain, batch, self.loss_fn, options, holdout)
+
         if self.optimizer_state == "transport":
-            return with_momentum(self.model, self.optimizer, batch[0], teleport)
+            return with_momentum(transaction, chain, self._optimizers, batch[0], teleport)
         report = teleport()
         if report.accepted and self.optimizer_state == "reset":
-            for parameter in self.model.parameters():
-                self.optimizer.state.pop(parameter, None)
+            for optimizer in self._optimizers:
+                transaction.keep_state(optimizer)
+                for parameter in self.model.parameters():
+                    optimizer.state.pop(parameter, None)
         return report
 
-    def _own_lookahead(self, batch: Batch) -> dict[str, Any]:
-        """The options for a lookahead along the optimizer's own steps, of `batch` where they depend on it."""
-        chain, groups = read_chain(self.model), _groups_of(self.model, self.optimizer)
-        kind = None if self._along_next_step else type(self.optimizer)
-        if kind is torch.optim.SGD:
+    def _own_lookahead(self, transaction: Transaction, chain: Chain, batch: Batch) -> dict[str, Any]:
+        """The options for a lookahead along the optimizers' own steps, of `batch` where they depend on it."""
+        groups = groups_of(self.model, self._optimizers)
+        kinds = {kind_of(optimizer, (torch.optim.SGD, torch.optim.Muon)) for optimizer in self._optimizers}
+        if not self._along_next_step and kinds == {torch.optim.SGD}:
             return {"lr": max(map(sgd_rate, groups))}
-        if kind is torch.optim.Muon:
-            with at_work(chain):
-                norm = measure_own(Problem.make(self.model, chain, batch, self.loss_fn), GradNorm()).gradient_norm
+        if not self._along_next_step and kinds == {torch.optim.Muon}:
+            begin(transaction, chain)
+            norm = measure_own(Problem.make(self.model, chain, batch, self.loss_fn), GradNorm()).gradient_norm
             length = _muon_length(groups, chain)
             return {"lr": length / norm if norm > 0 else length}  # a gradient of 0 steps nowhere at any rate
-        step = read_step(self.optimizer, _parameters(chain))
+        step = read_step(self._optimizers, _parameters(chain))
         return {"objective": OptimizerLookahead(step, self._options["margin"])}
 
 
@@ -306,7 +390,9 @@ def _restore_batches(batches: object, model: nn.Module) -> tuple[Batch, ...]:
     restored: tuple[Batch, ...] = ()
     for batch in _check_list("state: gathered", batches):
         try:
-            moved = tuple(t.detach().to(device, copy=True) if isinstance(t, Tensor) else t for t in batch)
+            if not isinstance(batch, (tuple, list)) or not all(isinstance(t, Tensor) and not t.is_meta for t in batch):
+                raise TypeError("batch must be a pair (inputs, targets) of tensors that hold data")
+            moved = tuple(as_constant(t).to(device, copy=True) for t in batch)
             check_batch(chain, moved)
             restored = (*restored, (moved[0], moved[1]))
             _check_alike(restored)
@@ -317,21 +403,45 @@ def _restore_batches(batches: object, model: nn.Module) -> tuple[Batch, ...]:
 
 def _restore_report(values: object) -> TeleportReport:
     """The inverse of dataclasses.asdict for a report; raise unless `values` is what that gives."""
-    report = _restore(TeleportReport, values)
-    layers = tuple(_restore(LayerReport, layer) for layer in _check_list("state: report's layers", report.layers))
-    trace = tuple(_restore(StepRecord, step) for step in _check_list("state: report's trace", report.trace))
-    return replace(report, layers=layers, trace=trace)
+    entries = _check_entries(TeleportReport, values)
+    layers = (_restore(LayerReport, layer) for layer in _check_list("state: report's layers", entries["layers"]))
+    trace = (_restore(StepRecord, step) for step in _check_list("state: report's trace", entries["trace"]))
+    changes = tuple(_check_list("state: report's weight_changes", entries["weight_changes"]))
+    return _restore(TeleportReport, entries | {"layers": (*layers,), "trace": (*trace,), "weight_changes": changes})
 
 
 Record = TypeVar("Record", TeleportReport, LayerReport, StepRecord)
 
 
 def _restore(record: type[Record], values: object) -> Record:
-    names = {field.name for field in fields(record)}
+    entries = _check_entries(record, values)
+    for name, expected in typing.get_type_hints(record).items():
+        if not _is_of(entries[name], expected):
+            kind = getattr(expected, "__name__", expected)
+            raise TypeError(f"state: {name} of a {record.__name__} must be of type {kind}, got {entries[name]!r}")
+    return record(**entries)
+
+
+def _check_entries(record: type[Record], values: object) -> dict[str, Any]:
+    names = set(typing.get_type_hints(record))
     if not isinstance(values, Mapping) or set(values) != names:
         got = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
         raise ValueError(f"state: a {record.__name__} must have the entries {sorted(names)}, got {got}")
-    return record(**values)
+    return dict(values)
+
+
+def _is_of(value: object, expected: Any) -> bool:
+    """Whether a value is of the type that a field of a record is annotated with."""
+    arguments = typing.get_args(expected)
+    if isinstance(expected, types.UnionType):
+        return any(_is_of(value, one) for one in arguments)
+    if typing.get_origin(expected) is tuple:  # of any length, of one kind
+        return isinstance(value, tuple) and all(_is_of(one, arguments[0]) for one in value)
+    if expected is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, expected)
 
 
 def _check_list(argument: str, value: object) -> Sequence[Any]:
@@ -341,7 +451,8 @@ def _check_list(argument: str, value: object) -> Sequence[Any]:
 
 
 def _parameters(chain: Chain) -> list[nn.Parameter]:
-    return [parameter for _, parameter in chain.named_parameters()]
+    """Those that the optimizers move."""
+    return [parameter for _, parameter in chain.named_parameters() if parameter.requires_grad]
 
 
 def _muon_length(groups: Sequence[Mapping[str, Any]], chain: Chain) -> float:
@@ -351,27 +462,21 @@ def _muon_length(groups: Sequence[Mapping[str, Any]], chain: Chain) -> float:
     return math.hypot(*map(muon_length, groups, shapes))
 
 
-def _largest_lr(optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
+def _largest_lr(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> float:
     """The largest lr of the groups that hold parameters of the model."""
-    return max(float(group["lr"]) for group in _groups_of(model, optimizer))
+    return max((float(group["lr"]) for group in groups_of(model, optimizers)), default=0.0)
 
 
-def _check_rate_known(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise ValueError unless the steps of an SGD come to gradient steps."""
-    if type(optimizer) is torch.optim.SGD:
-        for group in _groups_of(model, optimizer):
+def _check_rate_known(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
+    """Raise ValueError unless the steps of optimizers that are all SGD come to gradient steps."""
+    if all(kind_of(optimizer, (torch.optim.SGD,)) is not None for optimizer in optimizers):
+        for group in groups_of(model, optimizers):
             sgd_rate(group)
 
 
-def _check_minimises(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    if any(group.get("maximize", False) for group in _groups_of(model, optimizer)):
+def _check_minimises(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
+    if any(group.get("maximize", False) for group in groups_of(model, optimizers)):
         raise ValueError('optimizer must minimise the loss for objective "lookahead", got one with maximize=True')
-
-
-def _groups_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups that hold parameters of the model."""
-    own = set(map(id, model.parameters()))
-    return [group for group in optimizer.param_groups if any(id(parameter) in own for parameter in group["params"])]
 
 
 def _choose_layers(chain: Chain, layers: Sequence[int] | str | None, group: object) -> Sequence[int] | None:
@@ -386,17 +491,6 @@ def _choose_layers(chain: Chain, layers: Sequence[int] | str | None, group: obje
 def _most_matched(chain: Chain, layers: Sequence[int]) -> int:
     """The most samples that can be independent in the inputs of the hidden layers `layers` (1..m), at most 200."""
     return min([AUTO_BATCH_SIZE, *(input_columns(chain, layer) for layer in layers)])
-
-
-def _check_optimizer(optimizer: object, model: nn.Module) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if not _groups_of(model, optimizer):
-        raise ValueError("optimizer must hold all trainable parameters of the model, got one that holds none of them")
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    if missing:
-        raise ValueError(f"optimizer must hold all trainable parameters of the model, got one without {missing}")
 
 
 _OPTION_DEFAULTS = {

@@ -16,8 +16,9 @@ from symtele_cuda.action import Waypoint
 from symtele_cuda.mlp import read_chain
 from symtele_cuda.options import make_options
 from symtele_cuda.planning import make_plan, match_inputs
-from symtele_cuda.problem import Holdout, Problem
+from symtele_cuda.problem import Problem
 from symtele_cuda.search import STEPS_LONG_ENOUGH, SearchResult
+from symtele_cuda.surroundings import Surroundings
 from symtele_cuda.task import Found, Task
 from symtele_cuda.teleport import _find_on_host
 
@@ -37,6 +38,8 @@ DEFAULTS = dict(
     drift_tol=1e-4,
     holdout_tol=0.05,
     min_gain=0.0,
+    max_weight_change=math.inf,
+    max_sensitivity=math.inf,
     backend="auto",
 )
 
@@ -54,7 +57,7 @@ def make_task(dims: list[int], activation: str = "leaky_relu", *, n: int = 12, s
     with torch.no_grad():
         chain = read_chain(model)
         problem = Problem.make(model, chain, batch(n, seed), None)
-        held = Holdout.make(chain, batch(30, seed + 1), problem) if holdout else None
+        around = Surroundings.make(chain, batch(30, seed + 1) if holdout else None, problem)
         matches = match_inputs(problem)
         plan, _ = make_plan(
             problem,
@@ -65,7 +68,7 @@ def make_task(dims: list[int], activation: str = "leaky_relu", *, n: int = 12, s
             group_steps=options.step_size is not None,
             group=options.group,
         )
-    return Task(problem, held, tuple(matches), plan, options)
+    return Task(problem, around, tuple(matches), plan, options)
 
 
 def find(task: Task) -> tuple[Found, Found]:
@@ -102,6 +105,8 @@ CASES = {
     "one layer": dict(layers=[2]),
     "fixed step": dict(step_size=1e-3),
     "fixed step, paper": dict(step_size=1e-3, action="paper", inverse="first_order"),
+    "noise": dict(max_sensitivity=1.02, max_growth=math.inf),
+    "noise and holdout": dict(holdout=True, max_sensitivity=1.05, max_growth=math.inf),
     "holdout": dict(holdout=True, holdout_tol=0.001, max_growth=math.inf),
     "no bias": dict(bias=False),
 }

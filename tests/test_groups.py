@@ -35,9 +35,10 @@ from symtele_cuda.objectives import GradNorm, Lookahead
 from symtele_cuda.options import make_options
 from symtele_cuda.paths import FastPath, GeneralPath
 from symtele_cuda.planning import make_plan, match_inputs, observe_inputs
-from symtele_cuda.problem import Holdout, Problem
+from symtele_cuda.problem import Problem
 from symtele_cuda.sampling import layers_to_match
 from symtele_cuda.search import holding
+from symtele_cuda.surroundings import Surroundings
 from symtele_cuda.task import Task
 from symtele_cuda.teleport import _find_on_host
 
@@ -93,7 +94,7 @@ def make_task(case: str, *, bias: bool = True, holdout: bool = False, **changes:
     with torch.no_grad():
         chain = read_chain(model)
         problem = Problem.make(model, chain, make_batch(n, dims[0], dims[-1]), None)
-        held = Holdout.make(chain, make_batch(30, dims[0], dims[-1], seed=9), problem) if holdout else None
+        around = Surroundings.make(chain, make_batch(30, dims[0], dims[-1], seed=9) if holdout else None, problem)
         matches = (observe_inputs if options.group == "positive_diagonal" else match_inputs)(problem)
         plan, _ = make_plan(
             problem,
@@ -104,7 +105,7 @@ def make_task(case: str, *, bias: bool = True, holdout: bool = False, **changes:
             group_steps=options.step_size is not None,
             group=options.group,
         )
-    return Task(problem, held, tuple(matches), plan, options)
+    return Task(problem, around, tuple(matches), plan, options)
 
 
 def fast_path(task: Task, objective: str) -> FastPath:
@@ -239,7 +240,7 @@ def test_the_rates_of_the_scales_are_the_gradient_through_formed_weights(case, o
 def test_fast_path_equals_general_path(case, objective, action, bias):
     task = make_task(case, action=action, bias=bias)
     network, plan, state = task.problem.network, task.plan, walk(task)
-    general = GeneralPath(network, plan, OBJECTIVES[objective], task.problem.loss_of)
+    general = GeneralPath(task.problem, plan, OBJECTIVES[objective])
 
     def explore(evaluation: Evaluation) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         direction = steepest_direction(network, plan, state, evaluation.gradient())

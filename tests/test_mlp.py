@@ -385,7 +385,11 @@ BAD_PARAMETERS: dict[str, tuple[Callable[[], nn.Sequential], type[Exception], st
     "tied": (tied, ValueError, r"'0.weight' and '2.weight' sharing memory"),
     "sharing storage": (sharing, ValueError, r"sharing memory"),
     "layer applied twice": (applied_twice, ValueError, r"sharing memory"),
-    "frozen": (changed(lambda m: m[2].bias.requires_grad_(False)), ValueError, r"'2.bias' must be trainable"),
+    "a bias that broadcasts": (
+        changed(lambda m: setattr(m[0], "bias", nn.Parameter(torch.zeros(1)))),
+        ValueError,
+        r"'0.bias' must have shape \(5,\), .* got \(1,\)",
+    ),
     "non-contiguous": (
         set_weight(torch.zeros(4, 5).T),
         ValueError,
@@ -513,6 +517,6 @@ def test_bad_batches_are_refused(name: str) -> None:
 def test_batch_is_returned_detached_and_unflattened_where_flat() -> None:
     x = torch.ones(3, 4, requires_grad=True)
     flat, targets = check_batch(read_chain(plain()), [x, Y])
-    assert targets is Y
+    assert targets.data_ptr() == Y.data_ptr()
     assert not flat.requires_grad
     assert flat.data_ptr() == x.data_ptr()

@@ -68,7 +68,7 @@ def test_fast_path_equals_general_path_with_narrow_layers(dims, action, objectiv
 def compare_paths(problem: Problem, plan: Plan, state: State, objective: GradNorm | Lookahead) -> None:
     with torch.no_grad():
         fast = FastPath(problem.network, plan, objective, problem.loss, problem.output_delta).evaluate(state)
-        general = GeneralPath(problem.network, plan, objective, problem.loss_of).evaluate(state)
+        general = GeneralPath(problem, plan, objective).evaluate(state)
         assert abs(fast.value - general.value) <= AGREEMENT * abs(general.value)
         steps = [
             steepest_direction(problem.network, plan, state, evaluation.gradient()) for evaluation in (fast, general)

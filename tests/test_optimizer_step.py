@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import symtele_cuda as st
-from symtele_cuda.optimizer_step import muon_length, sgd_rate
+from symtele_cuda.optimizer_step import muon_length, read_step, sgd_rate
 
 SHAPES = ((5, 7), (7, 4), (5,), (4, 4))
 MATRICES = SHAPES[:2] + SHAPES[3:]
@@ -317,7 +318,32 @@ def test_models_of_fewer_bits_are_teleported_along_their_optimizers_step(dtype: 
 
 
 class OwnAdam(torch.optim.Adam):
-    """A subclass, which may step as it likes."""
+    """A subclass that steps as it likes."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        super().step(closure)
+
+
+class InheritingAdam(torch.optim.AdamW):
+    """A subclass that steps as its base does."""
+
+
+@dataclass
+class Wrapper:
+    """As some libraries wrap an optimizer."""
+
+    optimizer: torch.optim.Optimizer
+
+
+def test_subclasses_that_inherit_step_wrappers_and_sequences_are_looked_through() -> None:
+    parameters = [nn.Parameter(random((4, 3), 0)), nn.Parameter(random((3, 4), 1))]
+    gradients = [random(tuple(p.shape), seed) for seed, p in enumerate(parameters, start=2)]
+    alone = [torch.optim.AdamW(parameters[:1], lr=0.02), torch.optim.SGD(parameters[1:], lr=0.3)]
+    expected = [u for one, p, g in zip(alone, parameters, gradients, strict=True) for u in read_step(one, [p])([p], [g])]
+    several = [Wrapper(InheritingAdam(parameters[:1], lr=0.02)), Wrapper(Wrapper(torch.optim.SGD(parameters[1:], lr=0.3)))]
+    found = read_step(several, parameters)(parameters, gradients)  # type: ignore[arg-type]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def with_late_momentum(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

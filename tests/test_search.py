@@ -16,11 +16,12 @@ from symtele_cuda.activation_space import Evaluation
 from symtele_cuda.mlp import read_chain
 from symtele_cuda.planning import make_plan, match_inputs
 from symtele_cuda.problem import Problem
-from symtele_cuda.search import LossBound, Search, SearchResult
+from symtele_cuda.search import Bounds, Search, SearchResult
 
 START = 1.0
 
 FIRST_RADIUS = 0.02
+NO_BOUNDS = Bounds(figures=lambda state: [], limits=(), texts=())
 
 
 @dataclass
@@ -50,11 +51,11 @@ def where(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def ascend(where: str, search_: Search, state: State, evaluation: Evaluation, cap: float, bounds: list[LossBound]):
+def ascend(where: str, search_: Search, state: State, evaluation: Evaluation, cap: float, bounds: Bounds):
     if where == "host":
         return search.ascend(search_, state, evaluation, cap=cap, bounds=bounds)
     trace = device_search.ascend(search_, state, evaluation, cap=cap, bounds=bounds, ended=torch.tensor(False))
-    return trace.result([row.tolist() for row in trace.rows], bounds)
+    return trace.result([row.tolist() for row in trace.rows], bounds.texts)
 
 
 def ascend_fixed(where: str, search_: Search, state: State, evaluation: Evaluation, step_size: float):
@@ -64,11 +65,11 @@ def ascend_fixed(where: str, search_: Search, state: State, evaluation: Evaluati
     return trace.result([row.tolist() for row in trace.rows], [])
 
 
-def run(where: str, values: list[float], *, maximise=True, cap=math.inf, bounds=(), scale=1e-3) -> SearchResult:
+def run(where: str, values: list[float], *, maximise=True, cap=math.inf, bounds=NO_BOUNDS, scale=1e-3) -> SearchResult:
     problem, plan, state = set_up()
     path = ScriptedPath(iter([START, *values]), scale * torch.ones_like(state.inputs[1]))
     search_ = Search(path, problem.network, plan, maximise, steps=len(values), first_radius=FIRST_RADIUS)
-    return ascend(where, search_, state, path.evaluate(state), cap, list(bounds))
+    return ascend(where, search_, state, path.evaluate(state), cap, bounds)
 
 
 def sizes(result: SearchResult) -> list[float]:
@@ -122,19 +123,18 @@ def test_the_growth_cap_refuses_what_is_above_and_ends_the_search_just_below(whe
 
 def test_a_bound_s_words_are_the_reason(where):
     losses = iter([9.0, math.nan, 1.0])
-    bound = LossBound(
-        loss=lambda state: torch.tensor(next(losses), dtype=torch.float64),
-        low=0.0,
-        high=5.0,
-        describe=lambda value: f"the loss rose to {value:g}",
+    bounds = Bounds(
+        figures=lambda state: [torch.tensor(next(losses), dtype=torch.float64)],
+        limits=((0.0, 5.0),),
+        texts=(lambda value: f"the loss rose to {value:g}",),
     )
-    result = run(where, [2.0, 3.0, 4.0], bounds=[bound])
+    result = run(where, [2.0, 3.0, 4.0], bounds=bounds)
     assert [record.note for record in result.records] == ["the loss rose to 9", "the loss rose to nan", "accepted"]
 
 
 def test_a_search_without_an_acceptable_step_ends_early(where):
     result = run(where, [0.0] * 50)
-    assert len(result.records) < 15 and result.reason == "no acceptable step left (no improvement)"
+    assert len(result.records) < 15 and result.reason == "no trial step improved the objective"
     assert len(result.waypoints) == 1
 
 

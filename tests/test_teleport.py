@@ -14,8 +14,6 @@ from networks import ACTIVATIONS, make_batch, make_mlp, snapshot, unchanged
 from torch import nn
 
 import symtele_cuda as st
-from symtele_cuda.mlp import read_chain
-from symtele_cuda.problem import parameters_kept
 
 # Float32 keeps the loss to 1e-5 and float64 to 1e-12 relative after ten steps: the promise of the README.
 DRIFT = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -65,7 +63,8 @@ def test_the_report_tells_the_truth_about_the_written_weights(dims, action, obje
         assert report.objective_after == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-7)
         assert report.objective_after < report.objective_before
     assert len(report.trace) <= 10 and report.steps == sum(record.accepted for record in report.trace)
-    assert "\n" not in str(report) and "drift" in str(report)
+    assert str(report).startswith("teleported: objective ") and len(str(report)) <= 120 and "\n" not in str(report)
+    assert repr(report) == str(report) and "drift of the loss" in report.describe()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -170,7 +169,9 @@ def test_a_lookahead_must_also_gain_on_the_holdout(own_objective):
         unguarded = st.teleport_mlp(free, batch, **(options | {"holdout_tol": math.inf}))
         if holdout_ahead(free, batch, held, lr) >= before:
             refused += 1
-            assert report.steps < unguarded.steps and "the step ahead would take the holdout loss to" in report.reason
+            assert report.steps < unguarded.steps
+            reason = "later steps were taken back" if report.accepted else "the step ahead would take the holdout loss"
+            assert reason in report.reason
         accepted += report.accepted
     assert accepted > 0 and refused > 0
 
@@ -352,15 +353,6 @@ def test_what_an_objective_does_to_its_tensors_does_not_reach_the_model():
     before = model[-1].bias.detach().clone()
     assert st.teleport_mlp(model, make_batch(20, 30, 5), objective=Vandal(), layers=[1]).accepted
     assert torch.equal(model[-1].bias, before)
-
-
-def test_the_model_keeps_its_parameter_objects_whatever_interrupts_a_swap():
-    model = make_mlp([30, 40, 5])
-    own = list(model.parameters())
-    with pytest.raises(KeyboardInterrupt), parameters_kept(read_chain(model)):
-        model[0]._parameters["weight"] = torch.zeros(40, 30)
-        raise KeyboardInterrupt
-    assert all(p is q for p, q in zip(model.parameters(), own, strict=True))
 
 
 @pytest.mark.parametrize("max_growth", [1.005, 1e200, math.inf])

@@ -213,7 +213,7 @@ def test_auto_chooses_no_samples_where_the_step_ahead_gains_nothing(monkeypatch:
     def choose(*_: object) -> Tensor:
         raise AssertionError("samples were chosen")
 
-    monkeypatch.setattr("symtele_cuda.teleporter.matched_samples", choose)
+    monkeypatch.setattr("symtele_cuda.teleporter.samples_of_chain", choose)
     model, batch = make_model(), join(make_batches(2), 7)
     loss, norm = loss_and_gradient_norm(model, batch)
     ahead, expected = copy.deepcopy(model), copy.deepcopy(model)
@@ -297,10 +297,25 @@ def test_by_default_the_inputs_of_layers_that_stay_do_not_limit_the_batch() -> N
     assert [report is not None for report in reports] == [False] * 16 + [True]
 
 
-def test_without_an_invertible_activation_the_last_layer_is_an_error_at_the_teleport() -> None:
-    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).double()
-    with pytest.raises(st.TeleportError, match="positive_diagonal"):
-        st.Teleporter(model, make_sgd(model), batch_size=4, holdout_size=0).step(make_batches(1)[0], epoch=0)
+NEVER: dict[str, tuple[Callable[[nn.Sequential], object], dict[str, Any], str]] = {
+    "no inverse": (lambda m: m.__setitem__(1, nn.ReLU()), {"layers": [1]}, "hidden layer 1: relu has no inverse"),
+    "too narrow": (lambda m: None, {"batch_size": 18}, "hidden layer 2: 18 samples cannot be independent in .* 17"),
+    "frozen": (lambda m: m[2].requires_grad_(False), {}, "hidden layer 1: it would change '2.weight', which is frozen"),
+    "not homogeneous": (
+        lambda m: [m.__setitem__(place, nn.Tanh()) for place in (1, 3)],
+        {"group": "positive_diagonal"},
+        "hidden layer 2: tanh is not positively homogeneous",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_a_teleporter_that_can_never_teleport_says_so_when_it_is_made(name: str) -> None:
+    change, options, text = NEVER[name]
+    model = make_model()
+    change(model)
+    with pytest.raises(ValueError, match=f"model can never be teleported .*{text}"):
+        st.Teleporter(model, make_sgd(model), **{"layers": None, "batch_size": 4, "holdout_size": 0, **options})
 
 
 # --- a holdout from the stream ------------------------------------------------------------------------------------
@@ -472,7 +487,7 @@ BAD_STATES: dict[str, tuple[Callable[[dict], object], type[Exception], str]] = {
     "gathered": (set_entry("gathered", value="ab"), TypeError, "state: gathered must be a list, got str"),
     "no pair": (set_entry("gathered", value=[[X]]), TypeError, "state: gathered: batch must be a pair .* length 1"),
     "no batch": (set_entry("gathered", value=[1]), TypeError, "state: gathered: "),
-    "no tensor": (set_entry("gathered", 0, 1, value=[1]), TypeError, "gathered: batch targets must be a tensor"),
+    "no tensor": (set_entry("gathered", 0, 1, value=[1]), TypeError, r"gathered: batch must be a pair \(inputs, targets\) of tensors"),
     "another model's": (
         set_entry("gathered", 0, 0, value=torch.ones(4, 5).double()),
         ValueError,
@@ -915,7 +930,7 @@ def without_biases(model: nn.Module) -> torch.optim.Optimizer:
 
 
 CONSTRUCTION: dict[str, tuple[Callable[[nn.Module], object], dict, type[Exception], str]] = {
-    "no optimizer": (lambda model: model, {}, TypeError, "optimizer must be a torch.optim.Optimizer, got Sequential"),
+    "no optimizer": (lambda model: model, {}, TypeError, "optimizer must be a torch.optim.Optimizer, .* got Sequential"),
     "other parameters": (
         without_biases,
         {},

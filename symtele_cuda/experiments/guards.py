@@ -30,8 +30,10 @@ from symtele_cuda.experiments.study.records import Record
 from symtele_cuda.experiments.study.results import final_losses, spread, worst_of_sound
 from symtele_cuda.experiments.tables import format_table
 from symtele_cuda.experiments.training import TeleportSettings
+from symtele_cuda.mlp import Chain
 from symtele_cuda.report import TeleportReport
 from symtele_cuda.teleporter import Teleporter
+from symtele_cuda.transaction import Transaction
 
 PROBLEM = PROBLEMS["digits"]
 OPTIMIZERS = ("sgd", "momentum")
@@ -53,23 +55,23 @@ class HessianGuarded(Teleporter):
     For torch.optim.SGD. λ is that of the loss on all samples gathered, the teleport's own and its holdout's.
     """
 
-    def _teleport(self, inputs: Tensor, targets: Tensor) -> TeleportReport:
+    def _teleport(self, transaction: Transaction, chain: Chain, inputs: Tensor, targets: Tensor) -> TeleportReport:
         parameters: list[Tensor] = list(self.model.parameters())
         old = [parameter.detach().clone() for parameter in parameters]
         before = self._times_too_long(inputs, targets)
-        report = super()._teleport(inputs, targets)
+        report = super()._teleport(transaction, chain, inputs, targets)
         if not report.accepted or self._times_too_long(inputs, targets) <= max(before, 1.0):
             return report
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, old)
+        transaction.write(parameters, old)
         return replace(report, accepted=False, reason="the Hessian's largest eigenvalue is too large for the rate")
 
     def _times_too_long(self, inputs: Tensor, targets: Tensor) -> float:
         """η λ / (2 (1 + μ))."""
-        group = self.optimizer.param_groups[0]
+        group = self._optimizers[0].param_groups[0]
         assert self.loss_fn is not None  # an experiment's teleporter has one
-        loss = self.loss_fn(self.model(inputs), targets)
-        curvature = largest_eigenvalue(loss, list(self.model.parameters()))
+        with torch.enable_grad():
+            loss = self.loss_fn(self.model(inputs), targets)
+            curvature = largest_eigenvalue(loss, list(self.model.parameters()))
         return float(group["lr"]) * curvature / (2 * (1 + float(group["momentum"])))
 
 
