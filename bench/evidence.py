@@ -95,6 +95,8 @@ ROWS = (
     _spike("spike-batch-200", "--epochs", "60", "--batch-size", "200"),
     Row("trade", ("trade",), 16, data=True, quick=("--seeds", "1", "--epochs", "1")),
     Row("guards", ("guards",), 9, quick=("--seeds", "1", "--epochs", "1")),
+    Row("noise", ("noise",), 12, quick=("--seeds", "1", "--epochs", "1")),
+    Row("noise-mnist", ("noise",), 30, data=True, quick=("--seeds", "1", "--epochs", "1")),
     Row("minima", ("minima",), 7, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
     Row(
         "study",

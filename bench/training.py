@@ -31,7 +31,7 @@ from bench.harness import Check, machine_line, make_parser, plain, read_argument
 from symtele_cuda.experiments import classification
 from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist, split
 from symtele_cuda.experiments.records import Run
-from symtele_cuda.experiments.training import Task, TeleportSettings, TrainingSettings, train
+from symtele_cuda.experiments.training import BoundedTeleports, Task, TeleportSettings, TrainingSettings, train
 
 SAMPLES = 10_000
 MUST_SEEDS = 5
@@ -73,7 +73,7 @@ class Shape:
         published = replace(classification.PUBLISHED, **schedule, step_size=self.published_rate)
         return {
             PLAIN: None,
-            TELEPORTED: TeleportSettings(**schedule, holdout_size=self.holdout_samples),
+            TELEPORTED: BoundedTeleports(**schedule, holdout_size=self.holdout_samples),
             PUBLISHED: published,
         }
 

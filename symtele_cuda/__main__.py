@@ -22,6 +22,7 @@ from symtele_cuda.experiments import (
     classification,
     guards,
     minima,
+    noise,
     override,
     planar,
     regression,
@@ -33,7 +34,13 @@ from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist
 from symtele_cuda.experiments.records import Run
 from symtele_cuda.experiments.study import program
 from symtele_cuda.experiments.study.jobs import FULL, QUICK
-from symtele_cuda.experiments.training import OPTIMIZERS, TeleportSettings, TrainingSettings, default_lr
+from symtele_cuda.experiments.training import (
+    OPTIMIZERS,
+    BoundedTeleports,
+    TeleportSettings,
+    TrainingSettings,
+    default_lr,
+)
 from symtele_cuda.info import describe
 from symtele_cuda.ops import ACTIONS
 
@@ -113,7 +120,7 @@ def run_minima(options: argparse.Namespace) -> str:
 
 def run_digits(options: argparse.Namespace) -> str:
     dataset = load_digits() if options.data_dir is None else load_mnist(options.data_dir)
-    teleports = [_teleports(options, TeleportSettings())]
+    teleports = [_teleports(options, BoundedTeleports())]
     return _classify(options, dataset, classification.DIGITS_WIDTHS, classification.DIGITS_TRAINING, teleports)
 
 
@@ -147,6 +154,12 @@ def run_guards(options: argparse.Namespace) -> str:
     problem = override(guards.PROBLEM, epochs=options.epochs)
     with _named_runs(guards.count_runs(options.seeds)) as on_run:
         return guards.run(load_digits(), problem, _seeds(options), options.out, on_run)
+
+
+def run_noise(options: argparse.Namespace) -> str:
+    name, dataset = ("digits", load_digits()) if options.data_dir is None else ("mnist", load_mnist(options.data_dir))
+    with _named_runs(noise.count_runs(options.seeds)) as on_run:
+        return noise.run(name, dataset, _seeds(options), options.epochs, options.out, on_run)
 
 
 def run_study(options: argparse.Namespace) -> str:
@@ -293,6 +306,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=positive_int, help="epochs (default: 8)")
     command = add_with_seeds(run_guards, 5, "which guard keeps a teleport from doing harm, on scikit-learn's digits")
     command.add_argument("--epochs", type=positive_int, help="epochs (default: 20)")
+    command = add_with_seeds(run_noise, 5, "what teleports do under noise in the inputs, on digits or on MNIST")
+    command.add_argument("--data-dir", type=Path, help="folder with MNIST-format files, in place of the digits")
+    command.add_argument("--epochs", type=positive_int, help="at most so many epochs (default: 80, on MNIST 20)")
     command = add(
         run_minima, 5, "784-16-10-10 on MNIST, teleported to flatter and sharper, less and more curved places"
     )

@@ -34,6 +34,8 @@ from .transaction import Transaction
 
 AUTO_BATCH_SIZE = 200  # the most samples that batch_size="auto" gathers
 AUTO_HOLDOUT_SIZE = 200  # so many tell a change of the loss by a few percent from chance
+# The bounds of a teleport by default, found by `python -m symtele_cuda noise`.
+MAX_WEIGHT_CHANGE, MAX_SENSITIVITY = 3.0, 2.0
 OPTIMIZER_STATES = ("keep", "reset", "transport")
 ON_ERROR = ("raise", "warn")
 
@@ -159,13 +161,13 @@ class Teleporter:
         objective: str | Objective = "lookahead",
         holdout_size: int | str = "auto",
         layers: Sequence[int] | str | None = LAST,
-        steps: int = 3,
-        first_radius: float = 0.2,
+        steps: int = 4,
+        first_radius: float = 0.1,
         margin: float = 8.0,
         holdout_tol: float = 0.03,
         min_gain: float = 2.0,
-        max_weight_change: float = math.inf,
-        max_sensitivity: float = math.inf,
+        max_weight_change: float = MAX_WEIGHT_CHANGE,
+        max_sensitivity: float = MAX_SENSITIVITY,
         on_error: str = "raise",
         **options: Any,
     ) -> None:

@@ -339,8 +339,10 @@ def test_subclasses_that_inherit_step_wrappers_and_sequences_are_looked_through(
     parameters = [nn.Parameter(random((4, 3), 0)), nn.Parameter(random((3, 4), 1))]
     gradients = [random(tuple(p.shape), seed) for seed, p in enumerate(parameters, start=2)]
     alone = [torch.optim.AdamW(parameters[:1], lr=0.02), torch.optim.SGD(parameters[1:], lr=0.3)]
-    expected = [u for one, p, g in zip(alone, parameters, gradients, strict=True) for u in read_step(one, [p])([p], [g])]
-    several = [Wrapper(InheritingAdam(parameters[:1], lr=0.02)), Wrapper(Wrapper(torch.optim.SGD(parameters[1:], lr=0.3)))]
+    triples = zip(alone, parameters, gradients, strict=True)
+    expected = [step for one, p, g in triples for step in read_step(one, [p])([p], [g])]
+    inheriting, plain = InheritingAdam(parameters[:1], lr=0.02), torch.optim.SGD(parameters[1:], lr=0.3)
+    several = [Wrapper(inheriting), Wrapper(Wrapper(plain))]
     found = read_step(several, parameters)(parameters, gradients)  # type: ignore[arg-type]
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)

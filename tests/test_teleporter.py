@@ -487,7 +487,21 @@ BAD_STATES: dict[str, tuple[Callable[[dict], object], type[Exception], str]] = {
     "gathered": (set_entry("gathered", value="ab"), TypeError, "state: gathered must be a list, got str"),
     "no pair": (set_entry("gathered", value=[[X]]), TypeError, "state: gathered: batch must be a pair .* length 1"),
     "no batch": (set_entry("gathered", value=[1]), TypeError, "state: gathered: "),
-    "no tensor": (set_entry("gathered", 0, 1, value=[1]), TypeError, r"gathered: batch must be a pair \(inputs, targets\) of tensors"),
+    "no tensor": (
+        set_entry("gathered", 0, 1, value=[1]),
+        TypeError,
+        r"gathered: batch must be a pair \(inputs, targets\) of tensors that hold data",
+    ),
+    "no data": (
+        set_entry("gathered", 0, 0, value=torch.empty(4, 6, device="meta")),
+        TypeError,
+        r"gathered: batch must be a pair \(inputs, targets\) of tensors that hold data",
+    ),
+    "a figure that is none": (
+        set_entry("reports", 0, "loss_before", value=[1]),
+        TypeError,
+        r"loss_before of a TeleportReport must be of type float, got \[1\]",
+    ),
     "another model's": (
         set_entry("gathered", 0, 0, value=torch.ones(4, 5).double()),
         ValueError,
@@ -930,7 +944,7 @@ def without_biases(model: nn.Module) -> torch.optim.Optimizer:
 
 
 CONSTRUCTION: dict[str, tuple[Callable[[nn.Module], object], dict, type[Exception], str]] = {
-    "no optimizer": (lambda model: model, {}, TypeError, "optimizer must be a torch.optim.Optimizer, .* got Sequential"),
+    "no optimizer": (lambda m: m, {}, TypeError, r"optimizer must be a torch.optim.Optimizer, .* got Sequential"),
     "other parameters": (
         without_biases,
         {},

@@ -19,7 +19,7 @@ from symtele_cuda.experiments.records import EpochRecord, Run, TeleportRecord
 from symtele_cuda.objectives import Objective
 from symtele_cuda.optimizer_step import orthogonalized
 from symtele_cuda.report import TeleportReport
-from symtele_cuda.teleporter import Schedule, Teleporter
+from symtele_cuda.teleporter import MAX_SENSITIVITY, MAX_WEIGHT_CHANGE, Schedule, Teleporter
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -68,7 +68,10 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TeleportSettings:
-    """When and how a run teleports; the options are those of `Teleporter` and `teleport_mlp`."""
+    """When and how a run teleports; the options are those of `Teleporter` and `teleport_mlp`.
+
+    Without bounds on the weights and on noise, as `Teleporter` was when the study was run.
+    """
 
     epochs: tuple[int, ...] = (0,)
     teleports_per_epoch: int = 3
@@ -88,6 +91,11 @@ class TeleportSettings:
     min_gain: float = 2.0
     optimizer_state: str = "keep"
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """`max_weight_change` and `max_sensitivity`."""
+        return math.inf, math.inf
+
     def teleporter(
         self,
         model: nn.Module,
@@ -95,6 +103,7 @@ class TeleportSettings:
         loss_fn: Loss,
         kind: type[Teleporter] = Teleporter,
     ) -> Teleporter:
+        max_weight_change, max_sensitivity = self.bounds
         return kind(
             model,
             optimizer,
@@ -115,7 +124,23 @@ class TeleportSettings:
             steps=self.steps,
             step_size=self.step_size,
             first_radius=self.first_radius,
+            max_weight_change=max_weight_change,
+            max_sensitivity=max_sensitivity,
         )
+
+
+@dataclass(frozen=True)
+class BoundedTeleports(TeleportSettings):
+    """As `Teleporter` is by default, with bounds on the weights and on noise in the inputs."""
+
+    steps: int = 4
+    first_radius: float = 0.1
+    max_weight_change: float = MAX_WEIGHT_CHANGE
+    max_sensitivity: float = MAX_SENSITIVITY
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.max_weight_change, self.max_sensitivity
 
 
 def default_lr(optimizer: str, sgd_lr: float) -> float:
