@@ -45,8 +45,9 @@ class Row:
     """One row of the page: a command and its options.
 
     minutes: about how long it takes with a core for each process. data: whether it needs MNIST's files. alone: whether
-    it uses several processes itself. quick: its further options in the quick profile. records: a pattern of files from
-    which the command goes on where they are in its folder. of: the row of whose longer runs its own are the beginning.
+    it uses several processes itself. drawn: whether it has figures. quick: its further options in the quick profile.
+    records: a pattern of files from which the command goes on where they are in its folder. of: the row of whose longer
+    runs its own are the beginning.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Row:
     minutes: float
     data: bool = False
     alone: bool = False
+    drawn: bool = True
     quick: tuple[str, ...] = ()
     records: str | None = None
     of: str | None = None
@@ -95,8 +97,8 @@ ROWS = (
     _spike("spike-batch-200", "--epochs", "60", "--batch-size", "200"),
     Row("trade", ("trade",), 16, data=True, quick=("--seeds", "1", "--epochs", "1")),
     Row("guards", ("guards",), 9, quick=("--seeds", "1", "--epochs", "1")),
-    Row("noise", ("noise",), 12, quick=("--seeds", "1", "--epochs", "1")),
-    Row("noise-mnist", ("noise",), 30, data=True, quick=("--seeds", "1", "--epochs", "1")),
+    Row("noise", ("noise",), 25, drawn=False, quick=("--seeds", "1", "--epochs", "1")),
+    Row("noise-mnist", ("noise",), 30, data=True, drawn=False, quick=("--seeds", "1", "--epochs", "1")),
     Row("minima", ("minima",), 7, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
     Row(
         "study",

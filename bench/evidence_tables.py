@@ -224,6 +224,34 @@ def guards_table(document: Document) -> str:
     return table(header, rows)
 
 
+def noise_table(document: Document) -> str:
+    """A line for each setting and arm, against the plain runs of the same seeds."""
+    header = (
+        "activation",
+        "optimizer, rate",
+        "arm",
+        "teleports accepted",
+        *(f"accuracy under noise at {level:g}" for level in document["settings"]["levels"]),
+        "‖W‖ / plain",
+        "epochs / plain",
+        "spikes",
+    )
+    middle = len(document["settings"]["levels"]) // 2
+    rows = [
+        [
+            entry["activation"],
+            f"{entry['optimizer']}, {entry['lr']:g}",
+            entry["arm"],
+            f"{entry['accepted']} of {entry['teleports']}" if entry["teleports"] else "",
+            *("" if points is None else f"{points:+.1f}" for points in entry["noise"]),
+            *("" if entry[name][middle] is None else f"{entry[name][middle]:.2f}" for name in ("norms", "epochs")),
+            str(entry["spikes"]),
+        ]
+        for entry in document["outcomes"]
+    ]
+    return table(header, rows)
+
+
 def study_tables(document: Document) -> str:
     """The study's own tables without their title, their headings below that of the section."""
     _, _, text = tables.page(summaries_of(document)).partition("\n\n")
@@ -238,6 +266,7 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "spike": spike_table,
     "trade": trade_table,
     "guards": guards_table,
+    "noise": noise_table,
     "minima": training_table,
     "study": study_tables,
 }

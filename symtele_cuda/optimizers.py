@@ -27,8 +27,9 @@ def unwrap(optimizer: object) -> tuple[torch.optim.Optimizer, ...]:
 
 
 def _unwrap_one(optimizer: object) -> torch.optim.Optimizer:
-    inner = optimizer
-    while isinstance(held := getattr(inner, "optimizer", None), torch.optim.Optimizer) and held is not inner:
+    inner, seen = optimizer, set[int]()
+    while (held := getattr(inner, "optimizer", None)) is not None and id(inner) not in seen:
+        seen.add(id(inner))
         inner = held
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(

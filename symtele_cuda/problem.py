@@ -119,10 +119,10 @@ def begin(transaction: Transaction, chain: Chain) -> None:
     Raises:
         TypeError, ValueError: as `check_parameters`.
     """
+    transaction.compute_on(chain.linears[0].weight.device)
     check_parameters(chain)
     for linear in chain.linears:
         transaction.on_failure(functools.partial(linear._parameters.update, dict(linear._parameters)))
-    transaction.compute_on(chain.linears[0].weight.device)
 
 
 def layer_inputs(network: Network, samples: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -327,7 +327,9 @@ class Teleporter:
         for name in ("_progress", "_chain", "_mark"):
             transaction.keep_attribute(self, name)
         transaction.on_failure(functools.partial(self.reports.__setitem__, slice(None), [*self.reports]))
+        check_holds(self.model, self._optimizers)
         chain = self._read_model()
+        transaction.compute_on(chain.linears[0].weight.device)
         check_batch(chain, batch)
         inputs, targets = map(as_constant, batch)
         pending = (*progress.gathered, (inputs, targets))
@@ -338,7 +340,6 @@ class Teleporter:
         if self._pending_gradients:
             self._progress = replace(progress, waited=True)
             return None
-        check_holds(self.model, self._optimizers)
         report = self._teleport(transaction, chain, *(torch.cat(tensors) for tensors in zip(*pending, strict=True)))
         self._progress = _Progress(progress.epoch, progress.done + 1)
         self.reports.append(report)
@@ -465,8 +466,8 @@ def _muon_length(groups: Sequence[Mapping[str, Any]], chain: Chain) -> float:
 
 
 def _largest_lr(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> float:
-    """The largest lr of the groups that hold parameters of the model."""
-    return max((float(group["lr"]) for group in groups_of(model, optimizers)), default=0.0)
+    """The largest lr of the groups that hold parameters of the model; infinite where none does, which is an error."""
+    return max((float(group["lr"]) for group in groups_of(model, optimizers)), default=math.inf)
 
 
 def _check_rate_known(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:

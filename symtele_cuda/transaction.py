@@ -19,6 +19,8 @@ _PATCHED_BY_FX = (
     (_symbolic_trace, "CURRENT_PATCHER"),
 )
 
+_AUTOCAST = ("cpu", "cuda")  # the devices that this library computes on
+
 
 class Transaction:
     """One call that changes a model, and what it takes to undo it.
@@ -33,7 +35,7 @@ class Transaction:
         self._undo_steps: list[Callable[[], None]] = []
         self._modes: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
             (torch.set_grad_enabled, (torch.is_grad_enabled(),)),
-            *((torch.set_autocast_enabled, (kind, torch.is_autocast_enabled(kind))) for kind in ("cpu", "cuda")),
+            *((torch.set_autocast_enabled, (kind, torch.is_autocast_enabled(kind))) for kind in _AUTOCAST),
         ]
         if torch.cuda.is_initialized():
             self._modes.append((torch.cuda.set_device, (torch.cuda.current_device(),)))
@@ -71,7 +73,8 @@ class Transaction:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.set_grad_enabled(False)
-        torch.set_autocast_enabled(device.type, False)
+        for kind in _AUTOCAST:
+            torch.set_autocast_enabled(kind, False)
 
     def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Copy the values into the tensors, each of the shape of its value."""

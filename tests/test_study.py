@@ -39,7 +39,7 @@ from symtele_cuda.experiments.study.problems import PROBLEMS, Problem, fingerpri
 from symtele_cuda.experiments.study.records import Check, Line, Record, Teleport, Validation, read_line, write_line
 from symtele_cuda.experiments.study.store import Store
 from symtele_cuda.experiments.study.summary import load_summaries, save_summaries, summarise
-from symtele_cuda.experiments.training import OPTIMIZERS, TeleportSettings, start, train
+from symtele_cuda.experiments.training import OPTIMIZERS, BoundedTeleports, TeleportSettings, start, train
 
 EXTRAS = ("matplotlib", "sklearn", "tqdm")
 needs_extras = pytest.mark.skipif(
@@ -84,17 +84,20 @@ def test_a_key_depends_on_every_setting() -> None:
     assert replace(job, teleports=TeleportSettings()).key == job.key
 
 
-def test_the_teleported_arm_has_the_defaults_of_the_library() -> None:
+def test_the_bounded_teleports_have_the_defaults_of_the_library_and_the_study_s_have_no_bounds() -> None:
     defaults = {
         name: parameter.default
         for function in (teleport_mlp, Teleporter.__init__)
         for name, parameter in inspect.signature(function).parameters.items()
     }
-    schedule = defaults["schedule"]
-    assert Schedule(DEFAULTS.epochs, DEFAULTS.teleports_per_epoch) == schedule
-    for field in fields(TeleportSettings):
-        if field.name not in ("epochs", "teleports_per_epoch"):
-            assert getattr(DEFAULTS, field.name) == defaults[field.name], field.name
+    bounded, names = BoundedTeleports(), {field.name for field in fields(BoundedTeleports)}
+    assert Schedule(bounded.epochs, bounded.teleports_per_epoch) == defaults["schedule"]
+    for name in names - {"epochs", "teleports_per_epoch"}:
+        assert getattr(bounded, name) == defaults[name], name
+    assert bounded.bounds == (defaults["max_weight_change"], defaults["max_sensitivity"])
+    assert DEFAULTS.bounds == (math.inf, math.inf)
+    others = {field.name for field in fields(TeleportSettings)} - {"steps", "first_radius"}
+    assert all(getattr(DEFAULTS, name) == getattr(bounded, name) for name in others)
 
 
 @pytest.mark.parametrize("studies", [FULL, QUICK])

@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import snapshot, unchanged
 from torch import Tensor, nn
 
 import symtele_cuda as st
+from symtele_cuda.mlp import read_chain
 from symtele_cuda.sampling import matched_samples
 from symtele_cuda.teleporter import Batch
 
@@ -29,6 +32,8 @@ AS_MLP = {
     "min_gain": 0.0,
     "steps": 10,
     "first_radius": 0.02,
+    "max_weight_change": math.inf,
+    "max_sensitivity": math.inf,
 }
 
 
@@ -279,7 +284,7 @@ def test_by_default_gl_moves_the_last_hidden_layer_that_it_can(
 
 
 @pytest.mark.parametrize(
-    ("lr", "accepted", "reason"), [(0.01, True, "all steps taken"), (20.0, False, "does not lower")]
+    ("lr", "accepted", "reason"), [(0.03, True, "all steps taken"), (20.0, False, "does not lower")]
 )
 def test_by_default_the_run_goes_on_untouched_where_the_rate_is_no_smaller_than_it_should_be(lr, accepted, reason):
     model, (batch,) = make_model(), make_batches(1, size=6)
@@ -316,6 +321,88 @@ def test_a_teleporter_that_can_never_teleport_says_so_when_it_is_made(name: str)
     change(model)
     with pytest.raises(ValueError, match=f"model can never be teleported .*{text}"):
         st.Teleporter(model, make_sgd(model), **{"layers": None, "batch_size": 4, "holdout_size": 0, **options})
+
+
+def test_the_model_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr("symtele_cuda.teleporter.read_chain", lambda model: (read.append(1), read_chain(model))[1])
+    model = make_model()
+    teleporter = make_teleporter(model)
+    for batch in make_batches(6):
+        teleporter.step(batch, epoch=0)
+        optimizer_step(model, teleporter.optimizer, batch)
+    assert len(teleporter.reports) > 0 and len(read) == 1
+    model.train(not model.training)  # what a forward does may depend on it
+    teleporter.step(make_batches(1)[0], epoch=1)
+    assert len(read) == 2
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
+    "activation": (lambda m: m.__setitem__(1, nn.Tanh()), "got tanh behind '0' in the place of leaky_relu behind '0'"),
+    "width": (
+        lambda m: [m.__setitem__(0, nn.Linear(6, 15).double()), m.__setitem__(2, nn.Linear(15, 12).double())],
+        "got '0', a Linear from 6 to 15 in the place of '0', a Linear from 6 to 16",
+    ),
+    "one layer less": (
+        lambda m: [m.__setitem__(2, nn.Linear(16, 3).double()), m.pop(4), m.pop(3)],
+        "got '2', a Linear from 16 to 3 in the place of '2', a Linear from 16 to 12",
+    ),
+    "a hook": (lambda m: m[0].register_forward_hook(lambda *_: None), "expected no forward hooks"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_later_change_of_the_models_structure_is_named(name: str) -> None:
+    change, text = CHANGES[name]
+    model = make_model()
+    optimizer = make_sgd(model)
+    teleporter = st.Teleporter(model, optimizer, batch_size=4)
+    change(model)
+    optimizer.add_param_group({"params": [p for p in model.parameters() if not any(p is q for q in held(optimizer))]})
+    with pytest.raises(ValueError, match=re.escape(text)):
+        teleporter.step(make_batches(1)[0], epoch=0)
+
+
+def held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def test_an_epoch_that_goes_backwards_is_an_error() -> None:
+    teleporter = make_teleporter(make_model())
+    teleporter.step(make_batches(1)[0], epoch=3)
+    with pytest.raises(
+        ValueError, match=r"epoch must not go backwards, got 2 after 3: a new run takes a new Teleporter"
+    ):
+        teleporter.step(make_batches(1)[0], epoch=2)
+
+
+def test_it_says_what_it_will_do() -> None:
+    teleporter = make_teleporter(make_model())
+    assert repr(teleporter).startswith("Teleporter(") and "so far 0 of 0 accepted" in repr(teleporter)
+    for batch in make_batches(6):
+        teleporter.step(batch, epoch=0)
+    made = len(teleporter.reports)
+    assert made > 0 and f"of {made} accepted" in repr(teleporter)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_teleport_that_fails_is_an_error_or_a_warning(on_error: str) -> None:
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise ArithmeticError("no loss today")
+
+    model = make_model()
+    before = snapshot(model)
+    options = dict(batch_size=4, holdout_size=0, schedule=st.Schedule([0], 2))
+    teleporter = st.Teleporter(model, make_sgd(model), loss_fn, on_error=on_error, **options)
+    for batch in make_batches(2):
+        if on_error == "raise":
+            with pytest.raises(ArithmeticError, match="no loss today"):
+                teleporter.step(batch, epoch=0)
+        else:
+            with pytest.warns(UserWarning, match="a teleport failed, ArithmeticError: no loss today"):
+                assert teleporter.step(batch, epoch=0) is None
+    assert unchanged(model, before) and teleporter.reports == []
+    assert teleporter.state_dict()["done"] == (0 if on_error == "raise" else 2)
 
 
 # --- a holdout from the stream ------------------------------------------------------------------------------------

@@ -5,9 +5,8 @@ trains until the train loss is down at the last of `LEVELS`, and is looked at se
 teleports, with a start that learns faster (He et al. 2015 behind LeakyReLU, Glorot and Bengio 2010 behind tanh) for
 scale, with teleports without bounds, and with the teleporter as it is by default.
 
-Noise is normal, with 0.3 times the standard deviation of all elements of the inputs; the accuracy is that on validation
-samples with it. It is compared where two runs of a seed first have the same train loss, between two looks by the
-logarithm of the loss.
+The accuracy under noise is that on validation samples with it, see `training.with_noise`. It is compared where two runs
+of a seed first have the same train loss, between two looks by the logarithm of the loss.
 """
 
 from __future__ import annotations
@@ -27,15 +26,17 @@ from symtele_cuda.experiments.data import Dataset, split
 from symtele_cuda.experiments.records import save_json
 from symtele_cuda.experiments.tables import format_table
 from symtele_cuda.experiments.training import (
+    NOISE,
     BoundedTeleports,
     Task,
     TeleportSettings,
     Trainee,
     make_optimizer,
+    norm_of,
+    with_noise,
 )
 from symtele_cuda.report import TeleportReport
 
-NOISE = 0.3
 LEVELS = (0.3, 0.1, 0.05)
 LOOKS_PER_EPOCH = 8
 LOOKED_AT = 2000  # the train loss is that of the first samples, as many at most
@@ -236,17 +237,12 @@ class _Watcher:
         self.model, (train, validation) = trainee.model, (trainee.task.train, trainee.task.validation)
         assert validation is not None
         self.inputs, self.targets = train.inputs[:LOOKED_AT], train.targets[:LOOKED_AT]
-        self.clean, self.classes = validation.inputs, validation.targets
-        generator, spread = torch.Generator().manual_seed(0), NOISE * train.inputs.std(correction=0)
-        shape = (draws, *self.clean.shape)
-        self.noisy = (self.clean + spread * torch.randn(shape, generator=generator)).flatten(0, 1)
+        self.clean, self.noisy = (validation.inputs, validation.targets), with_noise(train, validation, draws)
 
     @torch.no_grad()
     def __call__(self, epoch: float) -> Look:
         loss = F.cross_entropy(self.model(self.inputs), self.targets).item()
-        noise_accuracy = self._accuracy(self.noisy, self.classes.repeat(len(self.noisy) // len(self.classes)))
-        norm = nn.utils.parameters_to_vector(self.model.parameters()).norm().item()
-        return Look(epoch, loss, noise_accuracy, self._accuracy(self.clean, self.classes), norm)
+        return Look(epoch, loss, self._accuracy(*self.noisy), self._accuracy(*self.clean), norm_of(self.model))
 
     def _accuracy(self, inputs: Tensor, targets: Tensor) -> float:
         return (self.model(inputs).argmax(1) == targets).float().mean().item()

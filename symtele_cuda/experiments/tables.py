@@ -21,7 +21,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def epoch_table(runs: Sequence[Run]) -> str:
-    """A line for each epoch of each run: what was measured after it, and the teleports made during it."""
+    """A line for each epoch of each run: what was measured after it, and the teleports accepted during it."""
     header = ("run", "epoch", "train loss", "val. loss", "val. acc.", "‖∇L‖", "time (s)", "teleports")
     rows = [
         (
@@ -32,7 +32,7 @@ def epoch_table(runs: Sequence[Run]) -> str:
             _optional(record.validation_accuracy, ".2%"),
             f"{record.gradient_norm:.3g}",
             f"{record.seconds:.2f}",
-            str(sum(record.epoch - 1 <= teleport.position < record.epoch for teleport in run.teleports) or ""),
+            str(sum(record.epoch - 1 <= one.position < record.epoch for one in run.teleports if one.accepted) or ""),
         )
         for run in runs
         for record in run.epochs

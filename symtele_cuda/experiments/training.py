@@ -340,6 +340,32 @@ def validate(model: nn.Module, task: Task) -> tuple[float | None, float | None]:
     return loss, (outputs.argmax(dim=1) == targets).float().mean().item()
 
 
+NOISE = 0.3
+"""The standard deviation of the noise of `with_noise`, as a share of that of all elements of the training inputs."""
+
+
+@torch.no_grad()
+def noisy_accuracy(model: nn.Module, task: Task) -> float | None:
+    """The accuracy on the validation set with noise in its inputs, always the same; None in a regression."""
+    if task.validation is None or task.validation.targets.is_floating_point():
+        return None
+    noisy, targets = with_noise(task.train, task.validation)
+    return (model(noisy).argmax(dim=1) == targets).float().mean().item()
+
+
+def with_noise(train: Dataset, validation: Dataset, draws: int = 1) -> tuple[Tensor, Tensor]:
+    """The validation samples `draws` times with normal noise, and their targets."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((draws, *validation.inputs.shape), generator=generator).to(validation.inputs.device)
+    noisy = validation.inputs + NOISE * train.inputs.std(correction=0) * noise
+    return noisy.flatten(0, 1), validation.targets.repeat(draws)
+
+
+def norm_of(model: nn.Module) -> float:
+    """‖W‖ of all parameters."""
+    return float(torch.stack([parameter.detach().norm() for parameter in model.parameters()]).norm())
+
+
 def warm_up(task: Task, training: TrainingSettings, iterations: int = 20) -> None:
     """A few discarded iterations, so that the first run does not pay for torch's own start in its wall-clock."""
     batch = torch.arange(min(training.batch_size, len(task.train)), device=training.device)

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from symtele_cuda.errors import TeleportError
 from symtele_cuda.experiments.study.jobs import Job
 from symtele_cuda.experiments.study.records import Check, Record, Teleport, Validation
-from symtele_cuda.experiments.training import Task, Trainee, start, validate, warm_up
+from symtele_cuda.experiments.training import Task, Trainee, noisy_accuracy, norm_of, start, validate, warm_up
 from symtele_cuda.teleporter import Teleporter
 
 LATER = 100  # iterations after a teleport at which its rise of the loss is looked at again
@@ -106,8 +106,9 @@ class _Run:
                 self.check()
         if self.checks[-1].iteration != self.iteration:
             self.check()
-        loss, accuracy = validate(self.trainee.model, self.trainee.task)
-        self.validations.append(Validation(*(math.nan if value is None else value for value in (loss, accuracy))))
+        model, task = self.trainee.model, self.trainee.task
+        figures = (*validate(model, task), noisy_accuracy(model, task), norm_of(model))
+        self.validations.append(Validation(*(math.nan if value is None else value for value in figures)))
 
     def check(self) -> None:
         """Append a check.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from symtele_cuda.experiments.study.jobs import Job
@@ -30,10 +30,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Validation:
-    """After an epoch, on the validation set; accuracy is NaN in a regression."""
+    """After an epoch, on the validation set; accuracies are NaN in a regression.
+
+    noise_accuracy: with noise in the inputs, see `training.noisy_accuracy`; norm: ‖W‖ of all parameters. Both are NaN
+    in records of before they were measured.
+    """
 
     loss: float
     accuracy: float
+    noise_accuracy: float = math.nan
+    norm: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -162,8 +168,12 @@ def _columns(kind: type[Entry], entries: Sequence[Entry]) -> dict[str, list[Any]
 
 
 def _rows(kind: Any, columns: Mapping[str, Sequence[Any]]) -> tuple[Any, ...]:
-    rows = zip(*(columns[field.name] for field in fields(kind)), strict=True)
-    return tuple(kind(*(math.nan if value is None else value for value in row)) for row in rows)
+    known = [field.name for field in fields(kind) if field.default is MISSING or field.name in columns]
+    rows = zip(*(columns[name] for name in known), strict=True)
+    return tuple(
+        kind(**{name: math.nan if value is None else value for name, value in zip(known, row, strict=True)})
+        for row in rows
+    )
 
 
 def rounded(value: Any) -> Any:

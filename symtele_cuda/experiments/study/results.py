@@ -61,7 +61,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An arm at its best rate, over the seeds that did not choose it."""
+    """An arm at its best rate, over the seeds that did not choose it.
+
+    noise_accuracy: on the validation set with noise in the inputs; norm: ‖W‖. None where the records do not have them.
+    """
 
     optimizer: str
     arm: str
@@ -71,6 +74,8 @@ class Outcome:
     validation_loss: Spread
     accuracy: Spread
     seconds: Spread
+    noise_accuracy: Spread | None = None
+    norm: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -390,6 +395,10 @@ def _outcome(study: Study, records: Records, optimizer: str, arm: str) -> Outcom
     def over_seeds(values: Iterable[float]) -> Spread:
         return spread([*values, *missing])
 
+    def if_known(values: Iterable[float]) -> Spread | None:
+        found = over_seeds(values)
+        return found if found.count > 0 else None
+
     times = {loss: [time_to(record, loss) for record in kept] for loss in study.targets}
     return Outcome(
         optimizer,
@@ -403,6 +412,8 @@ def _outcome(study: Study, records: Records, optimizer: str, arm: str) -> Outcom
         validation_loss=over_seeds(record.validations[-1].loss for record in kept),
         accuracy=over_seeds(record.validations[-1].accuracy for record in kept),
         seconds=over_seeds(record.final.seconds for record in kept),
+        noise_accuracy=if_known(record.validations[-1].noise_accuracy for record in kept),
+        norm=if_known(record.validations[-1].norm for record in kept),
     )
 
 

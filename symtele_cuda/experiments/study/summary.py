@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -95,7 +95,8 @@ def _restored(kind: Any, value: Any) -> Any:
     """`value` of a JSON file as the type `kind` of a field."""
     if is_dataclass(kind):
         kinds = get_type_hints(kind)
-        return kind(**{field.name: _restored(kinds[field.name], value[field.name]) for field in fields(kind)})  # type: ignore[operator]
+        known = (field.name for field in fields(kind) if field.default is MISSING or field.name in value)
+        return kind(**{name: _restored(kinds[name], value[name]) for name in known})  # type: ignore[operator]
     origin, inner = get_origin(kind), get_args(kind)
     if origin is tuple:
         return tuple(_restored(inner[0], item) for item in value)

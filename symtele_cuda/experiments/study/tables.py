@@ -87,6 +87,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
 def worth_table(outcomes: Sequence[Outcome]) -> str:
     """A row for each optimizer and arm; ≤ or ≥ before a rate: it is the lowest or highest tried."""
     targets = [target.loss for target in outcomes[0].targets]
+    measured = any(outcome.norm is not None for outcome in outcomes)  # not in records of before
     header = (
         "optimizer",
         "rate",
@@ -94,6 +95,7 @@ def worth_table(outcomes: Sequence[Outcome]) -> str:
         "train loss",
         "validation loss",
         "accuracy",
+        *(("accuracy under noise", "‖W‖") if measured else ()),
         "s in all",
     )
     rows = [
@@ -104,6 +106,7 @@ def worth_table(outcomes: Sequence[Outcome]) -> str:
             _spread(outcome.train_loss),
             _spread(outcome.validation_loss),
             _spread(outcome.accuracy, percent=True),
+            *((_known(outcome.noise_accuracy, percent=True), _known(outcome.norm)) if measured else ()),
             _spread(outcome.seconds),
         ]
         for outcome in outcomes
@@ -244,6 +247,10 @@ def _spread(spread: Spread, percent: bool = False) -> str:
     mean, deviation = _digits(scale * spread.mean, 3), _digits(scale * spread.deviation, 1)
     share = "" if spread.count == spread.of else f" ({spread.count} of {spread.of})"
     return f"{mean} ± {deviation}{unit}{share}"
+
+
+def _known(spread: Spread | None, percent: bool = False) -> str:
+    return NONE if spread is None else _spread(spread, percent)
 
 
 def _digits(value: float, digits: int) -> str:
