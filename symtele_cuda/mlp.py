@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import itertools
 import math
 import operator
@@ -23,21 +24,8 @@ from torch.fx.node import map_arg
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from .activations import (
-    ELU,
-    Activation,
-    Identity,
-    LeakyReLU,
-    ReLU,
-    Sigmoid,
-    Softplus,
-    Tanh,
-    activation_of_module,
-)
-
-SUPPORTED = (
-    "Linear, ReLU, LeakyReLU, ELU, Softplus (threshold 20), Tanh, Sigmoid, Identity, Flatten(1) or inactive Dropout"
-)
+from .activations import SPELLINGS as ACTIVATION_SPELLINGS
+from .activations import Activation, Identity, Spelling
 
 
 @dataclass(frozen=True)
@@ -247,21 +235,10 @@ def _check_plain_linear(linear: nn.Linear, where: str) -> nn.Linear:
 
 def _steps_of_torch_module(module: nn.Module, where: str) -> list[Activation | _Flatten]:
     """The steps of a module whose forward is torch's own; none where it does nothing."""
-    if isinstance(module, nn.Identity):
-        return []
-    if isinstance(module, nn.Flatten):
-        return _steps_of_call(_flatten, (None, module.start_dim, module.end_dim), {}, where)
-    if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
-        return _steps_of_call(_dropout, (None, module.p, module.training), {}, where)
-    if isinstance(module, nn.Softplus):
-        return _steps_of_call(_softplus, (None, module.beta, module.threshold), {}, where)
-    try:
-        activation = activation_of_module(module)
-    except ValueError as error:
-        raise _no_chain(where, "an invertible activation", f"{type(module).__name__}: {error}") from error
-    if activation is None:
-        raise _no_chain(where, SUPPORTED, type(module).__name__)
-    return [activation]
+    for spelling in _SPELLINGS:
+        if spelling.module is not None and isinstance(module, spelling.module):
+            return _steps_of_call(functools.partial(spelling.read_module, module), where)
+    raise _no_chain(where, SUPPORTED, type(module).__name__)
 
 
 # --- steps of a module with a forward of its own ------------------------------------------------------------------
@@ -346,65 +323,37 @@ def _steps_of_node(
         if len(node.args) != 1 or node.kwargs:
             raise _no_chain(place, "a submodule with one argument", f"{len(node.args) + len(node.kwargs)}")
         return _steps_of_module(root.get_submodule(target), f"{where}.{target}" if where else target)
-    call = _CALLS.get(node.target)
-    if call is None:
+    read = _READERS.get(node.target)
+    if read is None:
         raise _no_chain(place, SUPPORTED, getattr(node.target, "__name__", str(node.target)))
     args, kwargs = map_arg((node.args, node.kwargs), shapes.get)
-    return [(place, step) for step in _steps_of_call(call, args, kwargs, place)]
+    return [(place, step) for step in _steps_of_call(functools.partial(read, *args, **kwargs), place)]
 
 
-def _steps_of_call(
-    call: Callable[..., Activation | _Flatten | None], args: tuple[Any, ...], kwargs: dict[str, Any], where: str
-) -> list[Activation | _Flatten]:
-    """The step that a call of a function of _CALLS with these arguments is, if it is one that a chain may have."""
+def _steps_of_call(read: Callable[[], Activation | _Flatten | None], where: str) -> list[Activation | _Flatten]:
+    """The step that `read` finds at the place `where`, if it is one that a chain may have; none where it is nothing."""
     try:
-        step = call(*args, **kwargs)
+        step = read()
     except (TypeError, ValueError) as error:
         raise _no_chain(where, SUPPORTED, str(error)) from error
-    return [] if step is None else [step]
+    return [] if step is None or isinstance(step, Identity) else [step]
 
 
-# The functions below have the signatures of the torch functions whose calls they read; `input` is not looked at.
+# What reads the calls that are no activation, see `Spelling`.
 
 
-def _leaky_relu(input: object, negative_slope: float = 0.01, inplace: bool = False) -> Activation:
-    return LeakyReLU(negative_slope)
-
-
-def _relu(input: object, inplace: bool = False) -> Activation:
-    return ReLU()
-
-
-def _elu(input: object, alpha: float = 1.0, inplace: bool = False) -> Activation:
-    return ELU(alpha)
-
-
-def _softplus(input: object, beta: float = 1.0, threshold: float = Softplus.threshold) -> Activation:
-    if threshold != Softplus.threshold:
-        raise ValueError(f"Softplus with threshold {threshold}")
-    return Softplus(beta)
-
-
-def _tanh(input: object) -> Activation:
-    return Tanh()
-
-
-def _sigmoid(input: object) -> Activation:
-    return Sigmoid()
-
-
-def _dropout(input: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
+def _dropout(input: None, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
     if training and p > 0:
         raise ValueError(f"Dropout with p = {p} in training mode: teleport in eval mode, or set p = 0")
 
 
-def _flatten(input: object, start_dim: int = 0, end_dim: int = -1) -> _Flatten:
+def _flatten(input: None, start_dim: int = 0, end_dim: int = -1) -> _Flatten:
     if (start_dim, end_dim) != (1, -1):
         raise ValueError(f"Flatten({start_dim}, {end_dim})")
     return _Flatten()
 
 
-def _view(input: object, *shape: Any) -> _Flatten:
+def _view(input: None, *shape: Any) -> _Flatten:
     sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     if sizes == (_ROWS, -1):
         return _Flatten()
@@ -413,23 +362,15 @@ def _view(input: object, *shape: Any) -> _Flatten:
     raise ValueError(f"a reshape to {sizes}")
 
 
-_CALLS: dict[object, Callable[..., Activation | _Flatten | None]] = {
-    F.leaky_relu: _leaky_relu,
-    F.relu: _relu,
-    F.elu: _elu,
-    F.softplus: _softplus,
-    F.dropout: _dropout,
-    torch.relu: _relu,
-    torch.tanh: _tanh,
-    torch.sigmoid: _sigmoid,
-    torch.flatten: _flatten,
-    "relu": _relu,
-    "tanh": _tanh,
-    "sigmoid": _sigmoid,
-    "flatten": _flatten,
-    "view": _view,
-    "reshape": _view,
-}
+_SPELLINGS = (
+    *ACTIVATION_SPELLINGS,
+    Spelling(nn.Flatten, (torch.flatten, "flatten"), _flatten, ("start_dim", "end_dim"), "(1)"),
+    Spelling((nn.Dropout, nn.AlphaDropout), (F.dropout, F.alpha_dropout), _dropout, ("p", "training"), " (inactive)"),
+    Spelling(None, ("view", "reshape"), _view),
+)
+_READERS = {call: spelling.read for spelling in _SPELLINGS for call in spelling.calls}
+
+SUPPORTED = ", ".join(["Linear", *filter(None, (spelling.title for spelling in _SPELLINGS))])
 
 
 # --- checks of single tensors -------------------------------------------------------------------------------------
