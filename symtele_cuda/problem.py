@@ -51,7 +51,7 @@ class Problem:
         samples, targets = _prepare(chain, batch, dtype)
         outputs = tuple(network.forward(samples))
         if loss_fn is None:
-            check_default_targets(targets, len(samples), outputs[-1].shape[1])
+            check_default_targets(targets, chain.output.forward(outputs[-1]).shape)
         elif not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}")
         loss = BatchLoss(loss_fn or default_loss(targets), targets, chain.output, default=loss_fn is None)
@@ -90,7 +90,7 @@ class Holdout:
                     raise TypeError(
                         f"targets must be of the batch's kind {problem.loss.targets.dtype}, got {targets.dtype}"
                     )
-                check_default_targets(targets, len(samples), logits.shape[1])
+                check_default_targets(targets, problem.loss.output.forward(logits).shape)
             loss = replace(problem.loss, targets=targets)
             if not math.isfinite(value := float(loss.value(logits))):
                 raise ValueError(f"the loss must be finite, got {value}")
@@ -100,7 +100,7 @@ class Holdout:
 
 
 def _prepare(chain: Chain, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x, y) checked, x flattened; both in the dtype of the search where they had the model's."""
+    """(x, y) checked, x as the first Linear gets it; both in the dtype of the search where they had the model's."""
     samples, targets = check_batch(chain, batch)
     if targets.is_floating_point() and targets.dtype == samples.dtype:
         targets = targets.to(dtype)
