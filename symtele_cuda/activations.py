@@ -369,7 +369,9 @@ class Scaled(Activation):
         return z * self.rate + self.shift
 
     def __str__(self) -> str:
-        return f"{self.gain:g}·{self.base}({self.rate:g}·z {self.shift:+g}) {self.offset:+g}"
+        factor = "" if self.gain == 1 else f"{self.gain:g}·"
+        argument = "" if (self.rate, self.shift) == (1, 0) else f"({self.rate:g}·z{self.shift:+g})"
+        return f"{factor}{self.base}{argument}" + ("" if self.offset == 0 else f"{self.offset:+g}")
 
 
 UNSCALED = (1.0, 0.0, 1.0, 0.0)
@@ -432,11 +434,9 @@ class Spelling:
 
     @property
     def title(self) -> str:
-        """What a list of the modules calls this one; empty where there is none."""
-        if self.module is None:
-            return ""
+        """What a list of the modules calls this one."""
         first = self.module[0] if isinstance(self.module, tuple) else self.module
-        return first.__name__ + self.remark
+        return ("" if first is None else first.__name__) + self.remark
 
     def read_module(self, module: nn.Module) -> Any:
         """What `module`, one of its modules, is."""

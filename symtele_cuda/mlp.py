@@ -474,7 +474,8 @@ _SPELLINGS = (
 )
 _READERS = {call: spelling.read for spelling in _SPELLINGS for call in spelling.calls}
 
-SUPPORTED = ", ".join(["Linear", *filter(None, (spelling.title for spelling in _SPELLINGS)), "or constants"])
+_TITLES = (spelling.title for spelling in _SPELLINGS if spelling.module is not None)
+SUPPORTED = ", ".join(["Linear", *_TITLES, "or an operation with a constant"])
 
 
 # --- checks of single tensors -------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ CASES: dict[str, Case] = {
     "scaled LeakyReLU, diagonal": Case(
         lambda: Model(lambda m, x: m.c(torch.tanh(m.b(F.leaky_relu(-m.a(x), 0.2).div(2))))),
         (scaled(LeakyReLU(0.2), rate=-1.0, gain=0.5), Tanh()),
-        group="auto",
+        group="positive_diagonal",
     ),
     "scaled ReLU, diagonal": Case(
         lambda: Model(lambda m, x: m.c(F.relu(m.b(3 * F.relu(m.a(x)))))),
