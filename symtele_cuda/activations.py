@@ -369,9 +369,7 @@ class Scaled(Activation):
         return z * self.rate + self.shift
 
     def __str__(self) -> str:
-        factor = "" if self.gain == 1 else f"{self.gain:g}·"
-        argument = "" if (self.rate, self.shift) == (1, 0) else f"({self.rate:g}·z{self.shift:+g})"
-        return f"{factor}{self.base}{argument}" + ("" if self.offset == 0 else f"{self.offset:+g}")
+        return f"scaled {self.base}"
 
 
 UNSCALED = (1.0, 0.0, 1.0, 0.0)

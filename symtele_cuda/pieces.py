@@ -73,7 +73,7 @@ class Affine:
 
     def __str__(self) -> str:
         factor, offset = (
-            f"a tensor of shape {tuple(one.shape)}" if isinstance(one, Tensor) else f"{one:g}"
+            f"a tensor of shape {tuple(one.shape)}" if isinstance(one, Tensor) else "a number"
             for one in (self.factor, self.offset)
         )
         return f"z times {factor} plus {offset}"
@@ -114,6 +114,9 @@ class InTurn:
     """Several pieces, one after the other."""
 
     pieces: tuple[Piece, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.pieces))
 
     def forward(self, z: Tensor) -> Tensor:
         return functools.reduce(lambda value, piece: piece.forward(value), self.pieces, z)

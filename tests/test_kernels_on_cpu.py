@@ -20,7 +20,7 @@ from sigmas import ONE_OF_EACH
 from torch import Tensor
 
 from symtele_cuda import products
-from symtele_cuda.activations import Activation, Identity, Softplus
+from symtele_cuda.activations import Activation, Identity, Softplus, Softsign
 
 IDENTITY = Identity()
 KINDS = ("linear", "activation", "inverse_activation", "over_slope", "times_slope", "masked")
@@ -107,7 +107,8 @@ def into_range(a: Tensor, b: Tensor, activation: Activation) -> tuple[Tensor, Te
         return a, b
     if isinstance(activation, Softplus):  # on both sides of the threshold
         return a * (Softplus.threshold / activation.parameter / product.mean()), b
-    limit = 0.9 * min(abs(edge) for edge in (low, high) if edge != 0)
+    near = 0.6 if isinstance(activation, Softsign) else 0.9  # the slope of its inverse, 1/(1 − |b|)², grows fast
+    limit = near * min(abs(edge) for edge in (low, high) if edge != 0)
     return (a, b) if math.isinf(limit) else (a * (limit / product.abs().max()), b)
 
 
