@@ -418,10 +418,10 @@ def activation_of(name: str, numbers: Sequence[float]) -> Activation:
 class Spelling:
     """How torch writes one operation of a model, and what reads it.
 
-    module: its module, None where it has none. calls: its functions, and the names of its methods. read: has the
-    signature of the calls and returns what the operation is, from all its arguments but the value that it works on,
-    for which None stands; a ValueError says what keeps it out. attributes: the arguments that are the module's.
-    remark: what a list of the modules says beside its name.
+    module: its module, None where it has none. calls: its functions, and the names of its methods.
+    read: returns what the operation is. It has the signature of the calls; None stands for the value that is worked on.
+    It raises ValueError where a chain may not have the operation.
+    attributes: the arguments of `read` that a module has as attributes. remark: what lists say behind its name.
     """
 
     module: type[nn.Module] | tuple[type[nn.Module], ...] | None

@@ -41,9 +41,8 @@ def nodes_of_checks(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _may_change_a_tensor(node: fx.Node) -> bool:
-    """Whether a call is one in place, by torch's naming, or of a module, which may do anything."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
-    return node.op == "call_module" or (name.endswith("_") and not name.endswith("__"))
+    """Whether a call is one in place, by the naming of torch's methods, or of a module, which may do anything."""
+    return node.op == "call_module" or (node.op == "call_method" and str(node.target).endswith("_"))
 
 
 def _frame_that_asks() -> FrameType | None:

@@ -68,8 +68,8 @@ def read_chain(model: nn.Module) -> Chain:
     nn.Sequential is walked directly; other modules are traced symbolically (torch.fx), which follows calls of
     submodules, the functional forms of the supported activations and of dropout, and flattening by `flatten(1)`,
     `view(x.size(0), -1)` or `reshape`. Optional further arguments of a forward have their defaults, as in model(x).
-    Constants are added, subtracted, multiplied and divided by: numbers, and tensors without gradient, whose values are
-    those of now, as is the slope of a PReLU. An `assert` is taken to hold. Deterministic.
+    Numbers and tensors without gradient may be added, subtracted, multiplied and divided by. Their values, and the
+    slope of a PReLU, are those of now. An `assert` is taken to hold. Deterministic.
 
     A traced forward runs once, on a symbolic input and in a stand-in with the module's attributes and copies of its
     lists and dicts: what it keeps there does not reach the model. Other side effects (printing, counting in a buffer)

@@ -71,6 +71,7 @@ def asserting(m: Model, x: Tensor) -> Tensor:
     assert 1 <= x.size(1) <= INPUTS
     assert x.is_floating_point() and x.isfinite().all()
     assert not x.is_complex()
+    assert (x.dim() == 2) & (x.shape[0] > 0)
     torch._assert(x.shape[-1] == INPUTS, "features")
     hidden = torch.tanh(m.a(x))
     assert hidden.shape[1] == 16, "hidden"
@@ -83,6 +84,23 @@ def run_chain(chain: Chain, x: Tensor) -> Tensor:
     for linear, piece in zip(chain.linears, (*chain.activations, chain.output), strict=True):
         value = piece.forward(F.linear(value, linear.weight, linear.bias))
     return value
+
+
+def asserting_either(m: Model, x: Tensor) -> Tensor:
+    assert x.dim() == 2 or x.dim() == 3
+    return m.c(torch.tanh(m.b(torch.tanh(m.a(x)))))
+
+
+def asserting_in_place(m: Model, x: Tensor) -> Tensor:
+    hidden = m.a(x)
+    assert hidden.tanh_().dim() == 2
+    return m.c(torch.tanh(m.b(hidden)))
+
+
+def deciding(m: Model, x: Tensor) -> Tensor:
+    if x.dim() != 2:
+        raise AssertionError("two dimensions")
+    return m.c(torch.tanh(m.b(torch.tanh(m.a(x)))))
 
 
 @dataclass(frozen=True)

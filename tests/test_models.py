@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import CASES, SAMPLES, Case, run_chain
+from models import CASES, SAMPLES, Case, Model, asserting_either, asserting_in_place, deciding, run_chain
 from torch import Tensor, nn
 
 import symtele_cuda as st
@@ -60,6 +60,19 @@ def test_what_is_read_is_the_model_s_function(case: Case) -> None:
     expected = model(x)
     assert expected.shape == (len(x), *case.outputs)
     torch.testing.assert_close(run_chain(chain, x), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (asserting_either, r"torch\.fx can trace, got Model, TraceError: .*control flow"),
+        (deciding, r"torch\.fx can trace, got Model, TraceError: .*control flow"),
+        (asserting_in_place, r"at 'tanh_' expected .* got tanh_"),
+    ],
+)
+def test_other_questions_to_the_values_are_refused(forward: Callable[[Model, Tensor], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_chain(Model(forward))
 
 
 @every_case
