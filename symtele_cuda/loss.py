@@ -53,7 +53,10 @@ class BatchLoss:
 
 
 def default_loss(targets: Tensor) -> LossFunction:
-    """Cross entropy (mean) for integer targets, mean squared error for floating ones."""
+    """Cross entropy (mean) for integer targets, mean squared error for floating ones.
+
+    Of log-probabilities, as log_softmax gives them, cross entropy is the negative log-likelihood (`NLLLoss`).
+    """
     return F.mse_loss if targets.is_floating_point() else F.cross_entropy
 
 
