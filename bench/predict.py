@@ -187,7 +187,7 @@ class LayerShape:
     activation: Activation
 
     def run(self, recorder: Recorder) -> Iterator[str]:
-        sigma = self.activation.name, self.activation.parameter
+        sigma = self.activation.sigma
         weight, inputs, square = (self.d_out, self.d_in), (self.n, self.d_in), (self.d_out, self.d_out)
         tensors = (torch.empty(shape, device=WHERE) for shape in (weight, inputs, square))
         arguments = (*tensors, None, *sigma, "paper", "cuda")

@@ -59,16 +59,16 @@ def run_products(products: Products, operands: Operands, sizes: tuple[int, int, 
     a, b = operands.make(rows, inner), operands.make(inner, columns)
     size = torch.tensor(0.01, dtype=torch.float64).to(DEVICE)
     for name, activation in ACTIVATIONS.items():
-        parameter = activation().parameter
-        products.linear_activation(a, b, row, name, parameter)
-        products.linear_activation(a, b, None, name, parameter)
-        products.inverse_activation(a, b, like, 1.0, name, parameter)
-        products.over_slope(a, b, column, row, like, name, parameter)
-        products.over_slope(a, b, None, None, like, name, parameter)
-        products.times_slope(a, b, like, like, -1.0, name, parameter)
-        products.take_steps([like, like], [like, like], size, [False, True], [name] * 2, [parameter] * 2)
-        products.times_curvature(like, like, like, like, name, parameter)
-        products.times_curvature(like, like, like, None, name, parameter)
+        numbers = activation().sigma[1]
+        products.linear_activation(a, b, row, name, numbers)
+        products.linear_activation(a, b, None, name, numbers)
+        products.inverse_activation(a, b, like, 1.0, name, numbers)
+        products.over_slope(a, b, column, row, like, name, numbers)
+        products.over_slope(a, b, None, None, like, name, numbers)
+        products.times_slope(a, b, like, like, -1.0, name, numbers)
+        products.take_steps([like, like], [like, like], size, [False, True], [name] * 2, [*numbers] * 2)
+        products.times_curvature(like, like, like, like, name, numbers)
+        products.times_curvature(like, like, like, None, name, numbers)
 
 
 def run_factors(products: Products, operands: Operands) -> None:

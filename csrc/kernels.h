@@ -13,12 +13,17 @@ namespace symtele {
 
 enum class Dtype { f32, f64, i32 };  // i32 for squared_norms alone
 
-enum class ActivationKind { identity, leaky_relu, tanh, sigmoid, softplus, elu };
+enum class ActivationKind { identity, leaky_relu, tanh, sigmoid, softplus, elu, softsign, log_sigmoid };
 
-// sigma and its one parameter: the slope of leaky_relu, beta of softplus, alpha of elu.
+// gain sigma(rate z + shift) + offset, with sigma of this kind and its one parameter: the slope of leaky_relu, beta of
+// softplus, alpha of elu. Of sigma itself rate and gain are 1, shift and offset 0.
 struct Activation {
   ActivationKind kind;
   double parameter;
+  double rate;
+  double shift;
+  double gain;
+  double offset;
 };
 
 // Element (i, j) lies at data[i * row_stride + j * column_stride]; at least one of the strides is 1.

@@ -118,19 +118,28 @@ void check_cuda(cudaError_t error, const char* function) {
 
 Dtype dtype_of(const Tensor& tensor) { return tensor.scalar_type() == at::kFloat ? Dtype::f32 : Dtype::f64; }
 
-Activation make_activation(std::string_view name, double parameter) {
-  constexpr std::array<std::pair<std::string_view, ActivationKind>, 6> kinds{{
+constexpr size_t numbers_of_activation = 5;
+
+Activation make_activation(std::string_view name, at::ArrayRef<double> numbers) {
+  constexpr std::array<std::pair<std::string_view, ActivationKind>, 8> kinds{{
       {"identity", ActivationKind::identity},
       {"leaky_relu", ActivationKind::leaky_relu},
       {"tanh", ActivationKind::tanh},
       {"sigmoid", ActivationKind::sigmoid},
       {"softplus", ActivationKind::softplus},
       {"elu", ActivationKind::elu},
+      {"softsign", ActivationKind::softsign},
+      {"log_sigmoid", ActivationKind::log_sigmoid},
   }};
+  TORCH_CHECK_VALUE(numbers.size() == numbers_of_activation, "numbers must be ", numbers_of_activation,
+                    " of an activation, got ", numbers.size());
+  std::string names;
   for (const auto& [known, kind] : kinds) {
-    if (known == name) return {kind, parameter};
+    if (known == name) return {kind, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+    if (!names.empty()) names += ", ";
+    names += known;
   }
-  TORCH_CHECK_VALUE(false, "activation must be one of identity, leaky_relu, tanh, sigmoid, softplus, elu, got ", name);
+  TORCH_CHECK_VALUE(false, "activation must be one of ", names, ", got ", name);
 }
 
 // The strides of a matrix whose elements follow each other along rows or along columns, without overlap. A dimension of
@@ -217,8 +226,8 @@ class FusedProduct {
     return *this;
   }
 
-  FusedProduct& activation(std::string_view name, double parameter) {
-    product_.epilogue.activation = make_activation(name, parameter);
+  FusedProduct& activation(std::string_view name, at::ArrayRef<double> numbers) {
+    product_.epilogue.activation = make_activation(name, numbers);
     return *this;
   }
 
@@ -320,39 +329,39 @@ Tensor linear(const Tensor& a, const Tensor& b, const OptionalTensor& source, co
 }
 
 std::tuple<Tensor, Tensor> linear_activation(const Tensor& a, const Tensor& b, const OptionalTensor& row,
-                                             std::string_view activation, double parameter) {
+                                             std::string_view activation, at::ArrayRef<double> numbers) {
   return FusedProduct(EpilogueKind::activation, a, b)
       .rank_one(std::nullopt, row)
-      .activation(activation, parameter)
+      .activation(activation, numbers)
       .compute_both();
 }
 
 std::tuple<Tensor, Tensor> inverse_activation(const Tensor& a, const Tensor& b, const Tensor& origin, double rho,
-                                              std::string_view activation, double parameter) {
+                                              std::string_view activation, at::ArrayRef<double> numbers) {
   return FusedProduct(EpilogueKind::inverse_activation, a, b)
       .scale(1, -rho)
       .at("origin", origin)
-      .activation(activation, parameter)
+      .activation(activation, numbers)
       .compute_both();
 }
 
 std::tuple<Tensor, Tensor> over_slope(const Tensor& a, const Tensor& b, const OptionalTensor& column,
                                       const OptionalTensor& row, const Tensor& at, std::string_view activation,
-                                      double parameter) {
+                                      at::ArrayRef<double> numbers) {
   return FusedProduct(EpilogueKind::over_slope, a, b)
       .rank_one(column, row)
       .at("at", at)
-      .activation(activation, parameter)
+      .activation(activation, numbers)
       .compute_both();
 }
 
 Tensor times_slope(const Tensor& a, const Tensor& b, const Tensor& at, const Tensor& source, double beta,
-                   std::string_view activation, double parameter) {
+                   std::string_view activation, at::ArrayRef<double> numbers) {
   return FusedProduct(EpilogueKind::times_slope, a, b)
       .scale(1, beta)
       .source(source)
       .at("at", at)
-      .activation(activation, parameter)
+      .activation(activation, numbers)
       .compute();
 }
 
@@ -574,12 +583,13 @@ Tensor identity_remainder(const Tensor& g, int64_t vectors, int64_t rounds) {
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> take_steps(
     TensorList bases, TensorList changes, const Tensor& size, const c10::List<bool>& along_targets,
-    const c10::List<std::string>& activations, at::ArrayRef<double> parameters) {
+    const c10::List<std::string>& activations, at::ArrayRef<double> numbers) {
   TORCH_CHECK_VALUE(!bases.empty(), "bases must have at least one tensor, got none");
   check_length("changes", changes.size(), "bases", bases.size());
   check_length("along_targets", along_targets.size(), "bases", bases.size());
   check_length("activations", activations.size(), "bases", bases.size());
-  check_length("parameters", parameters.size(), "bases", bases.size());
+  TORCH_CHECK_VALUE(numbers.size() == numbers_of_activation * bases.size(), "numbers must be ", numbers_of_activation,
+                    " for each of bases, got ", numbers.size(), " for ", bases.size());
   check_first("bases", bases[0]);
   check_scalar("size", size, at::kDouble, bases[0].device());
   const c10::cuda::CUDAGuard guard(bases[0].device());
@@ -589,7 +599,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> take_s
     const Tensor base = held.emplace_back(elements_of("bases", bases[i], bases[0], bases[i].sizes()));
     const Tensor change = held.emplace_back(elements_of("changes", changes[i], bases[0], base.sizes()));
     for (std::vector<Tensor>* results : {&moved, &targets, &slopes}) results->push_back(at::empty_like(base));
-    steps.push_back({along_targets.get(i), make_activation(activations.get(i), parameters[i]), base.numel(),
+    const at::ArrayRef<double> own = numbers.slice(i * numbers_of_activation, numbers_of_activation);
+    steps.push_back({along_targets.get(i), make_activation(activations.get(i), own), base.numel(),
                      base.const_data_ptr(), change.const_data_ptr(), moved[i].mutable_data_ptr(),
                      targets[i].mutable_data_ptr(), slopes[i].mutable_data_ptr()});
   }
@@ -603,7 +614,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> take_s
 }
 
 Tensor times_curvature(const Tensor& left, const Tensor& right, const Tensor& at, const OptionalTensor& source,
-                       std::string_view activation, double parameter) {
+                       std::string_view activation, at::ArrayRef<double> numbers) {
   check_first("left", left);
   const c10::cuda::CUDAGuard guard(left.device());
   const auto operand = [&](const char* name, const Tensor& tensor) {
@@ -612,7 +623,7 @@ Tensor times_curvature(const Tensor& left, const Tensor& right, const Tensor& at
   const Tensor one = left.contiguous(), other = operand("right", right), where = operand("at", at);
   const OptionalTensor sum = source ? OptionalTensor(operand("source", *source)) : std::nullopt;
   Tensor result = at::empty_like(one);
-  check_cuda(launch_times_curvature(dtype_of(left), left.numel(), make_activation(activation, parameter),
+  check_cuda(launch_times_curvature(dtype_of(left), left.numel(), make_activation(activation, numbers),
                                     one.const_data_ptr(), other.const_data_ptr(), where.const_data_ptr(),
                                     sum ? sum->const_data_ptr() : nullptr, result.mutable_data_ptr(), stream_of(left)),
              "launch_times_curvature");
@@ -833,12 +844,12 @@ TORCH_LIBRARY_FRAGMENT(symtele_cuda, library) {
   for (const char* schema : {
            "linear(Tensor a, Tensor b, Tensor? source=None, Tensor? column=None, Tensor? row=None, float alpha=1.0, "
            "float beta=1.0) -> Tensor",
-           "linear_activation(Tensor a, Tensor b, Tensor? row, str activation, float parameter) -> (Tensor, Tensor)",
-           "inverse_activation(Tensor a, Tensor b, Tensor origin, float rho, str activation, float parameter) "
+           "linear_activation(Tensor a, Tensor b, Tensor? row, str activation, float[] numbers) -> (Tensor, Tensor)",
+           "inverse_activation(Tensor a, Tensor b, Tensor origin, float rho, str activation, float[] numbers) "
            "-> (Tensor, Tensor)",
-           "over_slope(Tensor a, Tensor b, Tensor? column, Tensor? row, Tensor at, str activation, float parameter) "
+           "over_slope(Tensor a, Tensor b, Tensor? column, Tensor? row, Tensor at, str activation, float[] numbers) "
            "-> (Tensor, Tensor)",
-           "times_slope(Tensor a, Tensor b, Tensor at, Tensor source, float beta, str activation, float parameter) "
+           "times_slope(Tensor a, Tensor b, Tensor at, Tensor source, float beta, str activation, float[] numbers) "
            "-> Tensor",
            "grouped_linear(Tensor[] a, Tensor[] b, Tensor?[] sources, Tensor?[] rows, Tensor?[] masks, float[] alphas, "
            "float[] betas) -> Tensor[]",
@@ -846,8 +857,8 @@ TORCH_LIBRARY_FRAGMENT(symtele_cuda, library) {
            "invert_grams(Tensor[] grams, bool rounds=False) -> (Tensor[], Tensor, Tensor[])",
            "pseudo_inverse(Tensor inverse, Tensor rows, bool bias) -> Tensor",
            "take_steps(Tensor[] bases, Tensor[] changes, Tensor size, bool[] along_targets, str[] activations, "
-           "float[] parameters) -> (Tensor[], Tensor[], Tensor[])",
-           "times_curvature(Tensor left, Tensor right, Tensor at, Tensor? source, str activation, float parameter) "
+           "float[] numbers) -> (Tensor[], Tensor[], Tensor[])",
+           "times_curvature(Tensor left, Tensor right, Tensor at, Tensor? source, str activation, float[] numbers) "
            "-> Tensor",
            "dot_sum(Tensor[] left, Tensor[] right, float scale=1.0, bool root=False) -> Tensor",
            "squared_norms(Tensor[] tensors) -> Tensor",

@@ -505,7 +505,7 @@ def _take_steps(
         size,
         [step.along_targets for step in steps],
         [activation.name for activation in activations],
-        [activation.parameter for activation in activations],
+        [number for activation in activations for number in activation.sigma[1]],
     )
     return dict(zip(layers, zip(*moved, strict=True), strict=True))
 

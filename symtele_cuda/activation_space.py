@@ -367,7 +367,6 @@ def _with_curvature(
     """∂f/∂Y_{l−1}: `by_target`, and what comes through σ'(Y_{l−1}) in δ_{l−1}, which is nothing where σ is piecewise
     linear."""
     activation, back = network.activations[layer - 1], backward.backs[layer]
-    if activation.positively_homogeneous or back is None:
+    if activation.piecewise_linear or back is None:
         return by_target
-    sigma = (activation.name, activation.parameter)
-    return network.products.times_curvature(by_delta, back, state.targets[layer - 1], by_target, *sigma)
+    return network.products.times_curvature(by_delta, back, state.targets[layer - 1], by_target, *activation.sigma)

@@ -9,8 +9,11 @@ Every formula is written with differentiable torch operations, so that the refer
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +21,24 @@ from torch import Tensor, nn
 
 _TINY = torch.finfo(torch.float32).tiny
 
+Sigma = tuple[str, tuple[float, ...]]
+"""An activation as the operators take it: its name and its five numbers, see `Activation.sigma`."""
+
 
 @dataclass(frozen=True)
 class Activation:
     """An activation σ, applied elementwise; `parameter` is its one real parameter where it has one.
 
     invertible: whether σ⁻¹ exists. positively_homogeneous: whether σ(cz) = c σ(z) for every c > 0.
+    piecewise_linear: whether σ'' is zero everywhere.
     """
 
-    parameter: float = 0.0
-
     name = "abstract"
+    parameter = 0.0
     domain = (-math.inf, math.inf)
     invertible = True
     positively_homogeneous = False
+    piecewise_linear = False
 
     def forward(self, z: Tensor) -> Tensor:
         """σ(z)."""
@@ -52,6 +59,11 @@ class Activation:
     def inverse(self, b: Tensor) -> Tensor:
         """σ⁻¹(b); not finite where b lies outside `domain`."""
         raise NotImplementedError
+
+    @property
+    def sigma(self) -> Sigma:
+        """Name and (parameter, α, β, a, c) of a σ(αz + β) + c; for σ itself α = a = 1 and β = c = 0."""
+        return self.name, (self.parameter, *UNSCALED)
 
     @property
     def bounded(self) -> bool:
@@ -76,6 +88,7 @@ class Identity(Activation):
 
     name = "identity"
     positively_homogeneous = True
+    piecewise_linear = True
 
     def forward(self, z: Tensor) -> Tensor:
         return z
@@ -101,6 +114,7 @@ class LeakyReLU(Activation):
 
     name = "leaky_relu"
     positively_homogeneous = True
+    piecewise_linear = True
 
     def __post_init__(self) -> None:
         _require_invertible("negative_slope", self.parameter)
@@ -129,6 +143,7 @@ class ReLU(Activation):
     name = "relu"
     invertible = False
     positively_homogeneous = True
+    piecewise_linear = True
 
     def forward(self, z: Tensor) -> Tensor:
         return F.relu(z)
@@ -242,10 +257,141 @@ class ELU(Activation):
         return torch.where(b > 0, b, torch.log1p(b.clamp(max=0) / self.parameter))
 
 
+@dataclass(frozen=True)
+class Softsign(Activation):
+    """σ(z) = z / (1 + |z|), onto (−1, 1)."""
+
+    name = "softsign"
+    domain = (-1.0, 1.0)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.softsign(z)
+
+    def derivative(self, z: Tensor) -> Tensor:
+        return (1 + z.abs()) ** -2
+
+    def second_derivative(self, z: Tensor) -> Tensor:
+        return -2 * torch.sign(z) * (1 + z.abs()) ** -3
+
+    def inverse(self, b: Tensor) -> Tensor:
+        left = 1 - b.abs()
+        return torch.where(left > 0, b / left, math.nan)
+
+
+@dataclass(frozen=True)
+class LogSigmoid(Activation):
+    """σ(z) = −log(1 + e⁻ᶻ), onto (−∞, 0)."""
+
+    name = "log_sigmoid"
+    domain = (-math.inf, 0.0)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.logsigmoid(z)
+
+    def derivative(self, z: Tensor) -> Tensor:
+        return torch.sigmoid(-z)
+
+    def second_derivative(self, z: Tensor) -> Tensor:
+        return -torch.sigmoid(z) * torch.sigmoid(-z)
+
+    def inverse(self, b: Tensor) -> Tensor:
+        return b - torch.log(-torch.expm1(b))
+
+
+@dataclass(frozen=True)
+class Scaled(Activation):
+    """σ̃(z) = a σ(αz + β) + c of another activation σ = `base`; `scaled` makes it.
+
+    a = `gain` and α = `rate`, both ≠ 0, β = `shift` and c = `offset`.
+
+    σ̃' = aα σ'(αz + β), σ̃'' = aα² σ''(αz + β), σ̃⁻¹(b) = (σ⁻¹((b − c)/a) − β)/α.
+    """
+
+    base: Activation
+    rate: float
+    shift: float
+    gain: float
+    offset: float
+
+    def __post_init__(self) -> None:
+        _require_invertible("the size of a factor", abs(self.rate))
+        _require_invertible("the size of a factor", abs(self.gain))
+        for constant in (self.shift, self.offset):
+            if not math.isfinite(constant):
+                raise ValueError(f"a constant that is added must be finite, got {constant!r}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.base.name
+
+    @property
+    def parameter(self) -> float:  # type: ignore[override]
+        return self.base.parameter
+
+    @property
+    def sigma(self) -> Sigma:
+        return self.name, (self.parameter, self.rate, self.shift, self.gain, self.offset)
+
+    @property
+    def invertible(self) -> bool:  # type: ignore[override]
+        return self.base.invertible
+
+    @property
+    def piecewise_linear(self) -> bool:  # type: ignore[override]
+        return self.base.piecewise_linear
+
+    @property
+    def positively_homogeneous(self) -> bool:  # type: ignore[override]
+        return self.base.positively_homogeneous and self.shift == self.offset == 0
+
+    @property
+    def domain(self) -> tuple[float, float]:  # type: ignore[override]
+        one, other = (self.gain * edge + self.offset for edge in self.base.domain)
+        return min(one, other), max(one, other)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.base.forward(self._inner(z)) * self.gain + self.offset
+
+    def derivative(self, z: Tensor) -> Tensor:
+        return self.base.derivative(self._inner(z)) * (self.gain * self.rate)
+
+    def pull_back(self, gradient: Tensor, z: Tensor) -> Tensor:
+        return self.base.pull_back(gradient * (self.gain * self.rate), self._inner(z))
+
+    def second_derivative(self, z: Tensor) -> Tensor | None:
+        curvature = self.base.second_derivative(self._inner(z))
+        return None if curvature is None else curvature * (self.gain * self.rate**2)
+
+    def inverse(self, b: Tensor) -> Tensor:
+        return (self.base.inverse((b - self.offset) / self.gain) - self.shift) / self.rate
+
+    def _inner(self, z: Tensor) -> Tensor:
+        return z * self.rate + self.shift
+
+    def __str__(self) -> str:
+        return f"scaled {self.base}"
+
+
+UNSCALED = (1.0, 0.0, 1.0, 0.0)
+"""(α, β, a, c) of an activation that is not scaled."""
+
+
+def scaled(
+    base: Activation, rate: float = 1.0, shift: float = 0.0, gain: float = 1.0, offset: float = 0.0
+) -> Activation:
+    """a σ(αz + β) + c of σ = `base`, (α, β, a, c) = (rate, shift, gain, offset): σ itself where they change nothing.
+
+    Raises:
+        ValueError: a factor is 0, or so small or large that float32 cannot invert it, or a constant is not finite.
+    """
+    numbers = (float(rate), float(shift), float(gain), float(offset))
+    return base if numbers == UNSCALED else Scaled(base, *numbers)
+
+
 ACTIVATIONS: dict[str, type[Activation]] = {
-    cls.name: cls for cls in (LeakyReLU, Tanh, Sigmoid, Softplus, ELU, Identity)
+    cls.name: cls for cls in (LeakyReLU, Tanh, Sigmoid, Softplus, ELU, Identity, Softsign, LogSigmoid)
 }
-"""The invertible activations by their names."""
+"""The invertible activations by their names, each of which the kernels know."""
 
 
 def make_activation(name: str, parameter: float | None = None) -> Activation:
@@ -253,27 +399,108 @@ def make_activation(name: str, parameter: float | None = None) -> Activation:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {name!r}")
     cls = ACTIVATIONS[name]
-    takes_parameter = cls in (LeakyReLU, Softplus, ELU)
-    return cls() if parameter is None or not takes_parameter else cls(float(parameter))
+    takes_parameter = any(field.name == "parameter" for field in dataclasses.fields(cls))
+    return cls() if parameter is None or not takes_parameter else cls(**{"parameter": float(parameter)})
 
 
-def activation_of_module(module: nn.Module) -> Activation | None:
-    """The activation that a torch module applies, or None if it is no activation of this library."""
-    if isinstance(module, nn.ReLU):
-        return ReLU()
-    if isinstance(module, nn.LeakyReLU):
-        return LeakyReLU(module.negative_slope)
-    if isinstance(module, nn.ELU):
-        return ELU(module.alpha)
-    if isinstance(module, nn.Softplus) and module.threshold == Softplus.threshold:
-        return Softplus(module.beta)
-    if isinstance(module, nn.Tanh):
-        return Tanh()
-    if isinstance(module, nn.Sigmoid):
-        return Sigmoid()
-    if isinstance(module, nn.Identity):
-        return Identity()
-    return None
+def activation_of(name: str, numbers: Sequence[float]) -> Activation:
+    """The activation whose `sigma` is (name, numbers)."""
+    parameter, *scales = numbers
+    return scaled(make_activation(name, parameter), *scales)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# how torch spells them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How torch writes one operation of a model, and what reads it.
+
+    module: its module, None where it has none. calls: its functions, and the names of its methods.
+    read: returns what the operation is. It has the signature of the calls; None stands for the value that is worked on.
+    It raises ValueError where a chain may not have the operation.
+    attributes: the arguments of `read` that a module has as attributes. remark: what lists say behind its name.
+    """
+
+    module: type[nn.Module] | tuple[type[nn.Module], ...] | None
+    calls: tuple[object, ...]
+    read: Callable[..., Any]
+    attributes: tuple[str, ...] = ()
+    remark: str = ""
+
+    @property
+    def title(self) -> str:
+        """What a list of the modules calls this one."""
+        first = self.module[0] if isinstance(self.module, tuple) else self.module
+        return ("" if first is None else first.__name__) + self.remark
+
+    def read_module(self, module: nn.Module) -> Any:
+        """What `module`, one of its modules, is."""
+        return self.read(None, **{name: getattr(module, name) for name in self.attributes})
+
+
+def _leaky_relu(input: None, negative_slope: float = 0.01, inplace: bool = False) -> Activation:
+    return LeakyReLU(float(negative_slope))
+
+
+def _elu(input: None, alpha: float = 1.0, inplace: bool = False) -> Activation:
+    return ELU(float(alpha))
+
+
+def _softplus(input: None, beta: float = 1.0, threshold: float = Softplus.threshold) -> Activation:
+    if threshold != Softplus.threshold:
+        raise ValueError(f"Softplus with threshold {threshold}")
+    return Softplus(float(beta))
+
+
+def _selu(input: None, inplace: bool = False) -> Activation:
+    """λ·ELU with the λ and α of Klambauer et al. 2017, as torch has them."""
+    return scaled(ELU(1.6732632423543772848170429916717), gain=1.0507009873554804934193349852946)
+
+
+def _celu(input: None, alpha: float = 1.0, inplace: bool = False) -> Activation:
+    """max(z, 0) + min(0, α(e^{z/α} − 1)) = α ELU₁(z/α)."""
+    _require_invertible("alpha", alpha)
+    return scaled(ELU(), rate=1 / alpha, gain=alpha)
+
+
+def _prelu(input: None, weight: Tensor) -> Activation:
+    """LeakyReLU of the slope that `weight` holds now: training may change it."""
+    if weight.is_meta:
+        raise ValueError("PReLU whose weight is on the meta device and holds no data")
+    slope = float(weight.detach().flatten()[0])
+    if not bool((weight.detach() == slope).all()):
+        raise ValueError(f"PReLU whose {weight.numel()} slopes differ, where one slope for all units is understood")
+    _require_invertible("PReLU's weight", slope)
+    return LeakyReLU(slope)
+
+
+def _of(cls: type[Activation]) -> Callable[..., Activation]:
+    """Reads calls of one argument, or of `inplace` as well, as cls()."""
+
+    def read(input: None, inplace: bool = False) -> Activation:
+        return cls()
+
+    return read
+
+
+SPELLINGS = (
+    Spelling(nn.ReLU, (F.relu, torch.relu, "relu"), _of(ReLU)),
+    Spelling(nn.LeakyReLU, (F.leaky_relu,), _leaky_relu, ("negative_slope",)),
+    Spelling(nn.ELU, (F.elu,), _elu, ("alpha",)),
+    Spelling(nn.Softplus, (F.softplus,), _softplus, ("beta", "threshold"), " (threshold 20)"),
+    Spelling(nn.Tanh, (F.tanh, torch.tanh, "tanh"), _of(Tanh)),
+    Spelling(nn.Sigmoid, (F.sigmoid, torch.sigmoid, "sigmoid"), _of(Sigmoid)),
+    Spelling(nn.Softsign, (F.softsign,), _of(Softsign)),
+    Spelling(nn.LogSigmoid, (F.logsigmoid,), _of(LogSigmoid)),
+    Spelling(nn.SELU, (F.selu, torch.selu), _selu),
+    Spelling(nn.CELU, (F.celu, torch.celu), _celu, ("alpha",)),
+    Spelling(nn.PReLU, (F.prelu, torch.prelu, "prelu"), _prelu, ("weight",), " (one slope)"),
+    Spelling(nn.Identity, (), _of(Identity)),  # no activation: a place where two Linears may meet
+)
+"""The activations as modules and calls of torch."""
 
 
 def _require_invertible(argument: str, value: float) -> None:

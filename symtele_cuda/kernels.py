@@ -36,11 +36,11 @@ class Products(Protocol):
     ) -> Tensor: ...
 
     def linear_activation(
-        self, a: Tensor, b: Tensor, row: Tensor | None, activation: str, parameter: float
+        self, a: Tensor, b: Tensor, row: Tensor | None, activation: str, numbers: Sequence[float]
     ) -> tuple[Tensor, Tensor]: ...
 
     def inverse_activation(
-        self, a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, parameter: float
+        self, a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, numbers: Sequence[float]
     ) -> tuple[Tensor, Tensor]: ...
 
     def over_slope(
@@ -51,11 +51,11 @@ class Products(Protocol):
         row: Tensor | None,
         at: Tensor,
         activation: str,
-        parameter: float,
+        numbers: Sequence[float],
     ) -> tuple[Tensor, Tensor]: ...
 
     def times_slope(
-        self, a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, parameter: float
+        self, a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, numbers: Sequence[float]
     ) -> Tensor: ...
 
     def grouped_linear(
@@ -84,11 +84,11 @@ class Products(Protocol):
         size: Tensor,
         along_targets: Sequence[bool],
         activations: Sequence[str],
-        parameters: Sequence[float],
+        numbers: Sequence[float],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]: ...
 
     def times_curvature(
-        self, left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, parameter: float
+        self, left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, numbers: Sequence[float]
     ) -> Tensor: ...
 
     def dot_sum(
@@ -273,14 +273,14 @@ def _linear(
 
 
 def _linear_activation(
-    a: Tensor, b: Tensor, row: Tensor | None, activation: str, parameter: float
+    a: Tensor, b: Tensor, row: Tensor | None, activation: str, numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     product = _linear(a, b, row=row)
     return product, torch.empty_like(product)
 
 
 def _inverse_activation(
-    a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, parameter: float
+    a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     product = _product(a, b)
     _check_operand("origin", origin, a, product.shape)
@@ -288,7 +288,13 @@ def _inverse_activation(
 
 
 def _over_slope(
-    a: Tensor, b: Tensor, column: Tensor | None, row: Tensor | None, at: Tensor, activation: str, parameter: float
+    a: Tensor,
+    b: Tensor,
+    column: Tensor | None,
+    row: Tensor | None,
+    at: Tensor,
+    activation: str,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     product = _linear(a, b, column=column, row=row)
     _check_operand("at", at, a, product.shape)
@@ -296,7 +302,7 @@ def _over_slope(
 
 
 def _times_slope(
-    a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, parameter: float
+    a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, numbers: Sequence[float]
 ) -> Tensor:
     product = _linear(a, b, source)
     _check_operand("at", at, a, product.shape)
@@ -354,7 +360,7 @@ def _take_steps(
     size: Tensor,
     along_targets: Sequence[bool],
     activations: Sequence[str],
-    parameters: Sequence[float],
+    numbers: Sequence[float],
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     first = bases[0]
     _check_operand("size", size, first.new_empty((), dtype=torch.float64), ())
@@ -366,7 +372,7 @@ def _take_steps(
 
 
 def _times_curvature(
-    left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, parameter: float
+    left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, numbers: Sequence[float]
 ) -> Tensor:
     for name, operand in {"right": right, "at": at, "source": source}.items():
         _check_operand(name, operand, left, left.shape)

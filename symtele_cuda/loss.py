@@ -10,21 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import Activation
+from .pieces import Piece
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """L(logits) = loss_fn(output(logits), targets), with the network's trailing activation `output`.
+    """L(logits) = loss_fn(output(logits), targets), with what the model does behind its last Linear as `output`.
 
     default: whether the function is `default_loss`, chosen by the targets, and not the user's.
     """
 
     function: LossFunction
     targets: Tensor
-    output: Activation
+    output: Piece
     default: bool = False
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -53,7 +53,10 @@ class BatchLoss:
 
 
 def default_loss(targets: Tensor) -> LossFunction:
-    """Cross entropy (mean) for integer targets, mean squared error for floating ones."""
+    """Cross entropy (mean) for integer targets, mean squared error for floating ones.
+
+    Of log-probabilities, as log_softmax gives them, cross entropy is the negative log-likelihood (`NLLLoss`).
+    """
     return F.mse_loss if targets.is_floating_point() else F.cross_entropy
 
 
@@ -68,18 +71,19 @@ def _default_value_and_gradient(outputs: Tensor, targets: Tensor) -> tuple[Tenso
     return F.nll_loss(log_p, targets), log_p.exp().mul_(share).scatter_add_(1, chosen, hit)
 
 
-def check_default_targets(targets: Tensor, n: int, outputs: int) -> None:
-    """Raise unless `targets` fit the default loss of n×outputs logits.
+def check_default_targets(targets: Tensor, shape: Sequence[int]) -> None:
+    """Raise unless `targets` fit the default loss of outputs of this shape, (n, classes), or (n,) if squeezed.
 
     Raises:
         TypeError: targets are neither int64 class indices nor floating point.
-        ValueError: class indices are not of shape (n,) or not in 0..outputs−1; floating targets are not of shape
-            (n, outputs) or not finite.
+        ValueError: class indices are not of shape (n,), not in 0..classes−1, or for outputs without classes; floating
+            targets are not of the outputs' shape or not finite.
     """
+    n, *classes = shape
     if targets.is_floating_point():
-        if tuple(targets.shape) != (n, outputs):
+        if tuple(targets.shape) != tuple(shape):
             raise ValueError(
-                f"targets of the mean squared error must have the shape of the outputs ({n}, {outputs}), "
+                f"targets of the mean squared error must have the shape of the outputs {tuple(shape)}, "
                 f"got {tuple(targets.shape)}"
             )
         if not bool(torch.isfinite(targets).all()):
@@ -87,9 +91,14 @@ def check_default_targets(targets: Tensor, n: int, outputs: int) -> None:
     elif targets.dtype == torch.int64:
         if tuple(targets.shape) != (n,):
             raise ValueError(f"targets must have shape ({n},), one class index a sample, got {tuple(targets.shape)}")
+        if not classes:
+            raise ValueError(
+                f"targets must be floating point values for outputs of shape ({n},), one number a sample, got class "
+                "indices; pass a loss_fn for two classes, such as binary_cross_entropy_with_logits"
+            )
         low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= outputs:
-            raise ValueError(f"targets must be class indices in 0..{outputs - 1}, got values from {low} to {high}")
+        if low < 0 or high >= classes[0]:
+            raise ValueError(f"targets must be class indices in 0..{classes[0] - 1}, got values from {low} to {high}")
     else:
         raise TypeError(f"targets must be int64 class indices or floating point values, got {targets.dtype}")
 

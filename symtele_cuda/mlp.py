@@ -1,4 +1,7 @@
-"""Read a torch module as a chain  x ↦ Z_M,  Z_k = H_{k−1} W_kᵀ + b_k,  H_k = σ_k(Z_k),  H_0 = x.
+"""Read a torch module as a chain  x ↦ o(Z_M),  Z_k = H_{k−1} W_kᵀ + b_k,  H_k = σ_k(Z_k),  H_0 = i(x).
+
+i is made of constants and flattening, o of constants, activations, squeeze(-1) and log_softmax (`pieces`). Constants
+between two Linears are part of the activation there: σ_k(z) = a σ(αz + β) + c.
 
 Teleportation is defined for such chains only, so everything that would make the module's function differ from the
 chain that its Linear layers and activations spell out (hooks, parametrizations, active dropout, branches, overridden
@@ -9,12 +12,13 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +27,11 @@ from torch.fx.node import map_arg
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from .activations import (
-    ELU,
-    Activation,
-    Identity,
-    LeakyReLU,
-    ReLU,
-    Sigmoid,
-    Softplus,
-    Tanh,
-    activation_of_module,
-)
-
-SUPPORTED = (
-    "Linear, ReLU, LeakyReLU, ELU, Softplus (threshold 20), Tanh, Sigmoid, Identity, Flatten(1) or inactive Dropout"
-)
+from . import activations, pieces
+from .activations import Activation, Identity, Spelling, scaled
+from .asserts import AssertingTracer, nodes_of_checks
+from .hints import hint
+from .pieces import Affine, Flatten, InTurn, LogSoftmax, Piece, Squeeze
 
 
 @dataclass(frozen=True)
@@ -46,15 +40,20 @@ class Chain:
 
     linears: the M weight layers; names: their qualified names in the model.
     activations: the m = M − 1 hidden activations, σ_k after linears[k−1]; Identity where two Linears are adjacent.
-    output: the activation applied to the logits Z_M, Identity if there is none.
-    flattens: whether the model flattens its input's trailing dimensions before the first layer.
+    output: what is applied to the logits Z_M, Identity if nothing is.
+    inputs: what is applied, one after the other, to the model's input before the first layer.
     """
 
     linears: tuple[nn.Linear, ...]
     activations: tuple[Activation, ...]
-    output: Activation
+    output: Piece
     names: tuple[str, ...]
-    flattens: bool = False
+    inputs: tuple[Affine | Flatten, ...] = ()
+
+    @property
+    def flattens(self) -> bool:
+        """Whether the model flattens its input's trailing dimensions before the first layer."""
+        return any(isinstance(piece, Flatten) for piece in self.inputs)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(qualified name, parameter) of all weight layers: weight, bias, weight, ...
@@ -80,24 +79,43 @@ def read_chain(model: nn.Module) -> Chain:
     nn.Sequential is walked directly; other modules are traced symbolically (torch.fx), which follows calls of
     submodules, the functional forms of the supported activations and of dropout, and flattening by `flatten(1)`,
     `view(x.size(0), -1)` or `reshape`. Optional further arguments of a forward have their defaults, as in model(x).
-    Deterministic.
+    Numbers and tensors without gradient may be added, subtracted, multiplied and divided by. Their values, and the
+    slope of a PReLU, are those of now. An `assert` is taken to hold. Deterministic.
 
     A traced forward runs once, on a symbolic input and in a stand-in with the module's attributes and copies of its
     lists and dicts: what it keeps there does not reach the model. Other side effects (printing, counting in a buffer)
     it has as in any forward pass.
 
-    Raises TypeError if `model` is no module, ValueError if it is no such chain or has no hidden layer.
+    Raises TypeError if `model` is no module, ValueError if it is no such chain or has no hidden layer; the message
+    names the part of the model to pass instead, if there is one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    try:
+        return _read(model)
+    except ValueError as error:
+        if not (advice := hint(model, _is_chain)):
+            raise
+        raise ValueError(f"{error}. {advice}") from error
+
+
+def _read(model: nn.Module) -> Chain:
     return _assemble(_steps_of_module(model, ""))
+
+
+def _is_chain(module: nn.Module) -> bool:
+    try:
+        _read(module)
+    except ValueError:
+        return False
+    return True
 
 
 def mark_of(model: nn.Module) -> tuple[Any, ...]:
     """What a chain depends on besides the parameters of its Linear layers: where it is the same, so is the chain.
 
-    Of every module its place, identity, mode, hooks, plain attributes and submodules, and the tensors that are no
-    parameters of a Linear, by identity and version.
+    Of every module its place, identity, mode, hooks, plain attributes, and the tensors that are no parameters of a
+    Linear, by identity and version.
     """
     return tuple((name, *_mark_of_module(module)) for name, module in model.named_modules(remove_duplicate=False))
 
@@ -107,7 +125,8 @@ def _mark_of_module(module: nn.Module) -> tuple[Any, ...]:
     hooks = (*map(id, module._forward_pre_hooks.values()), *map(id, module._forward_hooks.values()))
     own = {} if isinstance(module, nn.Linear) else module._parameters
     others = ((k, t) for k, t in (*own.items(), *module._buffers.items()) if t is not None)
-    tensors = tuple((k, id(t), None if t.is_inference() else t._version) for k, t in others)
+    constants = ((k, v) for k, v in vars(module).items() if isinstance(v, Tensor))
+    tensors = tuple((k, id(t), None if t.is_inference() else t._version) for k, t in (*others, *constants))
     present = tuple(k for k, p in module._parameters.items() if p is not None)
     return id(module), type(module), "forward" in vars(module), plain, hooks, tensors, present
 
@@ -171,10 +190,10 @@ def as_constant(data: Tensor) -> Tensor:
 
 
 def check_inputs(chain: Chain, inputs: Tensor, argument: str) -> Tensor:
-    """Samples that fit the chain, detached and as (n, d_0), flattened if the model does so.
+    """Samples as the first Linear gets them (n, d_0), detached: with what the model does before it (`Chain.inputs`).
 
-    inputs: (n, d_0), or (n, ...) for a model that flattens, finite, of the model's dtype and device, n ≥ 1; `argument`
-    is their name in the errors, TypeError for wrong kinds of tensors and dtypes, ValueError otherwise.
+    inputs: (n, d_0), or (n, ...) for a model that flattens, of the model's dtype and device, finite there, n ≥ 1;
+    `argument` is their name in the errors, TypeError for wrong kinds of tensors and dtypes, ValueError otherwise.
     """
     _check_placed(chain, inputs, argument)
     weight = chain.linears[0].weight
@@ -182,8 +201,14 @@ def check_inputs(chain: Chain, inputs: Tensor, argument: str) -> Tensor:
         raise TypeError(f"{argument} must have the model's dtype {weight.dtype}, got {inputs.dtype}")
     _check_real(argument, inputs)
     flat = as_constant(inputs)
-    if chain.flattens and flat.dim() > 2:
-        flat = flat.flatten(1)
+    for piece in chain.inputs:
+        if isinstance(piece, Affine) and not piece.fits(tuple(flat.shape[1:])):
+            shapes = " and ".join(str(tuple(constant.shape)) for constant in piece.tensors)
+            raise ValueError(
+                f"{argument} must be samples whose shape the model's constants of shape {shapes} broadcast to, "
+                f"got samples of shape {tuple(flat.shape[1:])}"
+            )
+        flat = piece.forward(flat)
     features = weight.shape[1]
     if flat.dim() != 2 or flat.shape[1] != features:
         hint = "" if chain.flattens or flat.dim() <= 2 else " (the model has no Flatten before its first Linear)"
@@ -198,47 +223,105 @@ def check_inputs(chain: Chain, inputs: Tensor, argument: str) -> Tensor:
 # --- steps: what a module does, one after the other -------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Flatten:
-    """Flattening to (n, width); width is None where the model does not spell it out."""
-
-    width: int | None = None
-
-
-_Step = tuple[str, nn.Linear | Activation | _Flatten]  # with the name of the place in the model that it comes from
+_Content = nn.Linear | Activation | Affine | Flatten | Squeeze | LogSoftmax
+_Step = tuple[str, _Content]  # with the name of the place in the model that it comes from
 
 
 def _assemble(steps: list[_Step]) -> Chain:
     """The chain that `steps` spell out, if they do."""
-    leading = list(itertools.takewhile(lambda step: isinstance(step[1], _Flatten), steps))
-    linears: list[nn.Linear] = []
-    names: list[str] = []
-    behind: dict[int, Activation] = {}  # index of a Linear: the activation behind it
-    for where, step in steps[len(leading) :]:
-        if isinstance(step, nn.Linear):
-            if linears:
-                _check_width(where, step.weight.shape[1], names[-1], linears[-1].weight.shape[0])
-            linears.append(step)
-            names.append(where)
-        elif not linears:
-            raise _no_chain(where, "a Linear before the first activation", str(step))
-        elif isinstance(step, _Flatten):  # behind a Linear the data are flat already
-            if step.width is not None:
-                _check_width(where, step.width, names[-1], linears[-1].weight.shape[0])
-        elif len(linears) - 1 in behind:
-            raise _no_chain(where, f"at most one activation behind {names[-1]!r}", f"a second one, {step}")
-        else:
-            behind[len(linears) - 1] = step
-    if len(linears) < 2:
+    places = [place for place, (_, step) in enumerate(steps) if isinstance(step, nn.Linear)]
+    if len(places) < 2:
         raise ValueError(
             "model must have at least two Linear layers (without a hidden layer there is nothing to teleport), "
-            f"got {len(linears)}"
+            f"got {len(places)}"
         )
-    for where, flatten in leading:
-        if isinstance(flatten, _Flatten) and flatten.width is not None:
-            _check_width(where, flatten.width, names[0], linears[0].weight.shape[1])
-    *hidden, output = (behind.get(index, Identity()) for index in range(len(linears)))
-    return Chain(tuple(linears), tuple(hidden), output, tuple(names), bool(leading))
+    names = tuple(steps[place][0] for place in places)
+    linears = tuple(step for _, step in steps if isinstance(step, nn.Linear))
+    inputs = _read_inputs(steps[: places[0]], names[0], linears[0])
+    *hidden, output = (
+        steps[place + 1 : following] for place, following in zip(places, [*places[1:], len(steps)], strict=True)
+    )
+    between = tuple(_read_hidden(*behind) for behind in zip(hidden, names, linears, strict=False))
+    for (name, linear), (following, behind) in itertools.pairwise(zip(names, linears, strict=True)):
+        _check_width(following, behind.weight.shape[1], name, linear.weight.shape[0])
+    return Chain(linears, between, _read_output(output, names[-1], linears[-1]), names, inputs)
+
+
+def _read_inputs(steps: list[_Step], name: str, linear: nn.Linear) -> tuple[Affine | Flatten, ...]:
+    """What happens before the first Linear, called `name`."""
+    found: list[Affine | Flatten] = []
+    for where, step in steps:
+        if not isinstance(step, (Affine, Flatten)):
+            raise _no_chain(where, "a Linear before the first activation", str(step))
+        if isinstance(step, Flatten):
+            _check_flatten(where, step, name, linear.weight.shape[1])
+        found.append(step)
+    return tuple(found)
+
+
+def _read_hidden(steps: list[_Step], name: str, linear: nn.Linear) -> Activation:
+    """The activation a σ(αz + β) + c that `steps` between two Linears are, the first of them called `name`."""
+    base: Activation | None = None
+    before, behind = Affine(), Affine()  # σ
+    for where, step in steps:
+        if isinstance(step, Flatten):
+            _check_flatten(where, step, name, linear.weight.shape[0])
+        elif isinstance(step, Affine):
+            if step.tensors:
+                shape = tuple(step.tensors[0].shape)
+                raise _no_chain(where, "one number for all units between two Linears", f"a tensor of shape {shape}")
+            if base is None:
+                before = _then(before, step)
+            else:
+                behind = _then(behind, step)
+        elif not isinstance(step, Activation):
+            raise _no_chain(where, f"an activation or a constant behind {name!r}", f"{step}, which may be at the end")
+        elif base is not None:
+            raise _no_chain(where, f"at most one activation behind {name!r}", f"a second one, {step}")
+        else:
+            base = step
+    if base is None:
+        base, before, behind = Identity(), Affine(), before
+    numbers = [float(one) for one in (before.factor, before.offset, behind.factor, behind.offset)]
+    try:
+        return scaled(base, *numbers)
+    except ValueError as error:
+        raise _no_chain(steps[-1][0], f"constants behind {name!r} that leave an inverse", str(error)) from error
+
+
+def _then(first: Affine, second: Affine) -> Affine:
+    """Two maps by numbers, one after the other."""
+    return Affine(second.factor * first.factor, second.factor * first.offset + second.offset)
+
+
+def _read_output(steps: list[_Step], name: str, linear: nn.Linear) -> Piece:
+    """What happens behind the last Linear, called `name`."""
+    found: list[Piece] = []
+    width = linear.weight.shape[0]
+    shape: tuple[int, ...] = (width,)  # of one output
+    for where, step in steps:
+        if isinstance(step, Flatten) and shape:
+            _check_flatten(where, step, name, width)
+        elif isinstance(step, Squeeze) and shape and (width == 1 or not step.always):
+            found += [step] if width == 1 else []
+            shape = () if width == 1 else shape
+        elif _is_at_home(step, shape):
+            found.append(step)
+        else:
+            raise _no_chain(where, f"what outputs of shape ({', '.join(['n', *map(str, shape)])}) allow", str(step))
+    return found[0] if len(found) == 1 else InTurn(tuple(found)) if found else Identity()
+
+
+def _is_at_home(step: _Content, shape: tuple[int, ...]) -> TypeGuard[Activation | LogSoftmax | Affine]:
+    """Whether `step` can work on outputs of this shape each and keep it."""
+    if isinstance(step, Affine):
+        return step.fits(shape)
+    return isinstance(step, Activation) or (isinstance(step, LogSoftmax) and shape != ())
+
+
+def _check_flatten(where: str, flatten: Flatten, neighbour: str, expected: int) -> None:
+    if flatten.width is not None:
+        _check_width(where, flatten.width, neighbour, expected)
 
 
 def _check_width(where: str, width: int, neighbour: str, expected: int) -> None:
@@ -301,29 +384,18 @@ def _check_plain_linear(linear: nn.Linear, where: str) -> nn.Linear:
     return linear
 
 
-def _steps_of_torch_module(module: nn.Module, where: str) -> list[Activation | _Flatten]:
+def _steps_of_torch_module(module: nn.Module, where: str) -> list[_Content]:
     """The steps of a module whose forward is torch's own; none where it does nothing."""
-    if isinstance(module, nn.Identity):
-        return []
-    if isinstance(module, nn.Flatten):
-        return _steps_of_call(_flatten, (None, module.start_dim, module.end_dim), {}, where)
-    if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
-        return _steps_of_call(_dropout, (None, module.p, module.training), {}, where)
-    if isinstance(module, nn.Softplus):
-        return _steps_of_call(_softplus, (None, module.beta, module.threshold), {}, where)
-    try:
-        activation = activation_of_module(module)
-    except ValueError as error:
-        raise _no_chain(where, "an invertible activation", f"{type(module).__name__}: {error}") from error
-    if activation is None:
-        raise _no_chain(where, SUPPORTED, type(module).__name__)
-    return [activation]
+    for spelling in _SPELLINGS:
+        if spelling.module is not None and isinstance(module, spelling.module):
+            return _steps_of_call(functools.partial(spelling.read_module, module), where)
+    raise _no_chain(where, SUPPORTED, type(module).__name__)
 
 
 # --- steps of a module with a forward of its own ------------------------------------------------------------------
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(AssertingTracer):
     """Records the calls that one forward makes of one input; submodules are read by themselves, so none is entered."""
 
     def create_args_for_root(
@@ -338,29 +410,36 @@ class _Tracer(fx.Tracer):
 def _steps_of_traced(module: nn.Module, where: str) -> list[_Step]:
     """The steps of the calls in module's forward, each of which has to work on the result of the one before."""
     steps: list[_Step] = []
-    shapes: dict[fx.Node, str] = {}
+    known: dict[fx.Node, Any] = {}  # the nodes that are no value of the chain: parts of its shape, and constants
     current: fx.Node | None = None
-    for node in _trace(module, where).nodes:
+    twin = _stand_in(module)
+    graph = _trace(twin, where)
+    checks = nodes_of_checks(graph)
+    for node in graph.nodes:
         place = f"{where}.{node.name}" if where else node.name
+        if node in checks:
+            continue
         if node.op == "placeholder":
             current = node
-        elif (part := _part_of_shape(node, shapes)) is not None:
-            shapes[node] = part
-        elif [source for source in node.all_input_nodes if source not in shapes] != [current]:
+        elif node.op == "get_attr":
+            known[node] = operator.attrgetter(str(node.target))(twin)
+        elif (part := _part_of_shape(node, known)) is not None:
+            known[node] = part
+        elif [source for source in node.all_input_nodes if source not in known] != [current]:
             sources = ", ".join(source.name for source in node.all_input_nodes) or "nothing"
             raise _no_chain(place, f"a call on the result of the one before, {current}", f"one on {sources}")
         elif node.op == "output":
             if node.args[0] is not current:
                 raise _no_chain(place, "one tensor", f"{node.args[0]}")
         else:
-            steps += _steps_of_node(module, node, where, place, shapes)
+            steps += _steps_of_node(module, node, where, place, known)
             current = node
     return steps
 
 
 def _trace(module: nn.Module, where: str) -> fx.Graph:
     try:
-        return _Tracer().trace(_stand_in(module))
+        return _Tracer().trace(module)
     except Exception as error:  # whatever a forward raises on symbolic values
         raise _no_chain(
             where,
@@ -383,18 +462,18 @@ _CONTAINERS = (list, dict, set, collections.deque)
 _SHAPE, _ROWS = "shape", "n"  # what shape arithmetic on a batch may yield here: its shape and its first entry
 
 
-def _part_of_shape(node: fx.Node, shapes: dict[fx.Node, str]) -> str | None:
+def _part_of_shape(node: fx.Node, known: dict[fx.Node, Any]) -> str | None:
     """Which part of a batch's shape `node` computes: `x.shape`, `x.size()`, `x.size(0)`, `x.shape[0]`; None if none."""
     call = (node.target, *node.args[1:])
     if call in ((getattr, "shape"), ("size",)):
         return _SHAPE
-    if call == ("size", 0) or (call == (operator.getitem, 0) and shapes.get(node.args[0]) == _SHAPE):  # type: ignore[arg-type]
+    if call == ("size", 0) or (call == (operator.getitem, 0) and known.get(node.args[0]) is _SHAPE):  # type: ignore[arg-type]
         return _ROWS
     return None
 
 
 def _steps_of_node(
-    root: nn.Module, node: fx.Node, where: str, place: str, shapes: dict[fx.Node, str]
+    root: nn.Module, node: fx.Node, where: str, place: str, known: dict[fx.Node, Any]
 ) -> Sequence[_Step]:
     """The steps of one call in a traced forward."""
     if node.op == "call_module":
@@ -402,90 +481,58 @@ def _steps_of_node(
         if len(node.args) != 1 or node.kwargs:
             raise _no_chain(place, "a submodule with one argument", f"{len(node.args) + len(node.kwargs)}")
         return _steps_of_module(root.get_submodule(target), f"{where}.{target}" if where else target)
-    call = _CALLS.get(node.target)
-    if call is None:
+    read = _READERS.get(node.target)
+    if read is None:
         raise _no_chain(place, SUPPORTED, getattr(node.target, "__name__", str(node.target)))
-    args, kwargs = map_arg((node.args, node.kwargs), shapes.get)
-    return [(place, step) for step in _steps_of_call(call, args, kwargs, place)]
+    args, kwargs = map_arg((node.args, node.kwargs), known.get)
+    return [(place, step) for step in _steps_of_call(functools.partial(read, *args, **kwargs), place)]
 
 
-def _steps_of_call(
-    call: Callable[..., Activation | _Flatten | None], args: tuple[Any, ...], kwargs: dict[str, Any], where: str
-) -> list[Activation | _Flatten]:
-    """The step that a call of a function of _CALLS with these arguments is, if it is one that a chain may have."""
+def _steps_of_call(read: Callable[[], _Content | None], where: str) -> list[_Content]:
+    """The step that `read` finds at the place `where`, if it is one that a chain may have; none where it is nothing."""
     try:
-        step = call(*args, **kwargs)
+        step = read()
     except (TypeError, ValueError) as error:
         raise _no_chain(where, SUPPORTED, str(error)) from error
-    return [] if step is None else [step]
+    return [] if step is None or isinstance(step, Identity) else [step]
 
 
-# The functions below have the signatures of the torch functions whose calls they read; `input` is not looked at.
+# What reads the calls that are no activation, see `Spelling`.
 
 
-def _leaky_relu(input: object, negative_slope: float = 0.01, inplace: bool = False) -> Activation:
-    return LeakyReLU(negative_slope)
-
-
-def _relu(input: object, inplace: bool = False) -> Activation:
-    return ReLU()
-
-
-def _elu(input: object, alpha: float = 1.0, inplace: bool = False) -> Activation:
-    return ELU(alpha)
-
-
-def _softplus(input: object, beta: float = 1.0, threshold: float = Softplus.threshold) -> Activation:
-    if threshold != Softplus.threshold:
-        raise ValueError(f"Softplus with threshold {threshold}")
-    return Softplus(beta)
-
-
-def _tanh(input: object) -> Activation:
-    return Tanh()
-
-
-def _sigmoid(input: object) -> Activation:
-    return Sigmoid()
-
-
-def _dropout(input: object, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
+def _dropout(input: None, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
     if training and p > 0:
         raise ValueError(f"Dropout with p = {p} in training mode: teleport in eval mode, or set p = 0")
 
 
-def _flatten(input: object, start_dim: int = 0, end_dim: int = -1) -> _Flatten:
+def _flatten(input: None, start_dim: int = 0, end_dim: int = -1) -> Flatten:
     if (start_dim, end_dim) != (1, -1):
         raise ValueError(f"Flatten({start_dim}, {end_dim})")
-    return _Flatten()
+    return Flatten()
 
 
-def _view(input: object, *shape: Any) -> _Flatten:
+def _view(input: None, *shape: Any) -> Flatten | Squeeze:
     sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    if sizes == (-1,):
+        return Squeeze(always=True)
     if sizes == (_ROWS, -1):
-        return _Flatten()
+        return Flatten()
     if len(sizes) == 2 and sizes[0] in (_ROWS, -1) and isinstance(sizes[1], int) and sizes[1] > 0:
-        return _Flatten(sizes[1])
+        return Flatten(sizes[1])
     raise ValueError(f"a reshape to {sizes}")
 
 
-_CALLS: dict[object, Callable[..., Activation | _Flatten | None]] = {
-    F.leaky_relu: _leaky_relu,
-    F.relu: _relu,
-    F.elu: _elu,
-    F.softplus: _softplus,
-    F.dropout: _dropout,
-    torch.relu: _relu,
-    torch.tanh: _tanh,
-    torch.sigmoid: _sigmoid,
-    torch.flatten: _flatten,
-    "relu": _relu,
-    "tanh": _tanh,
-    "sigmoid": _sigmoid,
-    "flatten": _flatten,
-    "view": _view,
-    "reshape": _view,
-}
+_SPELLINGS = (
+    *activations.SPELLINGS,
+    *pieces.SPELLINGS,
+    Spelling(nn.Flatten, (torch.flatten, "flatten"), _flatten, ("start_dim", "end_dim"), "(1)"),
+    Spelling((nn.Dropout, nn.AlphaDropout), (F.dropout, F.alpha_dropout), _dropout, ("p", "training"), " (inactive)"),
+    Spelling(None, ("view", "reshape"), _view),
+)
+_READERS = {call: spelling.read for spelling in _SPELLINGS for call in spelling.calls}
+
+_TITLES = (spelling.title for spelling in _SPELLINGS if spelling.module is not None)
+SUPPORTED = ", ".join(["Linear", *_TITLES, "or an operation with a constant"])
 
 
 # --- checks of single tensors -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .activations import ACTIVATIONS, Activation, make_activation
+from .activations import ACTIVATIONS, Activation, Scaled, activation_of, make_activation
 from .checks import check_name
 from .errors import TeleportError
 from .kernels import Products, check_backend, products_for
@@ -130,8 +131,9 @@ def teleport_layer(
         inputs: H (n×d_in), the layer's inputs, n ≤ d_in + 1 (n ≤ d_in without bias), H̃ of full row rank.
         g: the group element (d_out×d_out), invertible.
         bias: b (d_out), or None for a layer without bias. All tensors have one dtype and one device.
-        activation: the layer's σ, a name ("leaky_relu", "tanh", "sigmoid", "softplus", "elu", "identity") or one of the
-            library's Activations, which also gives ELU its α and Softplus its β.
+        activation: the layer's σ, a name of `activations.ACTIVATIONS` ("leaky_relu", "tanh", "sigmoid", "softplus",
+            "elu", "softsign", "log_sigmoid", "identity") or one of the library's Activations, which also gives ELU its
+            α, Softplus its β and all of them the numbers of `activations.scaled`.
         negative_slope: slope of activation="leaky_relu", > 0; the other activations do not read it.
         action: "least_change" or "paper".
         backend: "torch" computes with torch's own kernels on the tensors' device, "cuda" with the compiled ones, and
@@ -157,7 +159,7 @@ def teleport_layer(
     _check_no_tangent(_named(weight, inputs, g, bias))
     if weight.is_meta:
         raise ValueError("weight must hold numbers to compute with, got a tensor on the meta device")
-    layer = _Layer(weight, inputs, g, bias, chosen.name, chosen.parameter, action, backend)
+    layer = _Layer(weight, inputs, g, bias, *chosen.sigma, action, backend)
     compiling = torch.compiler.is_compiling()  # a compiler is to see one operator
     operator = torch.ops.symtele_cuda.teleport_layer if compiling else _TeleportLayer.apply
     new_weight, new_bias, z, *_, measured = operator(*layer)
@@ -170,7 +172,7 @@ def teleport_layer(
 # ---------------------------------------------------------------------------------------------------------------------
 
 _LAYER = (
-    "Tensor weight, Tensor inputs, Tensor g, Tensor? bias, str activation, float parameter, str action, str backend"
+    "Tensor weight, Tensor inputs, Tensor g, Tensor? bias, str activation, float[] numbers, str action, str backend"
 )
 _SAVED = "Tensor z, Tensor s, Tensor y, Tensor factor"
 _GRADS = "Tensor grad_weight, Tensor grad_bias"
@@ -200,7 +202,7 @@ def _checked_forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """W', b' (empty without bias), Z, S, Y, P and the numbers of `_Health`."""
     layer = _Layer(*arguments)
-    products, sigma = layer.products, (layer.activation, layer.parameter)
+    products, sigma = layer.products, (layer.activation, layer.numbers)
     with _full_precision(layer.weight):
         weight, inputs, g, bias = layer.widened()
         found = factorize(inputs, layer.has_bias, products)
@@ -230,7 +232,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂f/∂W, ∂f/∂g and ∂f/∂b. Those of W and b, half of the work, are empty unless `with_layer` asks for them."""
     layer = _Layer(*arguments)
-    products, sigma = layer.products, (layer.activation, layer.parameter)
+    products, sigma = layer.products, (layer.activation, layer.numbers)
     with _full_precision(layer.weight):
         _, inputs, g, bias = layer.widened()
         grad_weight, grad_bias = _widen(grad_weight), _widen(grad_bias)
@@ -264,7 +266,7 @@ def _double_backward(
     with _full_precision(layer.weight):
         sigma, inputs, g, change_g = layer.sigma, layer.extended_inputs(), _widen(layer.g), _widen(change_g)
         grad, change = _pack(grad_weight, grad_bias), _pack(change_weight, change_bias)
-        slope_z, slope_y, named = sigma.derivative(z), sigma.derivative(y), (layer.activation, layer.parameter)
+        slope_z, slope_y, named = sigma.derivative(z), sigma.derivative(y), (layer.activation, layer.numbers)
 
         change_z = inputs @ change.T
         change_s = slope_z * change_z
@@ -388,7 +390,7 @@ class _Layer(NamedTuple):
     g: Tensor
     bias: Tensor | None
     activation: str
-    parameter: float
+    numbers: Sequence[float]
     action: str
     backend: str
 
@@ -399,7 +401,7 @@ class _Layer(NamedTuple):
 
     @property
     def sigma(self) -> Activation:
-        return make_activation(self.activation, self.parameter)
+        return activation_of(self.activation, self.numbers)
 
     @property
     def rho(self) -> float:
@@ -477,7 +479,8 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def _choose_activation(activation: str | Activation, negative_slope: float) -> Activation:
     if isinstance(activation, Activation):
-        if type(activation) not in ACTIVATIONS.values():  # the operator goes by the name, which a subclass inherits
+        base = activation.base if isinstance(activation, Scaled) else activation
+        if type(base) not in ACTIVATIONS.values():  # the operator goes by the name, which a subclass inherits
             known = ", ".join(cls.__name__ for cls in ACTIVATIONS.values())
             raise TypeError(f"activation must be a name or one of {known} itself, got {type(activation).__name__}")
         return activation

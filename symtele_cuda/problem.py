@@ -59,7 +59,7 @@ class Problem:
         samples, targets = prepare(chain, batch, dtype)
         outputs = tuple(network.forward(samples))
         if loss_fn is None:
-            check_default_targets(targets, len(samples), outputs[-1].shape[1])
+            check_default_targets(targets, chain.output.forward(outputs[-1]).shape)
         elif not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}")
         loss = BatchLoss(loss_fn or default_loss(targets), targets, chain.output, default=loss_fn is None)
@@ -103,7 +103,7 @@ class Problem:
 
 
 def prepare(chain: Chain, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x, y) checked, x flattened; both in the dtype of the search where they had the model's."""
+    """(x, y) checked, x as the first Linear gets it; both in the dtype of the search where they had the model's."""
     samples, targets = check_batch(chain, batch)
     if targets.is_floating_point() and targets.dtype == samples.dtype:
         targets = targets.to(dtype)

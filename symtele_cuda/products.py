@@ -2,7 +2,7 @@
 
 Each function is one pass of the compiled extension over its operands, with one signature here and there
 (`csrc/ops.cpp`). A product is followed by an elementwise epilogue that reads and writes every element once; a matrix
-operand may be transposed by its strides. Activations go by name and parameter (see `activations`).
+operand may be transposed by its strides. Activations go by name and numbers (see `Activation.sigma`).
 
 All tensors of a call have one dtype, float32 or float64, and one device, but for what is said to be float64. The
 results are new tensors; `commit` alone writes to its arguments. Deterministic.
@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .activations import Activation, make_activation
+from .activations import Activation, activation_of
 
 # Sums of float32 products in this range have lost nothing to its limits (1e-45 and 3e38).
 LEAST_SQUARE, LARGEST_SQUARE = 1e-30, 1e30
@@ -48,18 +48,18 @@ def linear(
 
 
 def linear_activation(
-    a: Tensor, b: Tensor, row: Tensor | None, activation: str, parameter: float
+    a: Tensor, b: Tensor, row: Tensor | None, activation: str, numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Z = a b + 1 vᵀ and σ(Z), with `row` v (m) or None."""
     z = linear(a, b, row=row)
-    return z, _distinct(_activation(activation, parameter).forward(z), z)
+    return z, _distinct(_activation(activation, tuple(numbers)).forward(z), z)
 
 
 def inverse_activation(
-    a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, parameter: float
+    a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Y = σ⁻¹(a b) and Y − ρ Z, with `origin` Z (n×m); not finite where a b leaves the domain of σ⁻¹."""
-    y = _activation(activation, parameter).inverse(a @ b)
+    y = _activation(activation, tuple(numbers)).inverse(a @ b)
     return y, torch.sub(y, origin, alpha=rho)
 
 
@@ -70,18 +70,18 @@ def over_slope(
     row: Tensor | None,
     at: Tensor,
     activation: str,
-    parameter: float,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """G = a b + u vᵀ and G / σ'(Y), with `at` Y (n×m) and u, v as in `linear`."""
     gradient = linear(a, b, column=column, row=row)
-    return gradient, gradient / _activation(activation, parameter).derivative(at)
+    return gradient, gradient / _activation(activation, tuple(numbers)).derivative(at)
 
 
 def times_slope(
-    a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, parameter: float
+    a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, numbers: Sequence[float]
 ) -> Tensor:
     """(a b) ⊙ σ'(Z) + β C, with `at` Z and `source` C (n×m)."""
-    product = (a @ b).mul_(_activation(activation, parameter).derivative(at))
+    product = (a @ b).mul_(_activation(activation, tuple(numbers)).derivative(at))
     return product.add_(source, alpha=beta)
 
 
@@ -150,28 +150,31 @@ def take_steps(
     size: Tensor,
     along_targets: Sequence[bool],
     activations: Sequence[str],
-    parameters: Sequence[float],
+    numbers: Sequence[float],
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """B', Y' and σ'(Y') of several layers after a step ε, the float64 scalar `size`:
 
     B' = B + ε ΔB and Y' = σ⁻¹(B'), not finite where B' lies outside the domain of σ⁻¹, with B and ΔB among `bases` and
-    `changes`; or, for a layer `along_targets`, Y' = Y + ε ΔY and B' = σ(Y'), with Y and ΔY there.
+    `changes`; or, for a layer `along_targets`, Y' = Y + ε ΔY and B' = σ(Y'), with Y and ΔY there. `numbers` are those
+    of the activations, layer after layer.
     """
     results: list[tuple[Tensor, Tensor, Tensor]] = []
-    for base, change, along, *named in zip(bases, changes, along_targets, activations, parameters, strict=True):
-        sigma, stepped = _activation(*named), torch.addcmul(base, change, size)
-        other = _distinct(sigma.forward(stepped) if along else sigma.inverse(stepped), stepped)
+    each = len(numbers) // len(bases)
+    own = [tuple(numbers[at : at + each]) for at in range(0, len(numbers), each)]
+    for base, change, along, *sigma in zip(bases, changes, along_targets, activations, own, strict=True):
+        activation, stepped = _activation(*sigma), torch.addcmul(base, change, size)
+        other = _distinct(activation.forward(stepped) if along else activation.inverse(stepped), stepped)
         moved, targets = (other, stepped) if along else (stepped, other)
-        results.append((moved, targets, sigma.derivative(targets)))
+        results.append((moved, targets, activation.derivative(targets)))
     moved_all, targets_all, slopes_all = (list(kind) for kind in zip(*results, strict=True))
     return moved_all, targets_all, slopes_all
 
 
 def times_curvature(
-    left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, parameter: float
+    left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, numbers: Sequence[float]
 ) -> Tensor:
     """L ⊙ R ⊙ σ''(Y) + C, with `at` Y and `source` C or None; all of one shape."""
-    curvature = _activation(activation, parameter).second_derivative(at)
+    curvature = _activation(activation, tuple(numbers)).second_derivative(at)
     product = torch.zeros_like(left) if curvature is None else left * right * curvature
     return product if source is None else product.add_(source)
 
@@ -335,5 +338,5 @@ def _distinct(result: Tensor, other: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _activation(name: str, parameter: float) -> Activation:
-    return make_activation(name, parameter)
+def _activation(name: str, numbers: tuple[float, ...]) -> Activation:
+    return activation_of(name, numbers)

@@ -47,8 +47,7 @@ def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = 
 
     Args:
         model: a chain as for `teleport_mlp`; its parameters and the random state are not changed.
-        x: samples (N×d_0, or what the model flattens to it), of the model's dtype and device; a few hundred, as the
-            memory grows with N².
+        x: N samples as the model takes them, of its dtype and device; a few hundred, as the memory grows with N².
         layers: the hidden layers k = 1..m that count; default: all.
 
     Returns:

@@ -70,7 +70,8 @@ def _check_holdout(chain: Chain, holdout: tuple[Tensor, Tensor], problem: Proble
             own = problem.loss.targets
             if targets.is_floating_point() != own.is_floating_point():
                 raise TypeError(f"targets must be of the batch's kind {own.dtype}, got {targets.dtype}")
-            check_default_targets(targets, len(samples), problem.outputs[-1].shape[1])
+            own_outputs = problem.loss.output.forward(problem.outputs[-1])
+            check_default_targets(targets, (len(samples), *own_outputs.shape[1:]))
     except (TypeError, ValueError) as error:
         raise type(error)(f"holdout: {error}") from error
     return samples, targets

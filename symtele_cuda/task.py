@@ -28,6 +28,7 @@ from .measurement import Measurement, measure, relative_change, weight_changes
 from .objectives import GradNorm, Lookahead
 from .options import Options
 from .paths import Path, choose_path
+from .pieces import holds_tensors
 from .problem import Problem
 from .search import Bounds, Search, SearchResult
 from .surroundings import Surroundings
@@ -132,6 +133,8 @@ class Task:
         problem = self.problem
         if not problem.loss.default:
             return "loss_fn is the caller's own, which may do anything"
+        if holds_tensors(problem.loss.output):
+            return "tensors of the model are applied to its outputs, which a graph would not read anew"
         if problem.samples.dtype == torch.float64:
             return "float64 weights go through a solver library, which may not be captured"
         if any(self.plan.carried) and not self.plan.first_order_inverse:

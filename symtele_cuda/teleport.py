@@ -80,12 +80,12 @@ def teleport_mlp(
     model is bit for bit what it was. Deterministic on the CPU.
 
     Args:
-        model: a chain of nn.Linear and activations (LeakyReLU, ReLU, Tanh, Sigmoid, Softplus, ELU, Identity);
+        model: a chain of nn.Linear and activations, with constants and what else `mlp.read_chain` understands;
             float32 or float64; bfloat16 and float16 are computed in float32 and rounded once at the end.
-        batch: (x, y), n samples x (n×d_0, or what the model flattens to it) and their targets.
+        batch: (x, y), n samples x as the model takes them and their targets.
         loss_fn: loss_fn(outputs, y) → scalar. Default: cross entropy for integer y, mean squared error for floating
-            y. A loss with weight terms must reach the weights through `model`; it takes the general path, with the
-            weights formed at every step.
+            y of the outputs' shape. A loss with weight terms must reach the weights through `model`; it takes the
+            general path, with the weights formed at every step.
         objective: "grad_norm" maximises ‖∇L‖² up to `max_growth`; "lookahead" minimises the loss after one gradient
             step of length margin·lr; or an object as described in `symtele_cuda.objectives`.
         lr: the learning rate of plain gradient descent, for "lookahead".
@@ -100,7 +100,7 @@ def teleport_mlp(
         metric: "euclidean", the norm in which a change of the weights is least.
         inverse: of g where a layer needs it, "exact" or "first_order" (I − εT, the published rule).
         group: "gl" moves hidden layers whose activation has an inverse and whose input the batch can match;
-            "positive_diagonal" those with a positively homogeneous activation (LeakyReLU, ReLU, Identity), whatever
+            "positive_diagonal" those with a positively homogeneous activation (LeakyReLU, ReLU or none), whatever
             the batch; "auto" takes GL where that is possible and the diagonal group elsewhere.
         layers: the hidden layers k = 1..m to teleport; default: all that the batch allows.
         drift_tol: the largest |loss_after − loss_before| / |loss_before| on the batch, a loss's weight terms held at

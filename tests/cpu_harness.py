@@ -7,6 +7,7 @@ emulator (tests/harness/cuda_on_cpu.h) find. They read one binary file and write
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from symtele_cuda.activations import Activation
 
 CSRC = Path(__file__).parent.parent / "csrc"
 HARNESS = Path(__file__).parent / "harness"
@@ -74,6 +77,15 @@ def output_of(program: Path, content: bytes, *arguments: str) -> bytes:
     done = run(program, content, *arguments)
     assert done.returncode == 0, done.stderr
     return program.with_suffix(".out").read_bytes()
+
+
+KINDS = re.search(r"enum class ActivationKind \{ (.*?) \};", (CSRC / "kernels.h").read_text())[1].split(", ")
+
+
+def activation_items(activation: Activation) -> list[int | float]:
+    """An activation as the programs read it (tests/harness/activations.h): its kind and its five numbers."""
+    name, numbers = activation.sigma
+    return [KINDS.index(name), *numbers]
 
 
 def pack(items: Iterable[int | float | Tensor | None]) -> bytes:

@@ -7,17 +7,27 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+
+class FlippedTanh(nn.Module):
+    """A tanh that is scaled and shifted, inside and outside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.25 - 1.5 * torch.tanh(0.7 * x + 0.1)
+
+
 ACTIVATIONS: dict[str, type[nn.Module] | object] = {
     "leaky_relu": lambda: nn.LeakyReLU(0.1),
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
     "softplus": nn.Softplus,
     "elu": nn.ELU,
+    "softsign": nn.Softsign,
+    "flipped_tanh": FlippedTanh,
     "identity": nn.Identity,
 }
 
 # Sigmoid and softplus squeeze their inputs most; larger weights keep the samples apart, layer after layer.
-GAINS = {"leaky_relu": 1.0, "tanh": 1.0, "sigmoid": 5.0, "softplus": 2.5, "elu": 1.2, "identity": 1.0}
+GAINS = {"sigmoid": 5.0, "softplus": 2.5, "elu": 1.2}
 
 
 def make_mlp(
@@ -34,7 +44,7 @@ def make_mlp(
     for index, (d_in, d_out) in enumerate(itertools.pairwise(dims)):
         linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=bias)
         with torch.no_grad():
-            linear.weight.copy_(GAINS[activation] * torch.randn(d_out, d_in, generator=generator) / d_in**0.5)
+            linear.weight.copy_(GAINS.get(activation, 1.0) * torch.randn(d_out, d_in, generator=generator) / d_in**0.5)
             if bias:
                 linear.bias.copy_(0.1 * torch.randn(d_out, generator=generator))
         layers.append(linear)

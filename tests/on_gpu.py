@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from sigmas import ONE_OF_EACH
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from symtele_cuda import products
-from symtele_cuda.activations import ELU, Activation, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
+from symtele_cuda.activations import Activation, Identity, Softplus, Tanh
 
 DEVICE = torch.device("cuda")
 
-ACTIVATIONS = [LeakyReLU(0.1), Tanh(), Sigmoid(), Softplus(3.0), ELU(0.4), Identity()]
+ACTIVATIONS = ONE_OF_EACH
 SMOOTH = [Tanh(), Softplus(1.0)]
 
 # Relative to the Frobenius norm of the result in float64. A product of k terms of either sign errs by about u √k / 4
@@ -135,8 +136,8 @@ MATRIX_CALLS: dict[str, tuple[str, Build]] = {
     ),
 }
 ACTIVATION_CALLS: dict[str, tuple[str, Build]] = {
-    "linear_activation": ("linear_activation", lambda o, f: (o.a(), o.b(), None, f.name, f.parameter)),
-    "linear_activation, row": ("linear_activation", lambda o, f: (o.a(), o.b(), o.row(), f.name, f.parameter)),
+    "linear_activation": ("linear_activation", lambda o, f: (o.a(), o.b(), None, *f.sigma)),
+    "linear_activation, row": ("linear_activation", lambda o, f: (o.a(), o.b(), o.row(), *f.sigma)),
     "inverse_activation": (
         "inverse_activation",
         lambda o, f: (
@@ -144,18 +145,17 @@ ACTIVATION_CALLS: dict[str, tuple[str, Build]] = {
             o.inside(f, o.sizes.inner, o.sizes.columns),
             o.like_result(),
             1.0,
-            f.name,
-            f.parameter,
+            *f.sigma,
         ),
     ),
-    "over_slope": ("over_slope", lambda o, f: (o.a(), o.b(), None, None, o.gentle(), f.name, f.parameter)),
+    "over_slope": ("over_slope", lambda o, f: (o.a(), o.b(), None, None, o.gentle(), *f.sigma)),
     "over_slope, rank one": (
         "over_slope",
-        lambda o, f: (o.a(), o.b(), o.column(), o.row(), o.gentle(), f.name, f.parameter),
+        lambda o, f: (o.a(), o.b(), o.column(), o.row(), o.gentle(), *f.sigma),
     ),
     "times_slope": (
         "times_slope",
-        lambda o, f: (o.a(), o.b(), o.gentle(), o.like_result(), -1.0, f.name, f.parameter),
+        lambda o, f: (o.a(), o.b(), o.gentle(), o.like_result(), -1.0, *f.sigma),
     ),
 }
 ELEMENTWISE_CALLS: dict[str, tuple[str, Build]] = {
@@ -167,16 +167,16 @@ ELEMENTWISE_CALLS: dict[str, tuple[str, Build]] = {
             o.size(0.03),
             [False, True, False],
             [f.name, f.name, "identity"],
-            [f.parameter, f.parameter, 0.0],
+            [*f.sigma[1], *f.sigma[1], *Identity().sigma[1]],
         ),
     ),
     "times_curvature": (
         "times_curvature",
-        lambda o, f: (o.like_result(), o.like_result(), o.gentle(), None, f.name, f.parameter),
+        lambda o, f: (o.like_result(), o.like_result(), o.gentle(), None, *f.sigma),
     ),
     "times_curvature, source": (
         "times_curvature",
-        lambda o, f: (o.like_result(), o.like_result(), o.gentle(), o.like_result(), f.name, f.parameter),
+        lambda o, f: (o.like_result(), o.like_result(), o.gentle(), o.like_result(), *f.sigma),
     ),
 }
 PLAIN_CALLS: dict[str, tuple[str, Build]] = {

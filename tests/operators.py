@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from sigmas import ONE_OF_EACH
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from symtele_cuda.activations import ELU, Activation, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
+from symtele_cuda.activations import Activation, Tanh
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "ops.cpp"
-ACTIVATIONS = [Identity(), LeakyReLU(0.1), Tanh(), Sigmoid(), Softplus(3.0), ELU(0.4)]
 RULES = {
     "growth": 3.0,
     "later growth": 1.5,
@@ -46,17 +46,18 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 def arguments_of(name: str, activation: Activation, dtype: torch.dtype, full: bool) -> tuple[Any, ...]:
     """Good arguments of an operator, with every optional operand or with none."""
-    sigma = (activation.name, activation.parameter)
+    sigma = activation.sigma
     a, b, c = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(3, 4), (4, 5), (3, 5)]))
     column, row = (normal(3, dtype=dtype), normal(5, dtype=dtype)) if full else (None, None)
     size = torch.tensor(0.5, dtype=torch.float64)
+    inside = side_of(activation)
     accept = torch.tensor(full)
     info = torch.tensor(0, dtype=torch.int32)
     exact = torch.eye(4, dtype=torch.float64) + 1 / (1 + full)
     calls: dict[str, tuple[Any, ...]] = {
         "linear": (a, b, c, column, row, 0.5, 2.0) if full else (a, b),
         "linear_activation": (a, b, row, *sigma),
-        "inverse_activation": (a.abs() / 9, b.abs() / 9, c, 1.0, *sigma),
+        "inverse_activation": (a.abs() / 9, inside * b.abs() / 9, c, 1.0, *sigma),
         "over_slope": (a, b, column, row, c, *sigma),
         "times_slope": (a, b, c, c + 1, -1.0, *sigma),
         "grouped_linear": grouped_arguments(a, b, c, row, full),
@@ -85,12 +86,18 @@ def grouped_arguments(a: Tensor, b: Tensor, c: Tensor, row: Tensor | None, full:
 
 def step_arguments(c: Tensor, size: Tensor, activation: Activation, layers: int) -> tuple[Any, ...]:
     """The arguments of `take_steps` for layers in turn along the targets and not, the last with another activation."""
-    bases = [c if layer % 2 else c.abs() / 9 for layer in range(layers)]
+    last = Tanh()
+    activations = [*[activation] * (layers - 1), last]
+    bases = [c if layer % 2 else side_of(one) * c.abs() / 9 for layer, one in enumerate(activations)]
     changes = [base.T.contiguous().T for base in bases]
     along = [layer % 2 == 1 for layer in range(layers)]
-    activations = [*[activation] * (layers - 1), Tanh()]
-    names, parameters = [one.name for one in activations], [one.parameter for one in activations]
-    return bases, changes, size, along, names, parameters
+    names, numbers = zip(*(one.sigma for one in activations), strict=True)
+    return bases, changes, size, along, list(names), [number for own in numbers for number in own]
+
+
+def side_of(activation: Activation) -> int:
+    """On which side of 0 small numbers lie in the domain of σ⁻¹: 1 where on both."""
+    return -1 if activation.domain[1] <= 0 else 1
 
 
 def judge_arguments(
@@ -125,7 +132,7 @@ def takes_activation(name: str) -> bool:
     return any(argument.name in ("activation", "activations") for argument in SCHEMAS[name].arguments)
 
 
-CASES = [(name, activation) for name in SCHEMAS for activation in ACTIVATIONS[: None if takes_activation(name) else 1]]
+CASES = [(name, activation) for name in SCHEMAS for activation in ONE_OF_EACH[: None if takes_activation(name) else 1]]
 
 every_operator_and_activation = pytest.mark.parametrize(
     ("name", "activation"), CASES, ids=[f"{name}-{activation}" for name, activation in CASES]

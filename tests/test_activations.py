@@ -6,29 +6,36 @@ import math
 
 import pytest
 import torch
+from sigmas import ONE_OF_EACH
 from torch import Tensor, nn
 
 from symtele_cuda.activations import (
     ACTIVATIONS,
     ELU,
+    SPELLINGS,
+    UNSCALED,
     Activation,
     Identity,
     LeakyReLU,
+    LogSigmoid,
     ReLU,
+    Scaled,
     Sigmoid,
     Softplus,
+    Softsign,
+    Spelling,
     Tanh,
-    activation_of_module,
+    activation_of,
     make_activation,
+    scaled,
 )
 
 EVERY = [
-    Identity(),
-    LeakyReLU(),
+    *ONE_OF_EACH,
+    scaled(ELU(), rate=2.0, gain=0.5),
+    scaled(Identity(), gain=-3.0),
     LeakyReLU(0.5),
     LeakyReLU(3.0),
-    Tanh(),
-    Sigmoid(),
     Softplus(),
     Softplus(2.5),
     ELU(),
@@ -42,11 +49,21 @@ MODULES = {
     nn.Sigmoid(): Sigmoid(),
     nn.Softplus(beta=2.0): Softplus(2.0),
     nn.ELU(alpha=0.7): ELU(0.7),
+    nn.Softsign(): Softsign(),
+    nn.LogSigmoid(): LogSigmoid(),
+    nn.SELU(): scaled(ELU(1.6732632423543772), gain=1.0507009873554805),
+    nn.CELU(2.0): scaled(ELU(), rate=0.5, gain=2.0),
+    nn.PReLU(): LeakyReLU(0.25),
 }
 
 
 def label(activation: Activation) -> str:
     return f"{activation}({activation.parameter:g})"
+
+
+def spelling_of(module: nn.Module) -> Spelling:
+    (spelling,) = (one for one in SPELLINGS if isinstance(module, one.module))
+    return spelling
 
 
 every_activation = pytest.mark.parametrize("activation", EVERY, ids=label)
@@ -150,7 +167,7 @@ def test_derivatives_are_finite_far_out(activation: Activation, z: float) -> Non
 @every_activation
 def test_domain_is_open_and_its_edges_are_outside(activation: Activation) -> None:
     low, high = activation.domain
-    middle = torch.zeros(3, dtype=torch.float64) + (0.5 if low == 0 else 0.0)
+    middle = torch.zeros(3, dtype=torch.float64) + (0.5 if low == 0 else -0.5 if high == 0 else 0.0)
     assert activation.contains(middle)
     for edge in (low, high, math.nan):
         outside = middle.clone()
@@ -165,7 +182,7 @@ def test_domain_is_open_and_its_edges_are_outside(activation: Activation) -> Non
 @every_activation
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_domain_in_every_dtype(activation: Activation, dtype: torch.dtype) -> None:
-    inside = torch.full((2, 3), 0.25, dtype=dtype)
+    inside = torch.full((2, 3), -0.25 if activation.domain[1] == 0 else 0.25, dtype=dtype)
     assert activation.contains(inside)
     assert activation.contains(inside[:0])
     for bad in (math.nan, math.inf, -math.inf):
@@ -176,8 +193,8 @@ def test_domain_in_every_dtype(activation: Activation, dtype: torch.dtype) -> No
 
 @every_activation
 def test_inverse_is_not_finite_outside_the_domain(activation: Activation) -> None:
-    edges = [edge for edge in activation.domain if math.isfinite(edge)]
-    beyond = torch.tensor([edge + math.copysign(0.1, edge - 0.25) for edge in edges], dtype=torch.float64)
+    low, high = activation.domain
+    beyond = torch.tensor([low - 0.1, high + 0.1], dtype=torch.float64)  # that of an infinite edge stays infinite
     assert not bool(torch.isfinite(activation.inverse(beyond)).any())
 
 
@@ -216,15 +233,67 @@ def test_make_activation_names_the_choices() -> None:
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_a_module_and_its_activation_are_the_same_function(module: nn.Module) -> None:
-    activation = activation_of_module(module)
+    activation = spelling_of(module).read_module(module)
     assert activation == MODULES[module]
     z = torch.tensor([-50.0, -1.0, 0.0, 1.0, 50.0], dtype=torch.float64)
-    assert torch.equal(activation.forward(z), module(z))
+    torch.testing.assert_close(activation.forward(z), module.double()(z), rtol=4e-16, atol=0)
 
 
-@pytest.mark.parametrize("module", [nn.ReLU6(), nn.GELU(), nn.Softplus(threshold=5.0)], ids=str)
-def test_other_modules_are_not_recognised(module: nn.Module) -> None:
-    assert activation_of_module(module) is None
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Softplus(threshold=5.0), "Softplus with threshold 5.0"),
+        (nn.LeakyReLU(0.0), "negative_slope must be .* got 0.0"),
+        (nn.CELU(-1.0), "alpha must be a finite number > 0 .* got -1.0"),
+        (nn.PReLU(init=-0.25), "PReLU's weight must be a finite number > 0 .* got -0.25"),
+        (nn.PReLU(device="meta"), "PReLU whose weight is on the meta device"),
+    ],
+    ids=str,
+)
+def test_a_module_without_an_inverse_is_refused_with_the_reason(module: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spelling_of(module).read_module(module)
+
+
+def test_slopes_that_differ_are_refused() -> None:
+    module = nn.PReLU(3)
+    module.weight.data[1] = 0.5
+    with pytest.raises(ValueError, match="PReLU whose 3 slopes differ"):
+        spelling_of(module).read_module(module)
+
+
+@every_activation
+def test_the_numbers_of_an_activation_make_it_again(activation: Activation) -> None:
+    name, numbers = activation.sigma
+    assert activation_of(name, numbers) == activation
+    assert (numbers[1:] == UNSCALED) == (not isinstance(activation, Scaled))
+
+
+def test_a_scaled_activation_is_what_its_numbers_say() -> None:
+    z = grid()
+    flipped = scaled(Sigmoid(), rate=-2.0, shift=0.5, gain=-3.0, offset=1.0)
+    torch.testing.assert_close(flipped.forward(z), 1 - 3 * torch.sigmoid(0.5 - 2 * z), rtol=1e-15, atol=1e-15)
+    assert flipped.domain == (-2.0, 1.0)
+    assert scaled(Softplus(), gain=-1.0, offset=2.0).domain == (-math.inf, 2.0)
+    assert scaled(Tanh()) == Tanh()
+    assert str(flipped) == "scaled sigmoid"
+
+
+@pytest.mark.parametrize("numbers", [{"rate": 0.0}, {"gain": 0.0}, {"gain": math.inf}, {"rate": math.nan}])
+def test_factors_without_an_inverse_are_refused(numbers: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="the size of a factor must be a finite number > 0"):
+        scaled(Tanh(), **numbers)
+
+
+@pytest.mark.parametrize("numbers", [{"shift": math.inf}, {"offset": math.nan}])
+def test_constants_that_are_not_finite_are_refused(numbers: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="a constant that is added must be finite, got"):
+        scaled(Tanh(), **numbers)
+
+
+@pytest.mark.parametrize("activation", [*EVERY, ReLU(), scaled(ReLU(), shift=0.5)], ids=label)
+def test_piecewise_linear_activations_have_no_curvature(activation: Activation) -> None:
+    assert activation.piecewise_linear == (activation.second_derivative(grid()) is None)
 
 
 def test_relu_s_derivative_is_that_of_autograd() -> None:

@@ -15,6 +15,7 @@ from symtele_cuda import device_search, extension, kernels, planning, products
 from symtele_cuda.action import Waypoint
 from symtele_cuda.mlp import read_chain
 from symtele_cuda.options import make_options
+from symtele_cuda.pieces import Affine, InTurn, LogSoftmax
 from symtele_cuda.planning import make_plan, match_inputs
 from symtele_cuda.problem import Problem
 from symtele_cuda.search import STEPS_LONG_ENOUGH, SearchResult
@@ -192,3 +193,14 @@ def test_the_compiled_operators_take_every_operand_of_the_search(case):
         fake = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors]
         program = device_search.run_program(compiled.with_tensors(fake))
     assert program.rows.device.type == "cuda"
+
+
+def test_no_graph_holds_tensors_that_the_model_applies_to_its_outputs() -> None:
+    """It would go on with those that it was captured with, where the next teleport has others."""
+    task = make_task([20, 24, 22, 5], dtype=torch.float32)
+    texts = []
+    for output in (Affine(2.0), Affine(torch.ones(5)), InTurn((Affine(offset=torch.ones(5)), LogSoftmax()))):
+        loss = replace(task.problem.loss, output=output)
+        texts.append(replace(task, problem=replace(task.problem, loss=loss)).obstacle())
+    assert texts[0] == task.obstacle()
+    assert texts[1] == texts[2] == "tensors of the model are applied to its outputs, which a graph would not read anew"

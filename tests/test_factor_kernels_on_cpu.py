@@ -15,18 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_harness import ORDERS, Unpacker, build, output_of, pack, plant_fault
+from cpu_harness import ORDERS, Unpacker, activation_items, build, output_of, pack, plant_fault
+from sigmas import ONE_OF_EACH
 from torch import Tensor
 
 from symtele_cuda import products
-from symtele_cuda.activations import make_activation
+from symtele_cuda.activations import ELU, Activation, LeakyReLU, Softplus, Tanh
 
 GRAM, INVERT_GRAMS, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE, SQUARED_NORMS, PROBES, TIMES_CURVATURE = range(10)
 DTYPES = (torch.float32, torch.float64)
 DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.int32: 2}
-
-# In the order of ActivationKind.
-ACTIVATIONS = {"identity": 0.0, "leaky_relu": 0.1, "tanh": 0.0, "sigmoid": 0.0, "softplus": 2.0, "elu": 1.5}
 
 UNIT_ROUNDOFF = 2.0**-53  # of float64
 
@@ -35,6 +33,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
 
 # ||K X - I|| over u kappa(K). On the matrices here the sweeps stay below 15, Cholesky's inversion below 4.
 LARGEST_RESIDUAL = 100
+
+every_activation = pytest.mark.parametrize("activation", ONE_OF_EACH, ids=str)
 
 Results = Sequence[tuple[torch.dtype, tuple[int, ...]]]
 
@@ -304,14 +304,13 @@ class Layer:
     """A layer's step: what it is taken in, its activation, and its elements, `offset` elements into their buffers."""
 
     along_targets: bool
-    name: str
+    activation: Activation
     count: int = 300
     offset: int = 0
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         targets = normal(self.count).clamp(-2, 2)
-        activation = make_activation(self.name, ACTIVATIONS[self.name])
-        base = targets if self.along_targets else activation.forward(targets)
+        base = targets if self.along_targets else self.activation.forward(targets)
         return base.to(dtype), normal(self.count, dtype=dtype, seed=1)
 
 
@@ -324,8 +323,7 @@ def step_case(program: Path, layers: Sequence[Layer], operands: Sequence[Operand
     items: list = [torch.tensor(size, dtype=torch.float64), DTYPE_NUMBERS[dtype], len(layers)]
     shapes: list = []
     for layer, (base, change) in zip(layers, operands, strict=True):
-        kind, parameter = list(ACTIVATIONS).index(layer.name), ACTIVATIONS[layer.name]
-        items += [int(layer.along_targets), layer.count, layer.offset, kind, parameter]
+        items += [int(layer.along_targets), layer.count, layer.offset, *activation_items(layer.activation)]
         items += [offset_buffer(base, layer.offset), offset_buffer(change, layer.offset)]
         shapes += [(dtype, (layer.count + layer.offset,))] * 3
     results = iter(run_case(program, STEP, items, shapes))
@@ -341,9 +339,10 @@ def without_offset(result: Tensor | None, offset: int) -> Tensor:
 
 def twin_of(layers: Sequence[Layer], operands: Sequence[Operands], size: float) -> list[tuple[Tensor, ...]]:
     bases, changes = ([one[k].double() for one in operands] for k in range(2))
-    along, names = [layer.along_targets for layer in layers], [layer.name for layer in layers]
+    along = [layer.along_targets for layer in layers]
+    names, numbers = zip(*(layer.activation.sigma for layer in layers), strict=True)
     length = torch.tensor(size, dtype=torch.float64)
-    results = products.take_steps(bases, changes, length, along, names, [ACTIVATIONS[name] for name in names])
+    results = products.take_steps(bases, changes, length, along, names, [*itertools.chain(*numbers)])
     return list(zip(*results, strict=True))
 
 
@@ -365,23 +364,23 @@ def check_steps(program: Path, dtype: torch.dtype, *layers: Layer) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("along_targets", [False, True])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_step(program, name, along_targets, dtype):
-    check_steps(program, dtype, Layer(along_targets, name))
+@every_activation
+def test_step(program, activation, along_targets, dtype):
+    check_steps(program, dtype, Layer(along_targets, activation))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("count", [1, 3, 4, 1027])
 def test_step_of_any_length_and_alignment(program, count, offset, dtype):
-    check_steps(program, dtype, Layer(True, "leaky_relu", count, offset))
+    check_steps(program, dtype, Layer(True, LeakyReLU(0.1), count, offset))
 
 
 MIXED_LAYERS = [
-    Layer(False, "leaky_relu", 1027),
-    Layer(True, "tanh", 300, 1),
-    Layer(False, "softplus", 3),
-    Layer(True, "elu", 2000),
+    Layer(False, LeakyReLU(0.1), 1027),
+    Layer(True, Tanh(), 300, 1),
+    Layer(False, Softplus(2.0), 3),
+    Layer(True, ELU(1.5), 2000),
 ]
 
 
@@ -392,14 +391,14 @@ def test_steps_of_several_layers(program, dtype):
 
 
 def test_step_beyond_the_largest_grid(program):
-    check_steps(program, torch.float64, Layer(True, "leaky_relu", 1024 * 256 * 2 + 5))
+    check_steps(program, torch.float64, Layer(True, LeakyReLU(0.1), 1024 * 256 * 2 + 5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_step_out_of_the_domain_is_not_finite(program, name, dtype):
+@every_activation
+def test_step_out_of_the_domain_is_not_finite(program, activation, dtype):
     base = torch.linspace(-4, 4, 33).to(dtype)  # with the ends of the domains, 0 and 1
-    layers, operands = [Layer(False, name, 33)], [(base, torch.ones_like(base))]
+    layers, operands = [Layer(False, activation, 33)], [(base, torch.ones_like(base))]
     ((moved, targets, _),) = step_case(program, layers, operands, 0.0)
     ((_, expected, _),) = twin_of(layers, operands, 0.0)
     assert torch.equal(moved, base)
@@ -407,7 +406,7 @@ def test_step_out_of_the_domain_is_not_finite(program, name, dtype):
 
 
 def test_step_of_nothing(program):
-    items = [torch.zeros(1, dtype=torch.float64), 0, 1, 0, 0, 0, 0, 0.0, None, None]
+    items = [torch.zeros(1, dtype=torch.float64), 0, 1, 0, 0, 0, *activation_items(Tanh()), None, None]
     assert run_case(program, STEP, items, [(torch.float32, (0,))] * 3) == [None] * 3
 
 
@@ -415,39 +414,38 @@ def test_step_of_nothing(program):
 
 
 def check_times_curvature(
-    program: Path, name: str, dtype: torch.dtype, count: int = 300, offset: int = 0, sums: bool = True
+    program: Path, activation: Activation, dtype: torch.dtype, count: int = 300, offset: int = 0, sums: bool = True
 ) -> None:
     left, right, at, source = (normal(count, dtype=dtype, seed=seed) for seed in range(4))
-    at = 12 * at if name == "softplus" else at  # on both sides of the threshold
-    kind, parameter = list(ACTIVATIONS).index(name), ACTIVATIONS[name]
+    at = 12 * at if isinstance(activation, Softplus) else at  # on both sides of the threshold
     buffers = [offset_buffer(operand, offset) for operand in (left, right, at, source)]
-    items = [DTYPE_NUMBERS[dtype], count, offset, kind, parameter, int(sums), *buffers]
+    items = [DTYPE_NUMBERS[dtype], count, offset, *activation_items(activation), int(sums), *buffers]
     (result,) = run_case(program, TIMES_CURVATURE, items, [(dtype, (count + offset,))])
     wide = left.double(), right.double(), at.double(), source.double() if sums else None
     assert result is not None and bool((result[:offset].view(torch.int32) == -1).all())
-    assert_near(result[offset:], products.times_curvature(*wide, name, parameter), TOLERANCE[dtype], "sum")
+    assert_near(result[offset:], products.times_curvature(*wide, *activation.sigma), TOLERANCE[dtype], "sum")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sums", [False, True])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_times_curvature(program, name, sums, dtype):
-    check_times_curvature(program, name, dtype, sums=sums)
+@every_activation
+def test_times_curvature(program, activation, sums, dtype):
+    check_times_curvature(program, activation, dtype, sums=sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("count", [1, 3, 4, 1027])
 def test_times_curvature_of_any_length_and_alignment(program, count, offset, dtype):
-    check_times_curvature(program, "elu", dtype, count, offset)
+    check_times_curvature(program, ELU(1.5), dtype, count, offset)
 
 
 def test_times_curvature_beyond_the_largest_grid(program):
-    check_times_curvature(program, "leaky_relu", torch.float64, 1024 * 256 * 2 + 5)
+    check_times_curvature(program, LeakyReLU(0.1), torch.float64, 1024 * 256 * 2 + 5)
 
 
 def test_times_curvature_of_nothing(program):
-    items = [0, 0, 0, 0, 0.0, 1, None, None, None, None]
+    items = [0, 0, 0, *activation_items(Tanh()), 1, None, None, None, None]
     assert run_case(program, TIMES_CURVATURE, items, [(torch.float32, (0,))]) == [None]
 
 
@@ -798,13 +796,13 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
         "packs.cuh",
         "i = packs * width + thread;",
         "i = packs * width + thread + 1;",
-        partial(check_step, layer=Layer(True, "tanh", 7)),
+        partial(check_step, layer=Layer(True, Tanh(), 7)),
     ),
     "packs without alignment": (
         "step.cuh",
         "are_aligned(step.base, step.change, step.moved, step.targets, step.slopes)",
         "true",
-        partial(check_step, layer=Layer(True, "tanh", 7, 1)),
+        partial(check_step, layer=Layer(True, Tanh(), 7, 1)),
     ),
     "the step of another layer": (
         "step.cuh",
@@ -822,13 +820,13 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
         "curvature.cuh",
         "are_aligned(left, right, at, source, result)",
         "true",
-        partial(check_times_curvature, name="tanh", dtype=torch.float32, count=7, offset=1),
+        partial(check_times_curvature, activation=Tanh(), dtype=torch.float32, count=7, offset=1),
     ),
     "a source that is not there": (
         "curvature.cuh",
         "if (term.source != nullptr) sum",
         "sum",
-        partial(check_times_curvature, name="tanh", dtype=torch.float32, count=7, sums=False),
+        partial(check_times_curvature, activation=Tanh(), dtype=torch.float32, count=7, sums=False),
     ),
     "no barrier between two halvings": (
         "reduce.cuh",

@@ -16,7 +16,10 @@ from on_gpu import DEVICE, compiled
 from torch import Tensor, nn
 
 import symtele_cuda as st
+from symtele_cuda.activations import Tanh
 from symtele_cuda.kernels import Linear, together
+
+TANH = Tanh().sigma
 
 pytestmark = pytest.mark.gpu
 
@@ -86,7 +89,7 @@ CASES: dict[str, tuple[Call, str]] = {
         r"(?s)2\^31.*got",
     ),
     "linear_activation, an unknown name": (
-        lambda o: o.linear_activation(zeros(3, 4), zeros(4, 5), None, "relu", 0.0),
+        lambda o: o.linear_activation(zeros(3, 4), zeros(4, 5), None, "relu", TANH[1]),
         r"(?s)activation must be one of.*got.*relu",
     ),
     "grouped_linear, a mask of another shape": (
@@ -102,15 +105,17 @@ CASES: dict[str, tuple[Call, str]] = {
         r"(?s)grams.*3, 3.*got.*4, 4",
     ),
     "take_steps, size in float32": (
-        lambda o: o.take_steps([zeros(3, 4)], [zeros(3, 4)], zeros(()), [False], ["tanh"], [0.0]),
+        lambda o: o.take_steps([zeros(3, 4)], [zeros(3, 4)], zeros(()), [False], [TANH[0]], TANH[1]),
         r"(?s)size.*(float64|[Dd]ouble).*got",
     ),
     "take_steps, change on the CPU": (
-        lambda o: o.take_steps([zeros(3, 4)], [zeros(3, 4, device="cpu")], zeros(()).double(), [True], ["tanh"], [0.0]),
+        lambda o: o.take_steps(
+            [zeros(3, 4)], [zeros(3, 4, device="cpu")], zeros(()).double(), [True], [TANH[0]], TANH[1]
+        ),
         r"(?s)changes.*cpu",
     ),
     "times_curvature, a source of another shape": (
-        lambda o: o.times_curvature(*[zeros(3, 4)] * 3, zeros(4, 3), "tanh", 0.0),
+        lambda o: o.times_curvature(*[zeros(3, 4)] * 3, zeros(4, 3), *TANH),
         r"(?s)source.*3, 4.*got.*4, 3",
     ),
     "dot_sum, shapes that differ": (lambda o: o.dot_sum([zeros(3)], [zeros(4)]), r"(?s)right.*3.*got.*4"),

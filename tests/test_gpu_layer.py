@@ -254,7 +254,7 @@ def test_tf32_only_where_the_user_allowed_it() -> None:
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.bfloat16], ids=str)
 def test_the_operators_ask_nothing_of_the_device(dtype: torch.dtype, sizes: tuple[int, int, int], backend: str) -> None:
     layer = make_layer(*sizes, True, dtype)
-    description = (SMOOTH[0].name, SMOOTH[0].parameter, "least_change", backend)
+    description = (*SMOOTH[0].sigma, "least_change", backend)
     operators = torch.ops.symtele_cuda
 
     def both() -> None:

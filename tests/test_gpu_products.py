@@ -449,7 +449,7 @@ def test_the_kernels_that_compute(
     torch.set_float32_matmul_precision(precision)
     operators = compiled()
     operands = Operands(sizes, dtype)
-    arguments = (operands.a(), operands.b(), operands.row(), "tanh", 0.0)
+    arguments = (operands.a(), operands.b(), operands.row(), *SMOOTH[0].sigma)
     names = kernels_of(lambda: operators.linear_activation(*arguments))
     assert any(kernel in name for name in names), names
     assert launches is None or len(names) == launches, names

@@ -136,7 +136,8 @@ def _map(argument: Any, change: Callable[[Tensor], Tensor]) -> Any:
 A, B, C = normal(3, 4), normal(4, 5), normal(3, 5)
 SIZE = torch.tensor(0.5, dtype=torch.float64)
 JUDGED = judge_arguments()[:-1]
-STEP = ([True], ["tanh"], [0.0])
+TANH = Tanh().sigma
+STEP = ([True], [TANH[0]], TANH[1])
 BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "vector": ("linear", (A[0], B), ValueError, r"a must be a matrix, got shape \(4,\)"),
     "inner": ("linear", (A, C), ValueError, r"b must have shape \(4, 5\), got \(3, 5\)"),
@@ -146,9 +147,9 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "devices": ("linear", (A, B.to("meta")), ValueError, r"b must be on the device of the first tensor, cpu, got meta"),
     "source": ("linear", (A, B, A), ValueError, r"source must have shape \(3, 5\), got \(3, 4\)"),
     "column": ("linear", (A, B, None, B[0], B[0]), ValueError, r"column must have shape \(3,\), got \(5,\)"),
-    "row": ("linear_activation", (A, B, A[0], "tanh", 0.0), ValueError, r"row must have shape \(5,\), got \(4,\)"),
-    "origin": ("inverse_activation", (A, B, A, 1.0, "tanh", 0.0), ValueError, r"origin must have shape \(3, 5\)"),
-    "at": ("over_slope", (A, B, None, None, A, "tanh", 0.0), ValueError, r"at must have shape \(3, 5\)"),
+    "row": ("linear_activation", (A, B, A[0], *TANH), ValueError, r"row must have shape \(5,\), got \(4,\)"),
+    "origin": ("inverse_activation", (A, B, A, 1.0, *TANH), ValueError, r"origin must have shape \(3, 5\)"),
+    "at": ("over_slope", (A, B, None, None, A, *TANH), ValueError, r"at must have shape \(3, 5\)"),
     "mask": (
         "grouped_linear",
         ([A, A], [B, B], [None, None], [None, None], [None, A], [1.0, 1.0], [1.0, 1.0]),
@@ -166,7 +167,7 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "grams of two sizes": ("grams", ([A, B], [True, True]), ValueError, r"rows must have shape \(3, 5\), got \(4, 5\)"),
     "change": ("take_steps", ([A], [B], SIZE, *STEP), ValueError, r"changes must have shape \(3, 4\), got \(4, 5\)"),
     "size": ("take_steps", ([A], [A], SIZE.float(), *STEP), TypeError, r"size must be of dtype torch.float64"),
-    "place": ("times_curvature", (A, A, B, None, "tanh", 0.0), ValueError, r"at must have shape \(3, 4\), got"),
+    "place": ("times_curvature", (A, A, B, None, *TANH), ValueError, r"at must have shape \(3, 4\), got"),
     "right": ("dot_sum", ([A, B], [A, C]), ValueError, r"right must have shape \(4, 5\), got \(3, 5\)"),
     "inverse": ("pseudo_inverse", (A.double(), A, True), ValueError, r"inverse must have shape \(3, 3\), got \(3, 4\)"),
     "rounded inverse": ("pseudo_inverse", (A[:, :3], A, True), TypeError, r"inverse must be of dtype torch.float64"),

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from cpu_harness import ORDERS, Unpacker, build, output_of, pack, plant_fault, run
+from cpu_harness import ORDERS, Unpacker, activation_items, build, output_of, pack, plant_fault, run
+from sigmas import ONE_OF_EACH
 from torch import Tensor
 
 from symtele_cuda import products
+from symtele_cuda.activations import Activation, Identity, Softplus, Softsign
 
+IDENTITY = Identity()
 KINDS = ("linear", "activation", "inverse_activation", "over_slope", "times_slope", "masked")
-ACTIVATIONS = ("identity", "leaky_relu", "tanh", "sigmoid", "softplus", "elu")
-PARAMETERS = {"leaky_relu": 0.1, "softplus": 1.5, "elu": 0.7}
 DTYPES = {torch.float32: 0, torch.float64: 1}
 FUSED, EPILOGUE_ALONE = 0, 1
 TILES = (16, 32, 64)
@@ -49,7 +51,7 @@ class Case:
     columns: int
     inner: int
     kind: str = "linear"
-    activation: str = "identity"
+    activation: Activation = IDENTITY
     a: Layout = Layout()
     b: Layout = Layout()
     source: bool = False
@@ -59,10 +61,6 @@ class Case:
     alpha: float = 1.0
     beta: float = 1.0
     seed: int = 0
-
-    @property
-    def parameter(self) -> float:
-        return PARAMETERS.get(self.activation, 0.0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,7 +85,7 @@ def make_inputs(case: Case) -> Inputs:
 
     a, b = normal(case.rows, case.inner), normal(case.inner, case.columns)
     if case.kind == "inverse_activation":
-        a, b = into_range(a, b, case.activation, case.parameter)
+        a, b = into_range(a, b, case.activation)
     inputs = Inputs(
         a,
         b,
@@ -99,17 +97,19 @@ def make_inputs(case: Case) -> Inputs:
     return map_tensors(inputs, lambda tensor: tensor.to(case.dtype))
 
 
-def into_range(a: Tensor, b: Tensor, activation: str, parameter: float) -> tuple[Tensor, Tensor]:
-    """Scale a so that a b lies well inside the range of the activation."""
-    if activation in ("sigmoid", "softplus"):
-        a, b = a.abs() + 0.1, b.abs() + 0.1
+def into_range(a: Tensor, b: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Scale a so that a b lies well inside the range of the activation, which 0 is in or at the edge of."""
+    low, high = activation.domain
+    if low == 0 or high == 0:
+        a, b = (a.abs() + 0.1) * (1 if low == 0 else -1), b.abs() + 0.1
     product = a @ b
     if product.numel() == 0 or product.abs().max() == 0:
         return a, b
-    if activation == "softplus":  # on both sides of the threshold
-        return a * (20 / product.mean()), b
-    limit = {"tanh": 0.9, "sigmoid": 0.9, "elu": 0.9 * parameter}.get(activation)
-    return (a, b) if limit is None else (a * (limit / product.abs().max()), b)
+    if isinstance(activation, Softplus):  # on both sides of the threshold
+        return a * (Softplus.threshold / activation.parameter / product.mean()), b
+    near = 0.6 if isinstance(activation, Softsign) else 0.9  # the slope of its inverse, 1/(1 − |b|)², grows fast
+    limit = near * min(abs(edge) for edge in (low, high) if edge != 0)
+    return (a, b) if math.isinf(limit) else (a * (limit / product.abs().max()), b)
 
 
 def map_tensors(inputs: Inputs, function) -> Inputs:
@@ -120,7 +120,7 @@ def map_tensors(inputs: Inputs, function) -> Inputs:
 def expected(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     """What the twin makes of the same numbers in float64."""
     x = map_tensors(inputs, Tensor.double)
-    activation = case.activation, case.parameter
+    activation = case.activation.sigma
     match case.kind:
         case "linear":
             return (products.linear(x.a, x.b, x.source, x.column, x.row, case.alpha, case.beta),)
@@ -142,7 +142,7 @@ def encode(case: Case, inputs: Inputs) -> bytes:
     size = inputs.a.element_size() * case.rows * case.columns
     first = inputs.a @ inputs.b if case.launcher == EPILOGUE_ALONE else torch.full(case.shape, torch.nan).to(case.dtype)
     header = [DTYPES[case.dtype], case.rows, case.columns, case.inner, KINDS.index(case.kind)]
-    scalars = [ACTIVATIONS.index(case.activation), case.parameter, case.alpha, case.beta]
+    scalars = [*activation_items(case.activation), case.alpha, case.beta]
     vectors = [None if v is None else spread(v, case.vector_stride) for v in (inputs.column, inputs.row)]
     return pack(
         [
@@ -221,13 +221,13 @@ def encode_groups(groups: list[list[Case]], inputs: list[list[Inputs]]) -> bytes
 # --- the cases -------------------------------------------------------------------------------------------------------
 
 SIZES = (1, 2, 7, 31, 33, 65, 129)
-EPILOGUES = [(kind, activation) for kind in KINDS[1:5] for activation in ACTIVATIONS] + [
-    ("linear", "identity"),
-    ("masked", "identity"),
+EPILOGUES = [(kind, activation) for kind in KINDS[1:5] for activation in ONE_OF_EACH] + [
+    ("linear", IDENTITY),
+    ("masked", IDENTITY),
 ]
 
 
-def draw_case(launcher: int, dtype: torch.dtype, kind: str, activation: str, draw: random.Random) -> Case:
+def draw_case(launcher: int, dtype: torch.dtype, kind: str, activation: Activation, draw: random.Random) -> Case:
     """A case of this epilogue; the sizes, layouts and optional operands are drawn."""
 
     def layout() -> Layout:
@@ -255,7 +255,7 @@ def draw_case(launcher: int, dtype: torch.dtype, kind: str, activation: str, dra
 
 def draw_cases(launcher: int, dtype: torch.dtype) -> list[Case]:
     draw = random.Random(f"{launcher} {dtype}")
-    epilogues = EPILOGUES + 6 * [("linear", "identity")]
+    epilogues = EPILOGUES + 6 * [("linear", IDENTITY)]
     return [draw_case(launcher, dtype, *epilogue, draw) for epilogue in epilogues]
 
 
@@ -296,7 +296,7 @@ def test_many_stages_and_the_choice_of_tiles(program, dtype):
 def draw_groups(launcher: int, dtype: torch.dtype) -> list[list[Case]]:
     """Groups of every size, of products of different sizes, layouts and epilogues."""
     draw = random.Random(f"groups {launcher} {dtype}")
-    epilogues = [("linear", "identity"), ("masked", "identity")]
+    epilogues = [("linear", IDENTITY), ("masked", IDENTITY)]
     return [
         [draw_case(launcher, dtype, *draw.choice(epilogues), draw) for _ in range(count)]
         for count in range(1, LARGEST_GROUP + 1)
@@ -344,10 +344,11 @@ def test_no_sum_and_no_element(program, dtype):
         assert first is None if 0 in case.shape else torch.equal(first, values.source)
 
 
-@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "softplus", "elu"])
+@pytest.mark.parametrize("activation", [one for one in ONE_OF_EACH if one.bounded], ids=str)
 def test_the_inverse_is_not_finite_outside_its_domain(program, activation):
     case = Case(16, torch.float32, 9, 7, 5, "inverse_activation", activation)
-    inputs = dataclasses.replace(make_inputs(case), a=torch.full((9, 5), -3.0), b=torch.ones(5, 7))
+    outside = 3.0 if activation.domain[1] <= 0 else -3.0
+    inputs = dataclasses.replace(make_inputs(case), a=torch.full((9, 5), outside), b=torch.ones(5, 7))
     output = Unpacker(output_of(program, encode_all([case], [inputs]), "ascending"))
     assert output.number() == 0
     assert not output.tensor(case.dtype, case.shape).isfinite().any()
@@ -404,6 +405,8 @@ FAULTS = {
     "a row too many read": (MATMUL, "element / extent, rows - 1)", "element / extent, rows)"),
     "column and row exchanged": (EPILOGUE, "row[j * row_stride]", "row[i * row_stride]"),
     "a wrong derivative": (ACTIVATION, "return 1 - value * value;", "return 1 - value;"),
+    "a derivative not scaled": (ACTIVATION, "return slope * sigma.derivative", "return gain * sigma.derivative"),
+    "an inverse not shifted": (ACTIVATION, "(b - offset) * per_gain) - shift)", "(b - offset) * per_gain))"),
 }
 
 

@@ -68,4 +68,4 @@ def test_a_loss_that_is_none_is_refused(loss_fn, message):
 )
 def test_targets_that_do_not_fit_the_default_loss_are_refused(targets, error, message):
     with pytest.raises(error, match=message):
-        check_default_targets(targets, 6, 3)
+        check_default_targets(targets, (6, 3))

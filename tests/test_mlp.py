@@ -8,24 +8,17 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from models import run_chain
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from symtele_cuda.activations import ELU, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
-from symtele_cuda.mlp import Chain, check_batch, check_inputs, check_parameters, read_chain
+from symtele_cuda.activations import ELU, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh, scaled
+from symtele_cuda.mlp import check_batch, check_inputs, check_parameters, read_chain
 
 
 def plain(hidden: nn.Module | None = None) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 5), hidden or nn.LeakyReLU(0.1), nn.Linear(5, 3))
-
-
-def run_chain(chain: Chain, x: Tensor) -> Tensor:
-    """The function that a chain stands for, from its fields alone."""
-    value = x.flatten(1) if chain.flattens else x
-    for linear, activation in zip(chain.linears, (*chain.activations, chain.output), strict=True):
-        value = activation.forward(F.linear(value, linear.weight, linear.bias))
-    return value
 
 
 class Custom(nn.Module):
@@ -207,19 +200,14 @@ class DoublingLinear(nn.Linear):
         return 2 * super().forward(input)
 
 
-class DoublingTanh(nn.Tanh):
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
+class Squeezing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze(-1)
 
 
 class TwoInputs(Custom):
     def forward(self, x: Tensor, scale: float) -> Tensor:  # type: ignore[override]
         return self.c(self.act(self.a(x)))
-
-
-class ScaledByDefault(Custom):
-    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
-        return self.c(self.act(scale * self.a(x)))
 
 
 class OptionalArguments(Custom):
@@ -308,7 +296,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "pruned": (lambda: nn.Sequential(prune.identity(plain()[0], "weight"), *plain()[1:]), r"at '0' .* hooks "),
     "linear subclass": (lambda: nn.Sequential(DoublingLinear(4, 5), *plain()[1:]), r"at '0' .* got DoublingLinear"),
-    "activation subclass": (lambda: plain(DoublingTanh()), r"at '1"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(5), *plain()[1:]), r"at '0' .* lazy LazyLinear"),
     "hook": (lambda: hooked("register_forward_hook"), r"at '1' expected no forward hooks.* got hooks .*lambda"),
     "pre-hook": (lambda: hooked("register_forward_pre_hook"), r"at '1' expected no forward hooks"),
@@ -317,12 +304,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"at '0' expected the forward of its class Linear, got one set on the instance",
     ),
     "two inputs": (lambda: TwoInputs(lambda m, x: x), r"a forward of one tensor .* argument: 'scale'"),
-    "scaled by default": (lambda: ScaledByDefault(lambda m, x: x), r"at 'mul' .* got mul"),
     "residual": (
         lambda: Custom(lambda m, x: m.c(m.a(x) + m.b(m.a(x)))),
         r"expected a call on the result of the one before",
     ),
-    "scaled": (lambda: Custom(lambda m, x: m.c(2 * m.a(x))), r"at 'mul' .* got mul"),
     "unused branch": (
         lambda: Custom(lambda m, x: (m.a(x), m.c(m.b(x)))[1]),
         r"expected a call on the result of the one before",
@@ -330,7 +315,71 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two outputs": (lambda: Custom(lambda m, x: (m.a(x), x)), r"at 'output'"),
     "branch": (lambda: Custom(branching), r"torch.fx can trace, got Custom, TraceError"),
     "in-place, result discarded": (lambda: Custom(discarding), r"got tanh_"),
-    "weight read directly": (lambda: Custom(lambda m, x: m.c(F.linear(x, m.a.weight))), r"one before, x, got"),
+    "weight read directly": (lambda: Custom(lambda m, x: m.c(F.linear(x, m.a.weight))), r"at 'linear' .* got linear"),
+    "trainable factor": (
+        lambda: Custom(lambda m, x: m.c(torch.tanh(m.a(x) * m.b.bias))),
+        r"at 'mul' .* got an operation with a trainable tensor of shape \(5,\)",
+    ),
+    "factor of each unit": (
+        lambda: Custom(lambda m, x: m.c(torch.tanh(m.a(x)) * torch.arange(1.0, 6.0))),
+        r"at 'mul' expected one number for all units between two Linears, got a tensor of shape \(5,\)",
+    ),
+    "factor 0": (lambda: Custom(lambda m, x: m.c(0 * m.a(x))), r"at 'mul' .* got a factor 0"),
+    "factor that float32 cannot invert": (
+        lambda: Custom(lambda m, x: m.c(2.0**-90 * (2.0**-90 * torch.tanh(m.a(x))))),
+        r"at 'mul_1' expected constants behind 'a' that leave an inverse, got the size of a factor .* got 6",
+    ),
+    "constant that is not finite": (
+        lambda: Custom(lambda m, x: m.c(m.a(x) + float("inf"))),
+        r"got a constant with NaN",
+    ),
+    "division by 0": (lambda: Custom(lambda m, x: m.c(m.a(x) / 0)), r"got a division by 0"),
+    "division by the value": (lambda: Custom(lambda m, x: m.c(1 / m.a(x))), r"got a division by the value itself"),
+    "rounded division": (
+        lambda: Custom(lambda m, x: m.c(torch.div(m.a(x), 2, rounding_mode="floor"))),
+        r"got a division by the value itself, or one that rounds",
+    ),
+    "value times itself": (
+        lambda: Custom(lambda m, x: m.c((lambda z: z * z)(m.a(x)))),
+        r"got an operation of the value with itself",
+    ),
+    "a constant's shape changes the outputs": (
+        lambda: Custom(lambda m, x: m.c(m.act(m.a(x))) + torch.ones(2, 1, 1)),
+        r"at 'add' expected what outputs of shape \(n, 3\) allow, got .* plus a tensor of shape \(2, 1, 1\)",
+    ),
+    "squeeze() of everything": (
+        lambda: Custom(lambda m, x: m.c(m.act(m.a(x))).squeeze()),
+        r"got squeeze\(\), where squeeze\(-1\) is understood",
+    ),
+    "view(-1) of several outputs": (
+        lambda: Custom(lambda m, x: m.c(m.act(m.a(x))).view(-1)),
+        r"at 'view' expected what outputs of shape \(n, 3\) allow, got Squeeze\(always=True\)",
+    ),
+    "log_softmax over the samples": (
+        lambda: Custom(lambda m, x: F.log_softmax(m.c(m.act(m.a(x))), dim=0)),
+        r"got log_softmax over dimension 0",
+    ),
+    "log_softmax in another dtype": (
+        lambda: Custom(lambda m, x: F.log_softmax(m.c(m.act(m.a(x))), dim=1, dtype=torch.float64)),
+        r"got log_softmax over dimension 1 with dtype torch.float64",
+    ),
+    "log_softmax of squeezed outputs": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1), Squeezing(), nn.LogSoftmax(-1)),
+        r"at '4' expected what outputs of shape \(n\) allow, got LogSoftmax\(\)",
+    ),
+    "log_softmax between Linears": (
+        lambda: plain(nn.LogSoftmax(dim=-1)),
+        r"at '1' expected an activation or a constant behind '0', got LogSoftmax\(\), which may be at the end",
+    ),
+    "squeeze before the first Linear": (
+        lambda: nn.Sequential(Squeezing(), *plain()),
+        r"at '0.squeeze' expected a Linear before the first activation, got Squeeze",
+    ),
+    "PReLU": (lambda: plain(nn.PReLU(init=0.0)), r"at '1' .* got PReLU's weight must be .* got 0.0"),
+    "if on a shape": (
+        lambda: Custom(lambda m, x: m.c(m.act(m.a(x))) if x.shape[1] == 4 else x),
+        r"torch.fx can trace, got Custom, TraceError",
+    ),
     "no forward": (lambda: nn.ModuleList(plain()), r"at 'model' .* got ModuleList"),
 }
 
@@ -340,6 +389,40 @@ def test_what_is_no_chain_is_refused(name: str) -> None:
     make, text = REFUSED[name]
     with pytest.raises(ValueError, match=text):
         read_chain(make())
+
+
+def test_what_a_subclass_computes_around_its_activation_is_read() -> None:
+    class DoublingTanh(nn.Tanh):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    assert read_chain(plain(DoublingTanh())).activations == (scaled(Tanh(), gain=2.0),)
+
+
+def test_constants_and_slopes_are_those_of_now() -> None:
+    model = Custom(lambda m, x: m.c(m.slope(m.a(x)) * m.factor))
+    model.slope = nn.PReLU()
+    model.register_buffer("factor", torch.tensor(2.0))
+    assert read_chain(model).activations == (scaled(LeakyReLU(0.25), gain=2.0),)
+    with torch.no_grad():
+        model.slope.weight.fill_(0.5)
+        model.factor.fill_(3.0)
+    assert read_chain(model).activations == (scaled(LeakyReLU(0.5), gain=3.0),)
+
+
+@pytest.mark.parametrize("shape", [(5,), (6, 4), (6, 1), (1, 2, 4)], ids=str)
+def test_inputs_that_the_model_s_constants_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    """Constants of their own for each of the 6 samples are among them: another batch would have other samples."""
+    model = Custom(lambda m, x: m.c(m.act(m.a(x - m.mean))))
+    model.register_buffer("mean", torch.ones(shape))
+    with pytest.raises(ValueError, match=r"x must be samples whose shape the model's constants of shape .* broadcast"):
+        check_inputs(read_chain(model), torch.zeros(6, 4), "x")
+
+
+def test_inputs_that_the_model_s_constants_make_infinite_are_refused() -> None:
+    model = Custom(lambda m, x: m.c(m.act(m.a(x * 1e30))))
+    with pytest.raises(ValueError, match=r"x must be finite, got NaN or Inf"):
+        check_inputs(read_chain(model), torch.full((6, 4), 1e30), "x")
 
 
 def test_model_that_is_no_module() -> None:

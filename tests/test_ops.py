@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from sigmas import ONE_OF_EACH
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from symtele_cuda import extension, ops, products, reference
-from symtele_cuda.activations import ELU, Activation, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
+from symtele_cuda.activations import ELU, Activation, LeakyReLU, Sigmoid, Softplus, Tanh
 from symtele_cuda.errors import TeleportError
 from symtele_cuda.ops import teleport_layer
 from symtele_cuda.pinv import MAX_CONDITION, append_ones, pinv_factor
 from symtele_cuda.products import probe_vectors, squared_norms
 
-ONE_OF_EACH = [LeakyReLU(0.1), Tanh(), Sigmoid(), Softplus(3.0), ELU(0.4), Identity()]
 EVERY = [*ONE_OF_EACH, LeakyReLU(2.0), Softplus(), ELU()]
 ACTIONS = list(ops.ACTIONS)
 
@@ -305,7 +305,7 @@ def cotangents(tensors: tuple[Tensor, ...], requires_grad: bool) -> tuple[Tensor
 @with_and_without_bias
 def test_opcheck(activation: Activation, action: str, bias: bool) -> None:
     library = torch.ops.symtele_cuda
-    description = (activation.name, activation.parameter, action, "auto")
+    description = (*activation.sigma, action, "auto")
     constant = (*make_layer(4, 5, 3, bias).tensors(), *description)
     layer = (*make_layer(4, 5, 3, bias).with_gradient().tensors(), *description)
     new_weight, new_bias, *saved, _ = library.teleport_layer(*constant)
@@ -420,13 +420,13 @@ def test_only_what_is_asked_for_is_differentiated() -> None:
 def test_fake_kernels_know_the_shapes_and_refuse_wrong_ones() -> None:
     layer = make_layer(4, 5, 3, bias=True, dtype=torch.float32).map(lambda tensor: tensor.to("meta"))
     operator = torch.ops.symtele_cuda.teleport_layer
-    outputs = operator(*layer.tensors(), "tanh", 0.0, "paper", "auto")
+    outputs = operator(*layer.tensors(), *Tanh().sigma, "paper", "auto")
     assert {output.device.type for output in outputs} == {"meta"}
     assert [tuple(output.shape) for output in outputs] == [(3, 5), (3,), (4, 3), (4, 3), (4, 3), (4, 6), (8,)]
-    without_bias = operator(*layer.tensors()[:3], None, "tanh", 0.0, "paper", "auto")
+    without_bias = operator(*layer.tensors()[:3], None, *Tanh().sigma, "paper", "auto")
     assert [tuple(output.shape) for output in without_bias] == [(3, 5), (0,), *3 * [(4, 3)], (4, 5), (8,)]
     with pytest.raises(ValueError, match=r"g must have shape \(d_out=3, d_out=3\), got \(5, 3\)"):
-        operator(layer.weight, layer.inputs, layer.weight.T, layer.bias, "tanh", 0.0, "paper", "auto")
+        operator(layer.weight, layer.inputs, layer.weight.T, layer.bias, *Tanh().sigma, "paper", "auto")
 
 
 @every_action
@@ -438,7 +438,7 @@ def test_the_kernels_ask_nothing_of_the_device(
     """On the meta device every question about a value is an error, as it is while a CUDA graph is captured."""
     monkeypatch.setattr(ops, "_full_precision", lambda tensor: nullcontext())  # there is no autocast for this device
     layer = make_layer(4, 5, 3, bias, dtype).map(lambda tensor: tensor.to("meta"))
-    arguments = (*layer.tensors(), "tanh", 0.0, action, "torch")
+    arguments = (*layer.tensors(), *Tanh().sigma, action, "torch")
     new_weight, new_bias, *saved, health = ops._forward(*arguments)
     gradients = ops._backward(True, new_weight, new_bias, *saved, *arguments)
     ops._double_backward(*gradients, new_weight, new_bias, *saved, *arguments)

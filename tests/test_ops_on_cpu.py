@@ -25,6 +25,7 @@ from symtele_cuda.activations import Activation, Tanh
 from symtele_cuda.pinv import append_ones
 
 KERNELS = sorted(path for path in CSRC.glob("*.cu") if path.stem != "matmul_tensor")
+TANH = Tanh().sigma
 NAMESPACE = "symtele_cuda_on_cpu"
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile csrc/ with")
@@ -152,7 +153,7 @@ def test_sizes(operators: kernels.Products, sizes: tuple[int, int, int]) -> None
     compare(operators, "linear", lambda: (a, b, c, c[:, 0] if m else normal(n), normal(m), 0.5, 2.0), 2e-6)
     compare(operators, "linear", lambda: (a, b, None, None, None, 0.5, 2.0), 2e-6)
     compare(operators, "linear", lambda: (b.T, a.T, c.T), 2e-6)
-    compare(operators, "over_slope", lambda: (a, b, None, None, c, "tanh", 0.0), 2e-6)
+    compare(operators, "over_slope", lambda: (a, b, None, None, c, *TANH), 2e-6)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -250,7 +251,7 @@ def many_products(matrices: list[Tensor]) -> tuple[Any, ...]:
 
 def steps(bases: list[Tensor], changes: list[Tensor], size: Tensor = SIZE) -> tuple[Any, ...]:
     """The arguments of `take_steps` for tanh."""
-    return bases, changes, size, [False] * len(bases), ["tanh"] * len(bases), [0.0] * len(bases)
+    return bases, changes, size, [False] * len(bases), [TANH[0]] * len(bases), TANH[1] * len(bases)
 
 
 def group(*products: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
@@ -286,7 +287,7 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     ),
     "source": ("linear", (A, B, A), ValueError, r"source must have shape \[3, 5\], got \[3, 4\]"),
     "column": ("linear", (A, B, None, B[0], B[0]), ValueError, r"column must have shape \[3\], got \[5\]"),
-    "row": ("linear_activation", (A, B, A[0], "tanh", 0.0), ValueError, r"row must have shape \[5\], got \[4\]"),
+    "row": ("linear_activation", (A, B, A[0], *TANH), ValueError, r"row must have shape \[5\], got \[4\]"),
     "row's dtype": (
         "linear",
         (A, B, None, None, B[0].double()),
@@ -295,12 +296,19 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     ),
     "activation": (
         "linear_activation",
-        (A, B, None, "relu", 0.0),
+        (A, B, None, "relu", TANH[1]),
         ValueError,
         r"activation must be one of .* got relu",
     ),
-    "origin": ("inverse_activation", (A, B, A, 1.0, "tanh", 0.0), ValueError, r"origin must have shape \[3, 5\]"),
-    "at": ("over_slope", (A, B, None, None, A, "tanh", 0.0), ValueError, r"at must have shape \[3, 5\]"),
+    "numbers": ("linear_activation", (A, B, None, "tanh", [0.0]), ValueError, r"numbers must be 5 .* got 1"),
+    "numbers of steps": (
+        "take_steps",
+        (*steps([A, A], [A, A])[:-1], TANH[1]),
+        ValueError,
+        r"numbers must be 5 for each of bases, got 5 for 2",
+    ),
+    "origin": ("inverse_activation", (A, B, A, 1.0, *TANH), ValueError, r"origin must have shape \[3, 5\]"),
+    "at": ("over_slope", (A, B, None, None, A, *TANH), ValueError, r"at must have shape \[3, 5\]"),
     "mask": ("grouped_linear", group((A, B), (A, B, None, None, A)), ValueError, r"mask must have shape \[3, 5\]"),
     "dtypes of a group": (
         "grouped_linear",
@@ -347,14 +355,14 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "steps": ("take_steps", steps([A, A], [A]), ValueError, r"changes must have as many elements as bases, 2, got 1"),
     "activation of a step": (
         "take_steps",
-        (*steps([A], [A])[:-2], ["relu"], [0.0]),
+        (*steps([A], [A])[:-2], ["relu"], TANH[1]),
         ValueError,
         r"activation must be one of .* got relu",
     ),
-    "place": ("times_curvature", (A, A, B, None, "tanh", 0.0), ValueError, r"at must have shape \[3, 4\], got"),
+    "place": ("times_curvature", (A, A, B, None, *TANH), ValueError, r"at must have shape \[3, 4\], got"),
     "precision of a source": (
         "times_curvature",
-        (A, A, A, A.double(), "tanh", 0.0),
+        (A, A, A, A.double(), *TANH),
         TypeError,
         r"source must be of dtype float32, got float64",
     ),

@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 import torch
 from operators import judge_arguments, results_of
+from sigmas import ONE_OF_EACH
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from symtele_cuda import products
-from symtele_cuda.activations import ELU, Activation, Identity, LeakyReLU, Sigmoid, Softplus, Tanh
+from symtele_cuda.activations import Activation, Identity
 from symtele_cuda.kernels import Linear, together
 
-ACTIVATIONS = [Identity(), LeakyReLU(0.1), Tanh(), Sigmoid(), Softplus(3.0), ELU(0.4)]
 SHAPES = [(1, 1, 1), (2, 3, 4), (7, 1, 5), (31, 33, 2), (5, 0, 3), (0, 3, 4)]
 
 # Of sums of up to 33 terms of order one: a few roundings.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 
-every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+every_activation = pytest.mark.parametrize("activation", ONE_OF_EACH, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
@@ -80,7 +80,7 @@ def test_operands_may_be_transposed() -> None:
 @pytest.mark.parametrize("with_row", [False, True])
 def test_linear_activation(activation: Activation, with_row: bool) -> None:
     a, b, row = normal(3, 4), normal(4, 5), normal(5) if with_row else None
-    z, s = products.linear_activation(a, b, row, activation.name, activation.parameter)
+    z, s = products.linear_activation(a, b, row, *activation.sigma)
     expected = multiply(a, b) + (0 if row is None else row)
     assert_agree(z, expected)
     assert_agree(s, activation.forward(expected))
@@ -90,17 +90,17 @@ def test_linear_activation(activation: Activation, with_row: bool) -> None:
 @pytest.mark.parametrize("rho", [0.0, 1.0])
 def test_inverse_activation(activation: Activation, rho: float) -> None:
     a, b, origin = in_domain(activation, (3, 4)), torch.eye(4, dtype=torch.float64), normal(3, 4)
-    y, change = products.inverse_activation(a, b, origin, rho, activation.name, activation.parameter)
+    y, change = products.inverse_activation(a, b, origin, rho, *activation.sigma)
     assert_agree(y, activation.inverse(a))
     assert_agree(change, activation.inverse(a) - rho * origin)
 
 
-@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a.bounded], ids=str)
+@pytest.mark.parametrize("activation", [a for a in ONE_OF_EACH if a.bounded], ids=str)
 def test_the_inverse_is_not_finite_off_the_domain(activation: Activation) -> None:
     low, high = activation.domain
     b = torch.tensor([[low - 0.5, low, high if high < float("inf") else low - 1]], dtype=torch.float64)
     identity = torch.eye(3, dtype=torch.float64)
-    y, change = products.inverse_activation(b, identity, 0 * b, 1.0, activation.name, activation.parameter)
+    y, change = products.inverse_activation(b, identity, 0 * b, 1.0, *activation.sigma)
     assert not torch.isfinite(y).any()
     assert not torch.isfinite(change).any()
 
@@ -110,7 +110,7 @@ def test_the_inverse_is_not_finite_off_the_domain(activation: Activation) -> Non
 def test_over_slope(activation: Activation, rank_one: bool) -> None:
     a, b, at = normal(3, 4), normal(4, 5), normal(3, 5)
     column, row = (normal(3), normal(5)) if rank_one else (None, None)
-    gradient, scaled = products.over_slope(a, b, column, row, at, activation.name, activation.parameter)
+    gradient, scaled = products.over_slope(a, b, column, row, at, *activation.sigma)
     expected = multiply(a, b) + (column[:, None] * row if column is not None and row is not None else 0)
     assert_agree(gradient, expected)
     assert_agree(scaled, expected / activation.derivative(at), 1e-12)
@@ -119,7 +119,7 @@ def test_over_slope(activation: Activation, rank_one: bool) -> None:
 @every_activation
 def test_times_slope(activation: Activation) -> None:
     a, b, at, source = normal(3, 4), normal(4, 5), normal(3, 5), normal(3, 5, seed=1)
-    actual = products.times_slope(a, b, at, source, -0.5, activation.name, activation.parameter)
+    actual = products.times_slope(a, b, at, source, -0.5, *activation.sigma)
     assert_agree(actual, multiply(a, b) * activation.derivative(at) - 0.5 * source)
 
 
@@ -184,7 +184,7 @@ def test_what_is_not_positive_definite_is_told_by_info(value: float) -> None:
 def test_steps(activation: Activation, dtype: torch.dtype) -> None:
     size = torch.tensor(0.125, dtype=torch.float64)
     batch, change = in_domain(activation, (3, 4)).to(dtype), 1e-2 * normal(3, 4).to(dtype)
-    named = [activation.name], [activation.parameter]
+    named = [activation.name], activation.sigma[1]
     (moved,), (targets,), (slopes,) = products.take_steps([batch], [change], size, [False], *named)
     wide = batch.double() + size * change.double()
     assert {moved.dtype, targets.dtype, slopes.dtype} == {dtype}
@@ -210,7 +210,7 @@ def test_times_curvature(activation: Activation, dtype: torch.dtype) -> None:
     if slope.requires_grad:
         (curvature,) = torch.autograd.grad(slope.sum(), wide)
     for added in (None, source):
-        result = products.times_curvature(left, right, at, added, activation.name, activation.parameter)
+        result = products.times_curvature(left, right, at, added, *activation.sigma)
         expected = left.double() * right.double() * curvature + (0 if added is None else added.double())
         assert result.dtype == dtype and result is not added
         assert_agree(result, expected, 10 * TOLERANCE[dtype])
@@ -266,9 +266,9 @@ def test_probe_vectors_are_spread_like_random_ones(count: int, size: int) -> Non
 def test_no_two_results_are_one_tensor(dtype: torch.dtype) -> None:
     a, size = normal(3, 3).to(dtype), torch.tensor(0.5, dtype=torch.float64)
     for results in (
-        products.linear_activation(a, a, None, "identity", 0.0),
-        products.inverse_activation(a, a, a, 1.0, "identity", 0.0),
-        *(products.take_steps([a], [a], size, [along], ["identity"], [0.0]) for along in (False, True)),
+        products.linear_activation(a, a, None, *Identity().sigma),
+        products.inverse_activation(a, a, a, 1.0, *Identity().sigma),
+        *(products.take_steps([a], [a], size, [along], ["identity"], Identity().sigma[1]) for along in (False, True)),
         products.grams([a], [True]),
         together(products, Linear(a, a, mask=a))[0],
     ):

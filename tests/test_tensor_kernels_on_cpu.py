@@ -21,6 +21,7 @@ import torch
 from cpu_harness import CSRC, FLAGS, HARNESS, ORDERS, Unpacker, missing_compiler, output_of, run
 from test_kernels_on_cpu import EPILOGUES, Case, Layout, check, encode_all, make_inputs, run_cases
 
+from symtele_cuda.activations import Activation
 from symtele_cuda.build_decision import CUTLASS_COMMAND, find_cutlass, find_toolkit
 
 CHOSEN, SMALL, LARGE = 0, 64, 128
@@ -88,7 +89,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the cases -------------------------------------------------------------------------------------------------------
 
 
-def draw_case(launcher: int, kind: str, activation: str, draw: random.Random) -> Case:
+def draw_case(launcher: int, kind: str, activation: Activation, draw: random.Random) -> Case:
     """A case that the kernels take: what lies along the memory is a multiple of 4, everything else is odd."""
     a, b = (Layout(draw.random() < 0.5, draw.choice((0, 4))) for _ in range(2))
     inner_lies_along = not a.transposed or b.transposed

@@ -136,7 +136,7 @@ def test_every_path_takes_samples_that_are_views(view, path):
 
 def test_a_teleporter_inside_autocast():
     model = make_mlp(DIMS, "tanh").half()
-    x, y = make_batch(24, 20, 5, dtype=torch.float16)
+    x, y = make_batch(30, 20, 5, dtype=torch.float16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         teleporter = st.Teleporter(model, optimizer, batch_size="auto", holdout_size=2, min_gain=0.0)

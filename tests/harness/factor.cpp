@@ -3,6 +3,7 @@
 // judge.cuh on the CPU, the threads in ORDER (cuda_on_cpu::set_order), and writes for each the launcher's error code and the results.
 #include <vector>
 
+#include "activations.h"
 #include "buffers.h"
 #include "commit.cu"
 #include "curvature.cu"
@@ -68,10 +69,10 @@ void run_invert_grams(Reader& in, Writer& out) {
 // What an elementwise pass with an activation works on: arrays of `count` elements, each `offset` bytes into its buffer.
 struct Elementwise {
   explicit Elementwise(Reader& in)
-      : dtype(read_dtype(in)), count(in.number()), offset(in.number() * bytes_of(dtype)), activation{} {
-    activation.kind = static_cast<ActivationKind>(in.number());
-    activation.parameter = in.number<double>();
-  }
+      : dtype(read_dtype(in)),
+        count(in.number()),
+        offset(in.number() * bytes_of(dtype)),
+        activation(harness::read_activation(in)) {}
 
   unsigned char* start(const Buffer& buffer) const { return buffer.get<unsigned char>() + offset; }
 
@@ -90,9 +91,7 @@ void run_steps(Reader& in, Writer& out) {
   for (int64_t i = 0; i < count; ++i) {
     const bool along_targets = in.number() != 0;
     const int64_t elements = in.number(), offset = in.number() * bytes_of(dtype);
-    LayerStep step{along_targets, {}, elements, nullptr, nullptr, nullptr, nullptr, nullptr};
-    step.activation.kind = static_cast<ActivationKind>(in.number());
-    step.activation.parameter = in.number<double>();
+    LayerStep step{along_targets, harness::read_activation(in), elements, nullptr, nullptr, nullptr, nullptr, nullptr};
     for (const void** operand : {&step.base, &step.change}) {
       *operand = operands.emplace_back(in.buffer()).get<unsigned char>() + offset;
     }

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "activations.h"
 #include "buffers.h"
 #include "cuda_on_cpu.h"
 #include "kernels.h"
@@ -38,8 +39,7 @@ inline HeldProduct read_product(Reader& in) {
   product.inner = in.number();
   symtele::Epilogue& epilogue = product.epilogue;
   epilogue.kind = static_cast<symtele::EpilogueKind>(in.number());
-  epilogue.activation.kind = static_cast<symtele::ActivationKind>(in.number());
-  epilogue.activation.parameter = in.number<double>();
+  epilogue.activation = read_activation(in);
   epilogue.alpha = in.number<double>();
   epilogue.beta = in.number<double>();
   epilogue.column_stride = in.number();
