@@ -147,7 +147,7 @@ class Teleporter:
 
     Raises:
         TypeError, ValueError: an argument is not what is said above, or the model is no such chain, or one that these
-            options can never teleport.
+            options can never teleport, or the process is one of several ranks of torch.distributed.
     """
 
     def __init__(
@@ -171,6 +171,7 @@ class Teleporter:
         on_error: str = "raise",
         **options: Any,
     ) -> None:
+        _check_alone()
         chain = Transaction().run(lambda: read_chain(model))
         optimizers = unwrap(optimizer)
         check_holds(model, optimizers)
@@ -480,6 +481,17 @@ def _check_rate_known(optimizers: Sequence[torch.optim.Optimizer], model: nn.Mod
 def _check_minimises(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
     if any(group.get("maximize", False) for group in groups_of(model, optimizers)):
         raise ValueError('optimizer must minimise the loss for objective "lookahead", got one with maximize=True')
+
+
+def _check_alone() -> None:
+    """Raise ValueError in a process group of several ranks, each of which would teleport on its own samples."""
+    distributed = torch.distributed
+    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if ranks > 1:
+        raise ValueError(
+            f"Teleporter must run in a single process, got a process group of {ranks} ranks: each would teleport on "
+            "samples of its own, and their weights would drift apart"
+        )
 
 
 def _choose_layers(chain: Chain, layers: Sequence[int] | str | None, group: object) -> Sequence[int] | None:

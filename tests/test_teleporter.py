@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from networks import snapshot, unchanged
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import symtele_cuda as st
 from symtele_cuda.mlp import read_chain
@@ -284,12 +285,13 @@ def test_by_default_gl_moves_the_last_hidden_layer_that_it_can(
 
 
 @pytest.mark.parametrize(
-    ("lr", "accepted", "reason"), [(0.03, True, "all steps taken"), (20.0, False, "does not lower")]
+    ("lr", "accepted", "reason"), [(0.01, True, "all steps taken"), (20.0, False, "does not lower")]
 )
 def test_by_default_the_run_goes_on_untouched_where_the_rate_is_no_smaller_than_it_should_be(lr, accepted, reason):
     model, (batch,) = make_model(), make_batches(1, size=6)
     before = copy.deepcopy(model)
-    report = st.Teleporter(model, make_sgd(model, lr=lr), batch_size=6, holdout_size=0).step(batch, epoch=0)
+    options = dict(batch_size=6, holdout_size=0, first_radius=0.2)
+    report = st.Teleporter(model, make_sgd(model, lr=lr), **options).step(batch, epoch=0)
     assert report is not None and report.accepted == accepted and reason in report.reason
     if not accepted:
         assert_same_parameters(model, before)
@@ -365,6 +367,17 @@ def test_a_later_change_of_the_models_structure_is_named(name: str) -> None:
 
 def held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def test_one_of_several_ranks_refuses() -> None:
+    """Their weights would drift apart, and DistributedDataParallel would not say so."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(ValueError, match=r"got a process group of 2 ranks: .* their weights would drift apart"):
+            make_teleporter(make_model())
+    finally:
+        torch.distributed.destroy_process_group()
+    make_teleporter(make_model())
 
 
 def test_an_epoch_that_goes_backwards_is_an_error() -> None:
