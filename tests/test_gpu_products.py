@@ -34,6 +34,7 @@ from on_gpu import (
     laid_out,
     map_all,
     map_tensors,
+    needs_tensor_route,
     never_waiting,
     on_side_stream,
     poison,
@@ -446,6 +447,8 @@ def test_the_kernels_that_compute(
     sizes: Sizes, dtype: torch.dtype, precision: str, kernel: str, launches: int | None
 ) -> None:
     """Small products in one kernel, large ones in one on the tensor cores, the others by the library and one pass."""
+    if kernel == TENSOR:
+        needs_tensor_route()
     torch.set_float32_matmul_precision(precision)
     operators = compiled()
     operands = Operands(sizes, dtype)

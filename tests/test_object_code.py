@@ -198,6 +198,16 @@ def test_fused_products_multiply_in_the_precision_of_their_operands(kernels: lis
     assert not [str(kernel) for kernel in double if not kernel.count("DFMA")]
 
 
+def test_two_blocks_of_a_float32_product_fit_onto_a_multiprocessor_that_has_the_shared_memory(
+    kernels: list[Kernel],
+) -> None:
+    """By their registers: 256 threads a block, and 65,536 registers a multiprocessor on every device."""
+    roomy = [k for k in kernels if "8multiplyIf" in k.name and k.architecture in ("sm_80", "sm_90", "sm_100")]
+    if not roomy:
+        pytest.skip("the library is built for no such device")
+    assert not [f"{kernel}, {kernel.registers}" for kernel in roomy if kernel.registers > 65536 // (2 * 256)]
+
+
 @pytest.mark.parametrize("name", ["gram_tile", "sweep_pivots", "sum_products"])
 def test_sums_that_must_be_float64_are(kernels: list[Kernel], name: str) -> None:
     """The Gram matrix and its inverse lose what they are for in float32, whatever the dtype of the operands."""
