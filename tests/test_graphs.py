@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_device_search import assert_same, make_task
 
-from symtele_cuda import device_search, graphs
+from symtele_cuda import action, device_search, graphs, pinv
 from symtele_cuda.device_search import Program, read_back, run_program
 from symtele_cuda.task import Task
 
@@ -148,6 +148,36 @@ def test_only_the_graphs_used_last_are_kept(recorder):
     assert recorder.captured == len(kinds)
     replayed(kinds[1])
     assert recorder.captured == len(kinds) + 1
+
+
+@torch.no_grad()
+def test_weights_formed_after_a_graph_s_search_keep_the_layers_that_it_kept(recorder, monkeypatch):
+    """The state at the start is the graph's, with copies of the weights: the layers before the first that moves are
+    not computed again, and that one has the factor of its input already."""
+    task = make_task(DIMS, layers=[2], dtype=torch.float32, steps=3)
+    program = replayed(task)
+    result = read_back(task, program, "").result
+    assert len(result.waypoints) > 1
+    factorized: list[torch.Tensor] = []
+
+    def counted(inputs: torch.Tensor, *others: Any) -> Any:
+        factorized.append(inputs)
+        return pinv.factorize(inputs, *others)
+
+    monkeypatch.setattr(action, "factorize", counted)
+    network = task.problem.network
+    for goal in result.waypoints[1:]:
+        factorized.clear()
+        formed, outputs, _ = action.form_weights(network, task.plan, program.start, goal, task.matches)
+        assert formed.layers_in_common(network) == 1 and outputs[0] is program.start.targets[0]
+        assert [inputs.shape[1] for inputs in factorized] == [DIMS[2]]  # of the last layer alone
+        own_goal = replace(goal, references=network.weights, offsets=network.biases)
+        for one, other in zip(
+            action.parameter_list(formed),
+            action.parameter_list(action.form_weights(network, task.plan, task.start(), own_goal, task.matches)[0]),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
 
 
 @torch.no_grad()
