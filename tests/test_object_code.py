@@ -198,14 +198,21 @@ def test_fused_products_multiply_in_the_precision_of_their_operands(kernels: lis
     assert not [str(kernel) for kernel in double if not kernel.count("DFMA")]
 
 
-def test_two_blocks_of_a_float32_product_fit_onto_a_multiprocessor_that_has_the_shared_memory(
-    kernels: list[Kernel],
+@pytest.mark.parametrize(
+    ("name", "blocks", "architectures"),
+    [
+        ("8multiplyIf", 2, {"sm_80", "sm_90", "sm_100"}),  # the others have the shared memory for one
+        ("sweep_pivots", 3, None),  # so that two matrices of 512 rows are one wave on 132 multiprocessors
+    ],
+)
+def test_so_many_blocks_fit_onto_a_multiprocessor(
+    kernels: list[Kernel], name: str, blocks: int, architectures: set[str] | None
 ) -> None:
-    """By their registers: 256 threads a block, and 65,536 registers a multiprocessor on every device."""
-    roomy = [k for k in kernels if "8multiplyIf" in k.name and k.architecture in ("sm_80", "sm_90", "sm_100")]
-    if not roomy:
+    """By their registers: a block has 256 threads, and a multiprocessor 65,536 registers on every device."""
+    named = [k for k in kernels if name in k.name and (architectures is None or k.architecture in architectures)]
+    if not named:
         pytest.skip("the library is built for no such device")
-    assert not [f"{kernel}, {kernel.registers}" for kernel in roomy if kernel.registers > 65536 // (2 * 256)]
+    assert not [f"{kernel}, {kernel.registers}" for kernel in named if kernel.registers * blocks * 256 > 65536]
 
 
 @pytest.mark.parametrize("name", ["gram_tile", "sweep_pivots", "sum_products"])
