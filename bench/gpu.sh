@@ -34,7 +34,8 @@ cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-bench/results/gpu}
 PYTHON=${PYTHON:-python3}
 BUDGET=${BUDGET:-570}
-# In their order; the numbers are the seconds of each if all stages are run and each takes its limit.
+# In their order. Each is the name of the variable below that holds its command, and has the weight of its share: about
+# its seconds where all are run and each takes its limit.
 order=(machine build tests teleport layer roofline sanitizer training)
 declare -A weights=([machine]=20 [build]=100 [tests]=120 [teleport]=90 [layer]=100 [roofline]=30 [sanitizer]=60
     [training]=40)
@@ -71,8 +72,8 @@ shorten() {
     fi
 }
 
-# stage NAME COMMAND: runs the command in bash into the log, shows its last lines, notes its status and time, and returns
-# its status. It finds its limit in LIMIT.
+# stage NAME COMMAND: runs the command in bash into the log, shows its last lines, notes its status and time, and
+# returns its status. The command finds its limit in LIMIT.
 stage() {
     local name=$1 limit status begun=$SECONDS
     case " ${chosen[*]} " in *" $name "*) ;; *) return 0 ;; esac
@@ -94,12 +95,6 @@ stage() {
     local IFS=,
     printf '{"stages": [%s]}\n' "${stages[*]}" >"$OUT/summary.json"
     return "$status"
-}
-
-finish() {
-    printf '\n=== summary, %d s\n' "$SECONDS"
-    "$PYTHON" -m bench.summary "$OUT" | tee -a "$log"
-    exit "$failed"
 }
 
 # The first two lines say all that the summary repeats.
@@ -207,12 +202,9 @@ fi
 training='"$PYTHON" -m bench.training --device cuda --processes 1 --out "$OUT/training.json" '$training_arguments
 
 export OUT PYTHON wheels
-stage machine "$machine"
-stage build "$build" || finish
-stage tests "$tests"
-stage teleport "$teleport"
-stage layer "$layer"
-stage roofline "$roofline"
-stage sanitizer "$sanitizer"
-stage training "$training"
-finish
+for name in "${order[@]}"; do
+    stage "$name" "${!name}" || [ "$name" != build ] || break
+done
+printf '\n=== summary, %d s\n' "$SECONDS"
+"$PYTHON" -m bench.summary "$OUT" | tee -a "$log"
+exit "$failed"

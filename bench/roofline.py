@@ -125,7 +125,7 @@ class Shape:
 SHAPES = {"product-512": Shape(512)}
 CUDA_SHAPES = {
     f"product-{size}": Shape(size, MUST_PRODUCT_SPEEDUP if size >= 2048 else None)
-    for size in (256, 512, 1024, 2048, 4096, 8192)
+    for size in (8192, 4096, 2048, 1024, 512, 256)  # the small ones last, should the time not suffice
 }
 REGISTRY = {"cpu": SHAPES, "cuda": CUDA_SHAPES}
 

@@ -264,6 +264,11 @@ def test_the_methods_for_a_gpu_agree_too(shape: layer.Shape) -> None:
     assert harness.all_passed(checks), {what: str(check) for what, check in checks.items() if not check.passed}
 
 
+def test_small_products_come_last_on_a_gpu() -> None:
+    sizes = [shape.size for shape in roofline.CUDA_SHAPES.values()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
 def test_what_takes_long_to_compile_and_small_layers_come_last() -> None:
     shapes = [*layer.CUDA_SHAPES.values()]
     turns = [1 + shape.compiled if shape.compiled or shape.largest <= 784 else 0 for shape in shapes]
