@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from symtele_cuda.info import processor
+from symtele_cuda.kernels import products_for
 
 T = TypeVar("T")
 
@@ -178,6 +179,20 @@ def read_arguments(
     return arguments
 
 
+def begin(arguments: argparse.Namespace) -> None:
+    """Set the threads of torch before anything is measured.
+
+    Raises:
+        SystemExit: on a GPU without the compiled kernels: the times of torch's would stand under their names.
+    """
+    torch.set_num_threads(arguments.threads)
+    if arguments.device.type == "cuda":
+        try:
+            products_for(arguments.device, "cuda")
+        except (RuntimeError, ValueError) as error:
+            raise SystemExit(f"nothing is measured: {error}") from error
+
+
 def run_shapes(
     benchmark: str,
     measure: Callable[[str], dict[str, Any]],
@@ -190,7 +205,6 @@ def run_shapes(
     Raises:
         SystemExit: at the end, if a shape could not be measured; the document says why.
     """
-    torch.set_num_threads(arguments.threads)
     document: dict[str, Any] = {
         "benchmark": benchmark,
         "machine": machine_line(arguments.device, torch.float32),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import layer, teleport
-from bench.harness import UNIT, Contestant, add_rounds, compare, make_parser, read_arguments, run_shapes
+from bench.harness import UNIT, Contestant, add_rounds, begin, compare, make_parser, read_arguments, run_shapes
 from symtele_cuda import device_search, graphs, ops, products
 from symtele_cuda.kernels import FAKES
 
@@ -115,6 +115,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser = make_parser("What the host does of a GPU's programs.", REGISTRY)
     add_rounds(parser, 9)
     arguments = read_arguments(parser, REGISTRY, "host", words)
+    begin(arguments)
     settings = {"rounds": arguments.rounds}
     return run_shapes("host", lambda name: PROGRAMS[name](arguments.rounds), arguments, settings=settings)
 

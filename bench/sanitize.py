@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +109,7 @@ def run_judge(products: Products) -> None:
             products.judge(control, size, norm, numbers(value).squeeze(), hindered, broken, cap, True, rules)
 
 
-def run_operators() -> None:
-    products = products_for(DEVICE, "cuda")
+def run_operators(products: Products) -> None:
     for dtype in (torch.float32, torch.float64):
         operands = Operands(dtype)
         for sizes in SIZES if dtype == torch.float64 else [*SIZES, LARGE]:
@@ -134,8 +133,12 @@ def run_teleports() -> None:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Every compiled operator once, for compute-sanitizer.")
     parser.add_argument("--teleport", action="store_true", help="whole teleports instead")
-    chosen: Callable[[], None] = run_teleports if parser.parse_args(words).teleport else run_operators
-    chosen()
+    teleports = parser.parse_args(words).teleport
+    products = products_for(DEVICE, "cuda")  # without the kernels there is nothing to watch
+    if teleports:
+        run_teleports()
+    else:
+        run_operators(products)
     torch.cuda.synchronize()
 
 

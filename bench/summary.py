@@ -45,9 +45,7 @@ ALWAYS_TOLD = (
 
 def machine_lines(folder: Path) -> Iterator[str]:
     """What the machine's stage printed first."""
-    path = folder / "gpu.log"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    found = re.search(r"^=== machine\n(.*)\n(\d+ multiprocessors.*)", text, re.MULTILINE)
+    found = re.search(r"^=== machine\n(.*)\n(\d+ multiprocessors.*)", _log(folder), re.MULTILINE)
     yield from found.groups() if found else ()
 
 
@@ -88,13 +86,14 @@ def test_lines(folder: Path) -> Iterator[str]:
 
 
 def sanitizer_lines(folder: Path) -> Iterator[str]:
-    path = folder / "sanitizer.log"
-    if not path.exists():
+    """What each of compute-sanitizer's tools says at its end."""
+    found = re.search(r"^=== sanitizer\n(.*?)(?=^=== |\Z)", _log(folder), re.MULTILINE | re.DOTALL)
+    if found is None:
         yield "sanitizer: no result"
         return
-    for part in re.split(r"^=== ", path.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE)[1:]:
-        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", part)
-        yield f"sanitizer, {part.splitlines()[0]}: {found[-1] if found else 'no summary'}"
+    for part in re.split(r"^--- ", found[1], flags=re.MULTILINE)[1:]:
+        said = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", part)
+        yield f"sanitizer, {part.splitlines()[0]}: {said[-1] if said else 'no summary'}"
 
 
 def benchmark_lines(folder: Path, name: str) -> Iterator[str]:
@@ -122,6 +121,11 @@ def summary(folder: Path) -> str:
     for name in BENCHMARKS:
         lines += benchmark_lines(folder, name)
     return "\n".join(line[:340] for line in lines)[:MOST_CHARACTERS]
+
+
+def _log(folder: Path) -> str:
+    path = folder / "gpu.log"
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

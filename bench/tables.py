@@ -96,8 +96,9 @@ tenth of what twenty steps cost more than ten, in forward+backward passes on the
 GPU_LAYER_TEXT = """### The operator
 
 `teleport_layer` forward and backward: with the compiled kernels, on torch's own, and the same formula as one would
-write it with a Cholesky factor, plain and compiled by torch. The last column is the time that the counted work must
-take at the ceilings of the same run, as a share of ours.
+write it with a Cholesky factor, plain and compiled by torch. What torch compiles is timed against the operator alone,
+in rows of its own. The last column is the time that the counted work must take at the ceilings of the same run, as a
+share of ours.
 """
 GPU_PRODUCT_TEXT = """### Float32 products
 

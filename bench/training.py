@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.harness import Check, machine_line, make_parser, plain, read_arguments, render, write_json
+from bench.harness import Check, begin, machine_line, make_parser, plain, read_arguments, render, write_json
 from symtele_cuda.experiments import classification
 from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist, split
 from symtele_cuda.experiments.records import Run
@@ -250,6 +250,7 @@ def run(
 
 
 def main(arguments: argparse.Namespace) -> None:
+    begin(arguments)
     registry = REGISTRY[arguments.device.type]
     shapes = {name: on_device(registry[name], arguments.device) for name in arguments.shape}
     results = run(shapes, arguments.seeds, arguments.data_dir, arguments.out, arguments.processes, arguments.threads)

@@ -7,12 +7,8 @@
 
 namespace symtele {
 
-constexpr int commit_threads = 256;
-constexpr int64_t bytes_of_commit_block = 16 * 1024;
-constexpr int64_t most_commit_blocks = 256;
-
 // Copy blockIdx.y, shared out over blockIdx.x.
-__global__ void __launch_bounds__(commit_threads) copy_if(const bool* accept, ByteCopies copies) {
+__global__ void __launch_bounds__(pack_threads) copy_if(const bool* accept, ByteCopies copies) {
   if (!*accept) return;
   auto* target = static_cast<unsigned char*>(copies.target[blockIdx.y]);
   const auto* source = static_cast<const unsigned char*>(copies.source[blockIdx.y]);

@@ -28,6 +28,9 @@ namespace symtele {
 constexpr int sweep_width = 32;  // the pivots of a launch and the side of a tile: a lane for every column
 constexpr int strip_height = 4;  // a thread holds this many rows of its lane's column
 constexpr int sweep_threads = sweep_width * sweep_width / strip_height;
+// On a multiprocessor: the 272 tiles of two matrices of 512 rows are all at work at once on the 132 of an H100 or H200.
+// That leaves 80 registers a thread, so that what the pivots' columns hold is read again rather than kept.
+constexpr int sweeps_at_once = 3;
 
 struct alignas(16) Strip {
   double row[strip_height];
@@ -42,12 +45,6 @@ struct TileColumn {
 // The columns u of the pivot block and of the panels (i, k) and (j, k) at one pivot.
 struct PivotColumn {
   TileColumn pivots, panel_i, panel_j;
-};
-
-// What a thread needs of a PivotColumn: the elements in its strip and in its lane, and the pivot.
-struct Pivot {
-  Strip u, u_i, u_j;
-  double u_lane, u_j_lane, d;
 };
 
 struct SweepMemory {
@@ -131,34 +128,24 @@ __device__ inline double reciprocal(double d) {
 #endif
 }
 
-__device__ inline Pivot read_pivot(const PivotColumn& column, int c) {
-  const int lane = lane_of_tile(), strip = strip_of_tile();
-  return {column.pivots.strips[strip], column.panel_i.strips[strip], column.panel_j.strips[strip],
-          column.pivots.at(lane),      column.panel_j.at(lane),      column.pivots.at(c)};
-}
-
-// What sweeping a pivot makes of the column of the next, given what it takes there of each u_i: u_next / d.
-__device__ inline void sweep_column(Pivot& next, const Pivot& pivot, double u_next, double in_column) {
+// Take from a strip what sweeping two pivots takes, so many times each one's column. `u` and `next` are the columns
+// before both; the first pivot leaves next - in_next u of the second's.
+__device__ inline void sweep(Strip& strip, const Strip& u, const Strip& next, double in_next,
+                             const double (&factors)[2]) {
   for (int q = 0; q < strip_height; ++q) {
-    next.u.row[q] -= pivot.u.row[q] * in_column;
-    next.u_i.row[q] -= pivot.u_i.row[q] * in_column;
-    next.u_j.row[q] -= pivot.u_j.row[q] * in_column;
+    strip.row[q] -= u.row[q] * factors[0];
+    strip.row[q] -= (next.row[q] - u.row[q] * in_next) * factors[1];
   }
-  next.u_lane -= pivot.u_lane * in_column;
-  next.u_j_lane -= pivot.u_j_lane * in_column;
-  next.d -= u_next * in_column;
 }
 
 // Sweep the pivots of block k of matrix blockIdx.z into tile (blockIdx.y, blockIdx.x) of its result; its info takes
 // the number of the first pivot that is none, counted from 1. The last launch also writes the upper triangle, and the
 // result in float32.
-__global__ void __launch_bounds__(sweep_threads)
+__global__ void __launch_bounds__(sweep_threads, sweeps_at_once)
     sweep_pivots(int64_t size, int64_t k, SquareMatrices matrices, int32_t* infos) {
   const int64_t i = blockIdx.y, j = blockIdx.x;
   if (j > i) return;
   const double* __restrict__ from = matrices.from[blockIdx.z];
-  double* __restrict__ to = matrices.to[blockIdx.z];
-  int32_t* info = infos + blockIdx.z;
   SweepMemory& memory = *shared_memory<SweepMemory>();
   const int lane = lane_of_tile(), strip = strip_of_tile();
 
@@ -176,41 +163,40 @@ __global__ void __launch_bounds__(sweep_threads)
   };
 
   const int count = static_cast<int>(min(int64_t{sweep_width}, size - k * sweep_width));
-  const bool reports = i == 0 && j == 0 && threadIdx.x == 0;
-  int failed = 0;
+  int failed = 0;  // the first in this block that is no pivot, counted from 1
   if (lane < 2) publish(memory.columns[0][lane]);
   // Two pivots from one barrier to the next: every thread sweeps the second's column for itself. Behind an odd number of
   // pivots comes one of the identity, which changes nothing.
   for (int c = 0; c < count; c += 2) {
     __syncthreads();
-    const PivotColumn* const columns = memory.columns[c / 2 % 2];
-    Pivot both[2] = {read_pivot(columns[0], c), read_pivot(columns[1], c + 1)};
-    const double u_next = columns[0].pivots.at(c + 1), r = reciprocal(both[0].d);
-    sweep_column(both[1], both[0], u_next, r * u_next);
-    const double reciprocals[2] = {r, reciprocal(both[1].d)};
-    for (int p = 0; p < 2; ++p) {
-      const Pivot& pivot = both[p];
-      // Columns and rows up to the pivot's are done with; what happens to them here does not matter.
-      const double in_panels = reciprocals[p] * pivot.u_lane;
-      for (int q = 0; q < strip_height; ++q) {
-        pivots.row[q] -= pivot.u.row[q] * in_panels;
-        panel_i.row[q] -= pivot.u_i.row[q] * in_panels;
-        panel_j.row[q] -= pivot.u_j.row[q] * in_panels;
-      }
-      if (reports && failed == 0 && !is_pivot(pivot.d)) failed = static_cast<int>(k) * sweep_width + c + p + 1;
-    }
-    if (lane / 2 == c / 2 + 1) publish(memory.columns[(c / 2 + 1) % 2][lane % 2]);
-    for (int p = 0; p < 2; ++p) {
-      const double in_tile = reciprocals[p] * both[p].u_j_lane;
-      for (int q = 0; q < strip_height; ++q) tile.row[q] += both[p].u_i.row[q] * in_tile;
-    }
+    const PivotColumn &first = memory.columns[c / 2 % 2][0], &second = memory.columns[c / 2 % 2][1];
+    const double d = first.pivots.at(c), u_next = first.pivots.at(c + 1), r = reciprocal(d);
+    const double in_next = r * u_next;
+    const double d_next = second.pivots.at(c + 1) - u_next * in_next, r_next = reciprocal(d_next);
+
+    // Columns and rows up to the pivots' are done with; what happens to them here does not matter.
+    const double u = first.pivots.at(lane);
+    const double in_panels[2] = {r * u, r_next * (second.pivots.at(lane) - u * in_next)};
+    sweep(pivots, first.pivots.strips[strip], second.pivots.strips[strip], in_next, in_panels);
+    sweep(panel_j, first.panel_j.strips[strip], second.panel_j.strips[strip], in_next, in_panels);
+    sweep(panel_i, first.panel_i.strips[strip], second.panel_i.strips[strip], in_next, in_panels);
+    if ((lane & ~1) == c + 2) publish(memory.columns[(c / 2 + 1) % 2][lane % 2]);
+
+    const double u_j = first.panel_j.at(lane);
+    const double in_tile[2] = {-r * u_j, -r_next * (second.panel_j.at(lane) - u_j * in_next)};
+    sweep(tile, first.panel_i.strips[strip], second.panel_i.strips[strip], in_next, in_tile);
+    if (failed == 0 && !is_pivot(d)) failed = c + 1;
+    if (failed == 0 && !is_pivot(d_next)) failed = c + 2;
   }
 
-  if (reports && (k == 0 || *info == 0)) *info = failed;
+  double* __restrict__ to = matrices.to[blockIdx.z];
+  int32_t* const info = infos + blockIdx.z;
+  const bool reports = i == 0 && j == 0 && threadIdx.x == 0;
+  if (reports && (k == 0 || *info == 0)) *info = failed == 0 ? 0 : static_cast<int>(k) * sweep_width + failed;
   const auto in_lower = [](int64_t row, int64_t column) { return row >= column; };
   const auto in_upper = [](int64_t row, int64_t column) { return row < column; };
   store_tile(tile, to, size, i, j, in_lower);
-  if ((k + 1) * sweep_width < size) return;
+  if (k + 1 < gridDim.x) return;
   const Strip turned = transpose_tile(tile, memory);
   store_tile(turned, to, size, j, i, in_upper);
   if (float* const rounded = matrices.rounded[blockIdx.z]) {

@@ -24,6 +24,25 @@ __host__ __device__ constexpr int64_t divide_up(int64_t count, int64_t by) { ret
 
 constexpr size_t shared_bytes_without_asking = size_t{48} << 10;
 
+// The shared memory of a multiprocessor of the architecture that is compiled for, by the technical specifications in
+// the CUDA C++ Programming Guide. No host code asks for it.
+#ifndef __CUDA_ARCH__
+constexpr size_t shared_bytes_of_multiprocessor = 0;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr size_t shared_bytes_of_multiprocessor = size_t{164} << 10;
+#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr size_t shared_bytes_of_multiprocessor = size_t{228} << 10;
+#else
+constexpr size_t shared_bytes_of_multiprocessor = size_t{100} << 10;
+#endif
+
+// How many blocks __launch_bounds__ should ask for on a multiprocessor: `wanted`, or what its shared memory holds, of
+// which a block takes 1 KiB more than it is launched with. To ask for more takes registers away and brings no block.
+constexpr int blocks_at_once(int wanted, size_t shared_bytes) {
+  const auto held = static_cast<int>(shared_bytes_of_multiprocessor / (shared_bytes + (size_t{1} << 10)));
+  return held < 1 ? 1 : held < wanted ? held : wanted;
+}
+
 // Launch kernel(arguments...) on `stream`; the first error of it, which is no longer pending then.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,

@@ -18,10 +18,6 @@ constexpr int thread_rows = 8;
 constexpr int thread_columns = 4;
 constexpr int stage_bytes = 16 << 10;  // of one operand
 
-// On one multiprocessor: what the registers allow without spilling.
-template <class T>
-constexpr int blocks_at_once = sizeof(T) == 4 ? 2 : 1;
-
 template <class T>
 constexpr int piece_length = 16 / sizeof(T);
 
@@ -271,8 +267,12 @@ struct Group {
   Member members[max_products];
 };
 
+// On one multiprocessor: what the registers allow without spilling.
+template <class T>
+constexpr int most_blocks = sizeof(T) == 4 ? 2 : 1;
+
 template <class T, int extent>
-__global__ void __launch_bounds__(multiply_threads, blocks_at_once<T>)
+__global__ void __launch_bounds__(multiply_threads, blocks_at_once(most_blocks<T>, Tile<T, extent>::shared_bytes))
     multiply(const __grid_constant__ Group<T> group) {
   using Shape = Tile<T, extent>;
   T* const shared = shared_memory<T>();

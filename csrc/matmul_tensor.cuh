@@ -85,6 +85,7 @@ struct TensorProduct {
     typename Mma::SharedStorage operands;
     alignas(16) float sums[Block::kM * pitch];
   };
+  static constexpr int blocks = blocks_at_once(Tiling::blocks, sizeof(Shared));
   static_assert(sizeof(Shared) <= size_t{99} << 10, "compute capabilities 8.6, 8.9 and 12.0 have no more for a block");
 
   struct Arguments {
@@ -134,7 +135,7 @@ struct TensorProduct {
 };
 
 template <class Kernel, class Tiling>
-__global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
+__global__ void __launch_bounds__(Tiling::threads, Kernel::blocks)
     multiply_on_tensor_cores(const typename Kernel::Arguments arguments) {
   Kernel::run(arguments);
 }

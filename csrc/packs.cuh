@@ -43,6 +43,27 @@ __device__ void for_packs(int64_t count, bool aligned, Act act) {
   for (int64_t i = packs * width + thread; i < count; i += threads) act(i, Width<1>{});
 }
 
+// The same for elements that are only read: use(load(first element, Width<elements>)). A thread requests `at_once`
+// packs before it waits for the first of them. In place of packs behind the end `use` gets what is all zeros.
+template <class T, int at_once, class Load, class Use>
+__device__ void read_packs(int64_t count, bool aligned, Load load, Use use) {
+  constexpr int width = 16 / sizeof(T);
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t threads = int64_t{gridDim.x} * blockDim.x;
+  const int64_t packs = aligned ? count / width : 0;
+  for (int64_t pack = thread; pack < packs; pack += at_once * threads) {
+    decltype(load(pack, Width<width>{})) loaded[at_once] = {};
+#pragma unroll
+    for (int q = 0; q < at_once; ++q) {
+      const int64_t own = pack + q * threads;
+      if (own < packs) loaded[q] = load(own * width, Width<width>{});
+    }
+#pragma unroll
+    for (int q = 0; q < at_once; ++q) use(loaded[q]);
+  }
+  for (int64_t i = packs * width + thread; i < count; i += threads) use(load(i, Width<1>{}));
+}
+
 // The launch of a pass over `count` elements: a pack a thread, up to several waves of blocks on the largest device.
 constexpr int pack_threads = 256;
 

@@ -11,7 +11,18 @@ namespace symtele {
 
 constexpr int reduce_threads = 256;
 constexpr int64_t most_partial_sums = reduce_threads;  // the last block takes one a thread
-constexpr int64_t elements_of_block = 4096;
+
+// To use all of an H200's bandwidth, some 3 MB must be on their way at a time (4.8 TB/s, 600 ns). A thread requests so
+// many packs before it waits, in all blocks that there may be 4 MB, and a block is launched for each share of that.
+constexpr int packs_at_once = 4;
+// On a multiprocessor: 256 blocks for 132 of them. Told so, the compiler keeps all packs of a thread in registers; for
+// the sake of more blocks it would wait for half of them first.
+constexpr int summing_blocks_at_once = 2;
+constexpr int64_t bytes_of_block = 16 * packs_at_once * reduce_threads;
+
+inline int64_t count_blocks(int64_t bytes, int64_t most) {
+  return max(min(divide_up(bytes, bytes_of_block), most), int64_t{1});
+}
 
 // The sum over the block's threads, in thread 0. All threads come here together.
 __device__ inline double sum_block(double value) {
@@ -33,17 +44,28 @@ struct DotFinish {
   __device__ double operator()(double sum) const { return root ? sqrt(scale * sum) : scale * sum; }
 };
 
+template <class T, int width>
+struct PackPair {
+  static constexpr int elements = width;
+  Pack<T, width> left, right;
+};
+
+template <int width, class T>
+__device__ PackPair<T, width> load_pair(const T* left, const T* right) {
+  return {load_pack<width>(left), load_pack<width>(right)};
+}
+
 // The only block writes the result, one of several its share of the sum.
 template <class T>
-__global__ void __launch_bounds__(reduce_threads) sum_products(TensorPairs pairs, DotFinish finish, double* result) {
+__global__ void __launch_bounds__(reduce_threads, summing_blocks_at_once)
+    sum_products(TensorPairs pairs, DotFinish finish, double* result) {
   double sum = 0;
   for (int p = 0; p < pairs.count; ++p) {
     const T* left = static_cast<const T*>(pairs.left[p]);
     const T* right = static_cast<const T*>(pairs.right[p]);
-    for_packs<T>(pairs.elements[p], are_aligned(left, right), [&](int64_t i, auto width) {
-      constexpr int elements = decltype(width)::value;
-      const Pack<T, elements> a = load_pack<elements>(left + i), b = load_pack<elements>(right + i);
-      for (int q = 0; q < elements; ++q) sum += double(a.at[q]) * double(b.at[q]);
+    const auto load = [&](int64_t i, auto width) { return load_pair<decltype(width)::value>(left + i, right + i); };
+    read_packs<T, packs_at_once>(pairs.elements[p], are_aligned(left, right), load, [&](const auto& pair) {
+      for (int q = 0; q < pair.elements; ++q) sum += double(pair.left.at[q]) * double(pair.right.at[q]);
     });
   }
   const double total = sum_block(sum);
@@ -59,9 +81,9 @@ __global__ void __launch_bounds__(reduce_threads)
 template <class T>
 cudaError_t launch_dot_sum_of(const TensorPairs& pairs, const DotFinish& finish, double* partial, double* result,
                               cudaStream_t stream) {
-  int64_t elements = 1;
+  int64_t elements = 0;
   for (int p = 0; p < pairs.count; ++p) elements += pairs.elements[p];
-  const int64_t blocks = min(divide_up(elements, elements_of_block), most_partial_sums);
+  const int64_t blocks = count_blocks(elements * int64_t{sizeof(T)}, most_partial_sums);
   const size_t shared_bytes = reduce_threads * sizeof(double);
   double* sums = blocks == 1 ? result : partial;
   const cudaError_t error =
@@ -75,8 +97,8 @@ template <class T>
 __device__ double sum_of_squares(const void* tensor, int64_t elements) {
   const T* data = static_cast<const T*>(tensor);
   double sum = 0;
-  for_packs<T>(elements, are_aligned(data), [&](int64_t i, auto width) {
-    const auto values = load_pack<decltype(width)::value>(data + i);
+  const auto load = [&](int64_t i, auto width) { return load_pack<decltype(width)::value>(data + i); };
+  read_packs<T, packs_at_once>(elements, are_aligned(data), load, [&](const auto& values) {
     for (T value : values.at) sum += double(value) * double(value);
   });
   return sum;
@@ -95,7 +117,8 @@ __device__ inline double sum_of_squares(Dtype dtype, const void* tensor, int64_t
 }
 
 // Tensor blockIdx.y, shared out over blockIdx.x.
-__global__ void __launch_bounds__(reduce_threads) sum_each_squared(MixedTensors tensors, double* partial) {
+__global__ void __launch_bounds__(reduce_threads, summing_blocks_at_once)
+    sum_each_squared(MixedTensors tensors, double* partial) {
   const unsigned t = blockIdx.y;
   const double total = sum_block(sum_of_squares(tensors.dtype[t], tensors.data[t], tensors.elements[t]));
   if (threadIdx.x == 0) partial[t * gridDim.x + blockIdx.x] = total;
@@ -108,8 +131,6 @@ __global__ void __launch_bounds__(reduce_threads)
   if (threadIdx.x == 0) result[blockIdx.x] = total;
 }
 
-constexpr int64_t most_norm_blocks = 16;  // of a matrix
-
 // The squares of the Frobenius norms of a matrix and its inverse.
 struct SquaredNorms {
   double gram;
@@ -117,26 +138,37 @@ struct SquaredNorms {
 };
 
 // Matrix blockIdx.y, shared out over blockIdx.x.
-__global__ void __launch_bounds__(reduce_threads) sum_squares(GramList grams, SquaredNorms* partial) {
+__global__ void __launch_bounds__(reduce_threads, summing_blocks_at_once)
+    sum_squares(GramList grams, SquaredNorms* partial) {
   const int64_t elements = grams.elements[blockIdx.y];
-  const double gram = sum_block(sum_of_squares<double>(grams.gram[blockIdx.y], elements));
+  const double gram = sum_of_squares<double>(grams.gram[blockIdx.y], elements);
+  const double inverse = sum_of_squares<double>(grams.inverse[blockIdx.y], elements);
+  const double gram_total = sum_block(gram);
   __syncthreads();  // the sums' memory serves both
-  const double inverse = sum_block(sum_of_squares<double>(grams.inverse[blockIdx.y], elements));
-  if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = {gram, inverse};
+  const double inverse_total = sum_block(inverse);
+  if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = {gram_total, inverse_total};
 }
 
-// A thread judges a matrix. What is not below the limit is beyond it, a NaN too.
+// Thread m blocks + b takes partial sum b of matrix m, of which there are no more than threads. What is not below the
+// limit is beyond it, a NaN too.
 __global__ void __launch_bounds__(reduce_threads)
-    any_beyond(GramList grams, const SquaredNorms* partial, int64_t blocks, double limit, bool* beyond) {
-  double found = 0;
-  if (threadIdx.x < grams.count) {
-    SquaredNorms norms{};
-    for (int64_t b = 0; b < blocks; ++b) {
-      norms.gram += partial[threadIdx.x * blocks + b].gram;
-      norms.inverse += partial[threadIdx.x * blocks + b].inverse;
+    any_beyond(GramList grams, const SquaredNorms* partial, unsigned blocks, double limit, bool* beyond) {
+  SquaredNorms* const norms = shared_memory<SquaredNorms>() + threadIdx.x;
+  const unsigned m = threadIdx.x / blocks, b = threadIdx.x % blocks;
+  const bool has_sum = m < static_cast<unsigned>(grams.count);
+  if (has_sum) *norms = partial[threadIdx.x];
+  __syncthreads();
+  for (unsigned width = blocks, half; width > 1; width = half) {
+    half = (width + 1) / 2;
+    if (has_sum && b + half < width) {
+      norms->gram += norms[half].gram;
+      norms->inverse += norms[half].inverse;
     }
-    found = !(norms.gram * norms.inverse <= limit) || *grams.info[threadIdx.x] != 0;
+    __syncthreads();
   }
+  double found = 0;
+  if (has_sum && b == 0) found = !(norms->gram * norms->inverse <= limit) || *grams.info[m] != 0;
+  __syncthreads();  // their memory serves the last sum too
   const double total = sum_block(found);
   if (threadIdx.x == 0) *beyond = total > 0;
 }

@@ -167,6 +167,10 @@ class Plan:
         """Whether a step changes r_l, where the layer has one."""
         return self.scaled[layer] and not self.zero_reference[layer]
 
+    def keeps_weights(self, layer: int) -> bool:
+        """Whether W_l and b_l are those of the start at every state."""
+        return not (self.absorbs[layer] or self.changes_reference(layer) or self.changes_offset(layer))
+
 
 @dataclass(frozen=True)
 class State:
@@ -561,8 +565,8 @@ def form_weights(
     as_at_start = True  # whether all layers so far have kept their weights, and so this one its input
     for layer, (target, reference, offset) in enumerate(zip(goal.targets, goal.references, goal.offsets, strict=True)):
         weight, bias = weights[layer], biases[layer]
-        keeps_weight = not plan.absorbs[layer] and reference is weight and offset is bias
-        if as_at_start and keeps_weight:
+        # Asked of the plan and not of the tensors: those of a state that a CUDA graph has found are copies.
+        if as_at_start and plan.keeps_weights(layer):
             outputs.append(start.targets[layer])
             continue
         inputs = start.inputs[layer] if as_at_start else network.activations[layer - 1].forward(outputs[-1])

@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from torch import Tensor
 from . import products as torch_products
 from .kernels import Products
 
-# A graph keeps the memory of a whole search, so only those used last are kept.
+# A graph keeps the memory of a whole search, so only those used last are kept: so many, and so many bytes of all.
 LARGEST_CACHE = 16
+LARGEST_BYTES = 2**31
 # The call of a kind of work from which on a graph is worth its capture.
 CAPTURED_CALL = 2
 # Rows up to which `grams` and `invert_grams` have kernels of their own: largest_own_gram of csrc/ops.cpp.
@@ -57,16 +59,24 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True)
 class Captured(Generic[Outcome]):
-    """A graph, the tensors that it reads and the results that it writes."""
+    """A graph, the tensors that it reads and the results that it writes.
+
+    bytes: what it holds of the device's memory. pool: where its results and all between lie; last, so that it goes
+    after them and gives the memory back.
+    """
 
     inputs: list[Tensor]
     replay: Callable[[], None]
     outcome: Outcome
+    bytes: int
+    pool: object
 
 
 _cache: OrderedDict[Hashable, Captured | str] = OrderedDict()
 _calls: OrderedDict[Hashable, int] = OrderedDict()
 _lock = threading.Lock()  # a process captures one graph at a time
+# What broke while it was captured: torch's allocator of host memory may go on asking such a graph what belongs to it.
+_broken: list[torch.cuda.CUDAGraph] = []
 
 
 def run(work: SomeWork, program: Callable[[SomeWork], Outcome]) -> tuple[Outcome, str]:
@@ -114,10 +124,19 @@ def _find(
         _shorten(_calls, 8 * LARGEST_CACHE)
         if calls < CAPTURED_CALL:
             return "the first of its kind is not captured"
-        _cache[key] = _capture(work, program, tensors)
+        _cache[key] = _keepable(_capture(work, program, tensors))
         _shorten(_cache, LARGEST_CACHE)
+        while sum(entry.bytes for entry in _cache.values() if isinstance(entry, Captured)) > LARGEST_BYTES:
+            _cache.pop(next(kind for kind, entry in _cache.items() if isinstance(entry, Captured)))
     _cache.move_to_end(key)
     return _cache[key]
+
+
+def _keepable(entry: Captured | str) -> Captured | str:
+    """The entry, or why it is not worth its memory: a graph that no cache holds would be captured at every call."""
+    if isinstance(entry, Captured) and entry.bytes > LARGEST_BYTES:
+        return f"it would hold {entry.bytes >> 20} MiB of the device's memory"
+    return entry
 
 
 def _shorten(entries: OrderedDict, length: int) -> None:
@@ -167,8 +186,7 @@ def _capture(
     except torch.OutOfMemoryError:
         return "there was no memory for it"
     except RuntimeError as error:
-        cause = error.__context__ or error  # what ended the capture, not that it could not be closed after it
-        return f"its capture failed ({_first_line(cause)})"
+        return f"its capture failed ({_first_line(error)})"
 
 
 def _first_line(error: BaseException) -> str:
@@ -178,17 +196,48 @@ def _first_line(error: BaseException) -> str:
 def _capture_on(
     stream: torch.cuda.Stream, inputs: list[Tensor], work: SomeWork, program: Callable[[SomeWork], Outcome]
 ) -> Captured[Outcome]:
-    still, graph = work.with_tensors(inputs), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.current_stream()):  # comes back to it however the capture ends
-        # Libraries make their handles at their first call on a thread, which no graph may hold.
-        stream.wait_stream(torch.cuda.current_stream())
+    still = work.with_tensors(inputs)
+    # Libraries make their handles at their first call on a thread, which no graph may hold.
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        program(still)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize(stream.device)
+    # A workspace in use from before would be part of the graph and could be freed under it; so the graph gets its own,
+    # in its own memory, and leaves none behind.
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
         with torch.cuda.stream(stream):
-            program(still)
-        torch.cuda.current_stream().wait_stream(stream)
-        # A workspace in use from before would be part of the graph and could be freed under it; so the graph gets its
-        # own, in its own memory, and leaves none behind.
+            # In torch.cuda.graph's place, which would empty the cache of the whole process. A pool of its own empties
+            # itself, and nothing else, when it goes.
+            graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
+            outcome = _record(graph, pool, stream.device, lambda: program(still))
+    finally:
         torch._C._cuda_clearCublasWorkspaces()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            outcome = program(still)
-        torch._C._cuda_clearCublasWorkspaces()
-    return Captured(inputs, graph.replay, outcome)
+    held = sum(tensor.nbytes for tensor in inputs) + sum(segment["total_size"] for segment in pool.snapshot())
+    return Captured(inputs, graph.replay, outcome, held, pool)
+
+
+def _record(
+    graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool, device: torch.device, run: Callable[[], Outcome]
+) -> Outcome:
+    """run() on the present stream, captured in the graph with the memory of the pool.
+
+    A capture that breaks leaves torch's allocator allocating for it, and a reference to the pool: both are ended here.
+    """
+    handle: Any = pool.id  # torch's stubs tell a pool's from a graph's
+    try:
+        graph.capture_begin(pool=handle, capture_error_mode="thread_local")
+        outcome = run()
+        graph.capture_end()
+    except BaseException:
+        with suppress(RuntimeError):  # a capture that the device refused says so once more at its end
+            graph.capture_end()
+        with suppress(RuntimeError):  # where only the program failed, torch has ended it
+            torch._C._cuda_endAllocateToPool(device.index, handle)
+        graph.reset()
+        if pool.use_count() > 1:
+            torch._C._cuda_releasePool(device.index, handle)
+        _broken.append(graph)
+        raise
+    return outcome

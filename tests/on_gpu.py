@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,14 +205,24 @@ def run(name: str, arguments: Arguments) -> tuple[Tensor, ...]:
 
 
 def compiled() -> Any:
-    """The compiled operators; the test is skipped where there are none, with the reason."""
+    """The compiled operators. Where there are none, the test is skipped with the reason, and fails where they must be
+    there (bench/gpu.sh)."""
     from symtele_cuda.kernels import products_for
 
     try:
         products_for(DEVICE, "cuda")
     except (RuntimeError, ValueError) as error:
+        if "SYMTELE_KERNELS_REQUIRED" in os.environ:
+            pytest.fail(str(error))
         pytest.skip(str(error))
     return torch.ops.symtele_cuda
+
+
+def needs_tensor_route() -> None:
+    """Skip on a device on which large float32 products do not go to the tensor cores (csrc/route.cpp)."""
+    major, minor = torch.cuda.get_device_capability(DEVICE)
+    if not (major in (9, 10) or (major, minor) == (8, 0)):
+        pytest.skip(f"compute capability {major}.{minor} multiplies hardly faster in TF32 than in float32")
 
 
 def expected(name: str, arguments: Arguments) -> tuple[Tensor, ...]:

@@ -11,19 +11,20 @@ import re
 import shutil
 import struct
 import subprocess
-import time
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import on_gpu
 import pytest
 import torch
 
 from bench import harness, layer, roofline, sanitize, summary, tables, teleport, training
 from bench.harness import UNIT, Check, Contestant, Timing
 from bench.memory import AllocationRecorder
-from symtele_cuda import products
+from symtele_cuda import kernels, products
 from symtele_cuda.experiments.training import TrainingSettings
 from symtele_cuda.kernels import FAKES
 
@@ -256,17 +257,28 @@ SMALL_LAYERS = [
 
 @pytest.mark.parametrize("shape", SMALL_LAYERS, ids=str)
 def test_the_methods_for_a_gpu_agree_too(shape: layer.Shape) -> None:
-    """All but the one that torch compiles, which takes long."""
     problem = layer.make_problem(shape, CPU)
-    methods = {
-        name: method
-        for name, method in layer.methods_for(shape, torch.device("cuda")).items()
-        if name != layer.COMPILED
-    }
+    methods = layer.methods_for(shape, torch.device("cuda"))
     assert set(methods) == {layer.OPERATOR, layer.ON_TORCH, layer.EAGER, layer.TWIN, layer.SVD}
     checks = layer.check_correct(problem, methods, layer.MAX_DIFFERENCE[shape.precision])
     assert harness.all_passed(checks), {what: str(check) for what, check in checks.items() if not check.passed}
-    assert layer.COMPILED not in layer.methods_for(layer.CUDA_SHAPES["n1024-4096-4096"], torch.device("cuda"))
+
+
+def test_small_products_come_last_on_a_gpu() -> None:
+    sizes = [shape.size for shape in roofline.CUDA_SHAPES.values()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_takes_long_to_compile_and_small_layers_come_last() -> None:
+    shapes = [*layer.CUDA_SHAPES.values()]
+    turns = [1 + shape.compiled if shape.compiled or shape.largest <= 784 else 0 for shape in shapes]
+    assert turns == sorted(turns) and set(turns) == {0, 1, 2}
+    for shape in shapes:
+        methods = layer.methods_for(shape, torch.device("cuda"))
+        if shape.compiled:
+            assert set(methods) == {layer.OPERATOR, layer.COMPILED}
+        else:
+            assert layer.COMPILED not in methods
 
 
 def test_an_opponent_that_cannot_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +381,12 @@ def test_roofline_measures_and_judges(tmp_path: Path, monkeypatch: pytest.Monkey
     result = document["shapes"]["small"]
     assert all(check["passed"] for check in [*result["checks"].values(), *result["requirements"].values()])
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_torch_s_product_has_no_time_under_the_compiled_one_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [*roofline.contestants_for(CPU)] == [roofline.LIBRARY, roofline.TWIN]
+    monkeypatch.setattr(roofline, "products_for", lambda device, backend: SimpleNamespace(linear=products.linear))
+    assert [*roofline.contestants_for(CPU)] == [roofline.LIBRARY, roofline.OURS]
 
 
 def test_precision_is_set_and_put_back() -> None:
@@ -650,6 +668,52 @@ def test_each_device_has_its_shapes_and_its_file(benchmark: Any, capsys: Any) ->
         assert text in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("benchmark", [layer, roofline, teleport, training])
+def test_nothing_is_measured_on_a_gpu_without_the_kernels(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would measure torch's under their name."""
+    monkeypatch.setattr(kernels, "_obstacle", lambda device: "they were not built")
+    shape = [*benchmark.REGISTRY["cuda"]][-1]
+    arguments = benchmark.parse(["--device", "cuda", "--shape", shape, "--out", str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit, match=r"nothing is measured: .*cuda.* is not available"):
+        benchmark.main(arguments)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_sanitizer_watches_nothing_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_obstacle", lambda device: "they were not built")
+    for words in ([], ["--teleport"]):
+        with pytest.raises(ValueError, match="is not available"):
+            sanitize.main(words)
+
+
+@pytest.mark.parametrize(("required", "outcome"), [(False, pytest.skip.Exception), (True, pytest.fail.Exception)])
+def test_a_gpu_test_fails_where_the_kernels_must_be_there(
+    required: bool, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_obstacle", lambda device: "they were not built")
+    if required:
+        monkeypatch.setenv("SYMTELE_KERNELS_REQUIRED", "1")
+    else:
+        monkeypatch.delenv("SYMTELE_KERNELS_REQUIRED", raising=False)
+    with pytest.raises(outcome, match="is not available"):
+        on_gpu.compiled()
+
+
+def test_a_gpu_test_is_not_skipped_for_want_of_a_device_where_the_kernels_must_be_there() -> None:
+    """It fails instead, by what it asks of the device; this one is run with torch's device hidden from it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    command += ["tests/test_gpu_products.py::test_opcheck", "--maxfail=1"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("SYMTELE_KERNELS_REQUIRED", None)
+    statuses = [
+        subprocess.run(command, env={**environment, **required}, cwd=ROOT, capture_output=True, timeout=120).returncode
+        for required in ({}, {"SYMTELE_KERNELS_REQUIRED": "1"})
+    ]
+    assert statuses == [0, 1]
+
+
 def test_training_s_options() -> None:
     arguments = training.parse(["--data-dir", "somewhere", "--shape", "mnist-0.1"])
     assert (arguments.shape, arguments.seeds, arguments.threads) == (["mnist-0.1"], [1, 2, 3, 4, 5], 1)
@@ -660,17 +724,24 @@ def test_training_s_options() -> None:
 # gpu.sh
 # ---------------------------------------------------------------------------------------------------------------------
 
-STAGES = ["machine", "build", "tests", "teleport", "sanitizer", "layer", "roofline", "training"]
+STAGES = ["machine", "build", "tests", "teleport", "layer", "roofline", "sanitizer", "training"]
 STUB = """#!/bin/bash
 case "$*" in
+  *"$FAIL"*) echo "why it failed" >&2; exit 7;;
   *bench.layer*) echo "layer speaks"; exit 3;;
-  *setup.py*) mkdir -p build/gpu/symtele_cuda; touch build/gpu/symtele_cuda/{_kernels.so,_build.json};;
+  *"$LONG"*) echo the first line; head -c 3000000 /dev/zero | tr "\\0" x; printf "\nthe last line\n";;
+  *"-m pip"*) echo "ran $*";;
+  *setup.py*)
+    echo "setup.py sees $PYTHONPATH"
+    mkdir -p build/gpu/symtele_cuda
+    touch build/gpu/symtele_cuda/{_kernels.so,_build.json};;
   *test_lost*) exit 9;;
   *test_hangs*) trap 'kill $!; exit 2' INT; sleep 100 >/dev/null 2>&1 & wait;;
   *junitxml=*)
     all="$*"
     xml=${all##*junitxml=}
     echo "ran $all"
+    echo "kernels required: $SYMTELE_KERNELS_REQUIRED"
     echo "<testsuites><testsuite tests='1' failures='0'><testcase name='one'/></testsuite></testsuites>" >"${xml%% *}";;
   *"$HANG"*) sleep 100;;
 esac
@@ -697,10 +768,16 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def run_gpu_sh(checkout: Path, **environ: str) -> tuple[str, dict[str, int]]:
-    """What it printed, and its stages with their statuses."""
+    """What it printed, and its stages with their statuses, in their order."""
     stub, out = checkout / "bin", checkout / "out"
     environment = {**os.environ, "PATH": f"{stub}:{os.environ['PATH']}", "PYTHON": str(stub / "python")}
-    environment |= {"OUT": str(out), "HANG": "nothing hangs", **environ}
+    environment |= {
+        "OUT": str(out),
+        "HANG": "nothing hangs",
+        "FAIL": "nothing fails",
+        "LONG": "nothing is long",
+        **environ,
+    }
     command = ["bash", str(checkout / "bench" / "gpu.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     stages = json.loads((out / "summary.json").read_text(encoding="utf-8"))["stages"]
@@ -712,12 +789,72 @@ def run_gpu_sh(checkout: Path, **environ: str) -> tuple[str, dict[str, int]]:
 @needs_bash
 def test_gpu_sh_goes_on_after_a_stage_that_fails(checkout: Path) -> None:
     printed, statuses = run_gpu_sh(checkout)
-    assert statuses == {name: {"layer": 3, "tests": 1}.get(name, 0) for name in STAGES}
+    assert [*statuses.items()] == [(name, {"layer": 3, "tests": 1}.get(name, 0)) for name in STAGES]
     out = checkout / "out"
     log = (out / "gpu.log").read_text(encoding="utf-8")
     assert "layer speaks" in printed and "layer speaks" in log
     assert (checkout / "symtele_cuda" / "_kernels.so").read_text() == ""
-    assert len(list(out.iterdir())) <= 8
+    assert {path.name for path in out.iterdir()} == {"summary.json", "gpu.log", "tests.xml"}
+
+
+@needs_bash
+@pytest.mark.parametrize("command", ["setup.py", "symtele_cuda info"])
+def test_gpu_sh_ends_where_the_build_fails_and_says_why(checkout: Path, command: str) -> None:
+    printed, statuses = run_gpu_sh(checkout, FAIL=command)
+    assert statuses == {"machine": 0, "build": 7}
+    assert "why it failed" in printed and "why it failed" in (checkout / "out" / "gpu.log").read_text(encoding="utf-8")
+    assert "=== summary" in printed
+
+
+@needs_bash
+def test_gpu_sh_leaves_no_library_of_a_build_before(checkout: Path) -> None:
+    run_gpu_sh(checkout, FAIL="setup.py")
+    assert not (checkout / "symtele_cuda" / "_kernels.so").exists()
+
+
+@needs_bash
+def test_gpu_sh_installs_the_wheels_that_lie_there_and_nothing_from_a_network(checkout: Path) -> None:
+    run_gpu_sh(checkout, STAGES="build")
+    assert "pip" not in (checkout / "out" / "gpu.log").read_text(encoding="utf-8")
+    (checkout / ".whl").mkdir()
+    (checkout / ".whl" / "headers-1-py3-none-any.whl").write_text("")
+    run_gpu_sh(checkout, STAGES="build")
+    log = (checkout / "out" / "gpu.log").read_text(encoding="utf-8")
+    target = f"--target {checkout}/build/wheels .whl/headers-1-py3-none-any.whl"
+    assert f"ran -m pip install --no-index --no-deps {target}" in log
+    assert f"setup.py sees {checkout}/build/wheels" in log
+
+
+@needs_bash
+def test_gpu_sh_says_to_the_tests_that_the_kernels_must_be_there(checkout: Path) -> None:
+    run_gpu_sh(checkout, STAGES="tests")
+    assert "kernels required: 1" in (checkout / "out" / "gpu.log").read_text(encoding="utf-8")
+
+
+@needs_bash
+def test_gpu_sh_knows_its_stages(checkout: Path) -> None:
+    command = ["bash", str(checkout / "bench" / "gpu.sh")]
+    environment = {**os.environ, "OUT": str(checkout / "out"), "STAGES": "build test"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "got test" in done.stderr
+
+
+@needs_bash
+def test_gpu_sh_keeps_the_first_and_the_last_of_a_long_log(checkout: Path) -> None:
+    run_gpu_sh(checkout, STAGES="roofline", LONG="bench.roofline")
+    log = (checkout / "out" / "gpu.log").read_text(encoding="utf-8")
+    assert len(log) < 12_000_000 / len(STAGES)
+    assert "the first line" in log and "the last line" in log and "left out" in log
+
+
+def test_wheels_are_neither_ignored_by_git_nor_committed() -> None:
+    """A tool that copies the checkout to another machine may leave out what git ignores."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is no git checkout")
+    ignored = subprocess.run(["git", "check-ignore", "--quiet", ".whl/some.whl"], cwd=ROOT, check=False)
+    assert ignored.returncode == 1
+    committed = subprocess.run(["git", "ls-files", ".whl"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert committed.stdout == ""
 
 
 @needs_bash
@@ -744,11 +881,15 @@ def test_gpu_sh_runs_every_test_function_by_itself_and_says_which_has_no_result(
 
 @needs_bash
 def test_gpu_sh_ends_in_time(checkout: Path) -> None:
-    started = time.monotonic()
-    _, statuses = run_gpu_sh(checkout, BUDGET="9", HANG="bench.teleport")
-    assert statuses["machine"] == statuses["build"] == 0
-    assert statuses["teleport"] == statuses["training"] == 124
-    assert time.monotonic() - started < 20
+    """What hangs is stopped at its share of the time, and what comes after it still has its own."""
+    _, statuses = run_gpu_sh(checkout, STAGES="build teleport training", BUDGET="12", HANG="bench.teleport")
+    assert statuses == {"build": 0, "teleport": 124, "training": 0}
+
+
+@needs_bash
+def test_gpu_sh_starts_nothing_when_the_time_is_used_up(checkout: Path) -> None:
+    printed, statuses = run_gpu_sh(checkout, STAGES="teleport training", BUDGET="0")
+    assert statuses == {"teleport": 124, "training": 124} and printed.count("not started") == 2
 
 
 @needs_bash
@@ -788,8 +929,9 @@ def test_the_sanitizer_sees_every_operator(monkeypatch: pytest.MonkeyPatch) -> N
     sanitize.main(["--teleport"])
 
 
-def test_the_tables_of_a_gpu(digits: Path, tmp_path: Path) -> None:
+def test_the_tables_of_a_gpu(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From results of the same form; a folder without any has no tables, and a wrong shape is left out."""
+    monkeypatch.setattr(roofline, "products_for", lambda device, backend: SimpleNamespace(linear=products.linear))
     folder = tmp_path / "gpu"
     assert tables.gpu_sections(folder) == []
     operator = layer.measure(layer.Shape(6, 10, 8), rounds=1, device=CPU)
@@ -830,15 +972,15 @@ def test_the_summary_says_what_there_is(tmp_path: Path) -> None:
             ]
         },
     )
-    (tmp_path / "gpu.log").write_text("=== machine\na GPU, torch 2.11\n132 multiprocessors\nmore\n")
+    (tmp_path / "gpu.log").write_text(
+        "=== machine\na GPU, torch 2.11\n132 multiprocessors\nmore\n=== sanitizer\n"
+        "--- memcheck\nblah\n========= ERROR SUMMARY: 2 errors\n--- racecheck\n"
+        "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n--- synccheck\n=== training\n"
+    )
     (tmp_path / "tests.xml").write_text(
         '<testsuites><testsuite tests="4" failures="2" errors="0" skipped="1"><testcase classname="a" name="b[x-1]">'
         '<failure message="off by&#10;one"/></testcase><testcase classname="a" name="b[x-2]"><failure/></testcase>'
         '<testcase classname="a" name="c"/></testsuite></testsuites>'
-    )
-    (tmp_path / "sanitizer.log").write_text(
-        "=== memcheck\nblah\n========= ERROR SUMMARY: 2 errors\n=== racecheck\n"
-        "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n=== synccheck\n"
     )
     requirements = {"seconds": Check(2.0, at_most=1.0), "units": Check(3.0), "speedup": Check(4.0, at_least=3.0)}
     shapes: dict[str, Any] = {

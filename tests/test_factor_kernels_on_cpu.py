@@ -599,11 +599,16 @@ def check_near_dependence(program: Path, largest: float, sizes: Sequence[int], i
     return bool(beyond)
 
 
-@pytest.mark.parametrize("sizes", [[1], [5, 40], [100, 3, 130], [7] * 64], ids=str)
-def test_near_dependence_by_the_bound(program, sizes):
+def check_bound_of_near_dependence(program: Path, sizes: Sequence[int]) -> None:
     largest = (50 * max(sizes)) ** 0.5  # largest⁴ = ‖50 Q‖² ‖Q'‖² of the largest matrix
     assert not check_near_dependence(program, largest * 1.001, sizes)
     assert check_near_dependence(program, largest * 0.999, sizes)
+
+
+# Of a matrix of 200 rows 20 blocks sum, of one of 730 all that there may be.
+@pytest.mark.parametrize("sizes", [[1], [5, 40], [100, 3, 130], [7] * 64, [200, 46], [730]], ids=str)
+def test_near_dependence_by_the_bound(program, sizes):
+    check_bound_of_near_dependence(program, sizes)
 
 
 def test_near_dependence_by_a_failed_inverse(program):
@@ -680,8 +685,8 @@ Check = Callable[[Path], None]
 FAULTS: dict[str, tuple[str, str, str, Check]] = {
     "no barrier between two pivots": (
         "invert_gram.cuh",
-        "    __syncthreads();\n    const PivotColumn* const columns",
-        "    const PivotColumn* const columns",
+        "    __syncthreads();\n    const PivotColumn &first",
+        "    const PivotColumn &first",
         partial(check_inverse, size=7),
     ),
     "one buffer for two pairs of pivots": (
@@ -758,8 +763,8 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
     ),
     "the last bad pivot": (
         "invert_gram.cuh",
-        "if (reports && failed == 0 &&",
-        "if (reports &&",
+        "if (failed == 0 && !is_pivot(d))",
+        "if (!is_pivot(d))",
         partial(check_several_bad_pivots, size=40, pivots=(39, 7, 3)),
     ),
     "the rows of the first matrix": (
@@ -794,9 +799,21 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
     ),
     "an element left out behind the packs": (
         "packs.cuh",
-        "i = packs * width + thread;",
-        "i = packs * width + thread + 1;",
+        "i = packs * width + thread; i < count; i += threads) act(",
+        "i = packs * width + thread + 1; i < count; i += threads) act(",
         partial(check_step, layer=Layer(True, Tanh(), 7)),
+    ),
+    "an element left out behind the packs that are read": (
+        "packs.cuh",
+        "i = packs * width + thread; i < count; i += threads) use(",
+        "i = packs * width + thread + 1; i < count; i += threads) use(",
+        partial(check_dot_sum, dtype=torch.float32, sizes=[7]),
+    ),
+    "packs behind the last": (
+        "packs.cuh",
+        "if (own < packs) loaded[q]",
+        "loaded[q]",
+        partial(check_dot_sum, dtype=torch.float32, sizes=[8]),
     ),
     "packs without alignment": (
         "step.cuh",
@@ -830,15 +847,33 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
     ),
     "no barrier between two halvings": (
         "reduce.cuh",
-        "    __syncthreads();\n  }",
-        "  }",
+        "    __syncthreads();\n  }\n  return sums[0];",
+        "  }\n  return sums[0];",
         partial(check_dot_sum, dtype=torch.float32, sizes=[5000]),
     ),
     "a matrix left out": (
         "reduce.cuh",
-        "if (threadIdx.x < grams.count) {",
-        "if (threadIdx.x + 1 < grams.count) {",
+        "m < static_cast<unsigned>(grams.count);",
+        "m + 1 < static_cast<unsigned>(grams.count);",
         partial(check_near_dependence, largest=1e9, sizes=[5, 4], info=3),
+    ),
+    "a sum of a matrix left out": (
+        "reduce.cuh",
+        "half = (width + 1) / 2;",
+        "half = width / 2;",
+        partial(check_bound_of_near_dependence, sizes=[5, 110]),
+    ),
+    "more sums than threads": (
+        "reduce.cu",
+        "most_partial_sums / max(grams.count, 1);",
+        "most_partial_sums;",
+        partial(check_bound_of_near_dependence, sizes=[20] * 12 + [200]),
+    ),
+    "no barrier between two halvings of a matrix's sums": (
+        "reduce.cuh",
+        "    __syncthreads();\n  }\n  double found",
+        "  }\n  double found",
+        partial(check_bound_of_near_dependence, sizes=[5, 200]),
     ),
     "a dtype for another": (
         "reduce.cuh",

@@ -21,6 +21,7 @@ from on_gpu import (
     clones,
     compiled,
     kernels_of,
+    needs_tensor_route,
     never_waiting,
     poison,
 )
@@ -285,6 +286,7 @@ def test_a_call_reads_back_once(backend: str) -> None:
 @with_and_without_bias
 def test_large_float32_layers_go_to_the_tensor_cores(bias: bool) -> None:
     """Z, B and W' forward, G_Y and ∂f/∂g backward, with a bias too."""
+    needs_tensor_route()
     layer = make_layer(256, 1024, 1024, bias, torch.float32)
 
     def both() -> None:

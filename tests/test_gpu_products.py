@@ -34,6 +34,7 @@ from on_gpu import (
     laid_out,
     map_all,
     map_tensors,
+    needs_tensor_route,
     never_waiting,
     on_side_stream,
     poison,
@@ -446,6 +447,8 @@ def test_the_kernels_that_compute(
     sizes: Sizes, dtype: torch.dtype, precision: str, kernel: str, launches: int | None
 ) -> None:
     """Small products in one kernel, large ones in one on the tensor cores, the others by the library and one pass."""
+    if kernel == TENSOR:
+        needs_tensor_route()
     torch.set_float32_matmul_precision(precision)
     operators = compiled()
     operands = Operands(sizes, dtype)
@@ -503,8 +506,21 @@ def test_all_operators_on_good_arguments(name: str, activation: Activation) -> N
         torch.library.opcheck(operator, held, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("size", [200, OWN_FACTOR, 600])
+@pytest.mark.parametrize("size", [200, OWN_FACTOR])
 def test_large_factors_in_a_graph(size: int) -> None:
+    check_factors_in_a_graph(size)
+
+
+def test_what_the_solver_library_factorizes_in_a_graph() -> None:
+    """Beyond the size of our own kernels a capture holds cuSOLVER, which may refuse it, and none of our graphs does
+    (`graphs.solver_obstacle`). Where it is captured the bits are those of a plain call."""
+    try:
+        check_factors_in_a_graph(OWN_FACTOR + 88)
+    except RuntimeError as error:
+        pytest.xfail(f"cuSOLVER was not captured: {error}")
+
+
+def check_factors_in_a_graph(size: int) -> None:
     operators = compiled()
     rows = Operands(Sizes(size, 1, 2 * size), torch.float32).a()
     (gram,), _ = operators.grams([rows], [True])

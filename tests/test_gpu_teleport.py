@@ -355,7 +355,8 @@ class Doubling:
 
 
 def test_what_no_graph_can_hold_runs_kernel_by_kernel() -> None:
-    """A program that reads back breaks its capture; the stream is the same after it, and other graphs are made."""
+    """A program that reads back breaks its capture; stream and allocator are the same after it, and other graphs are
+    made."""
 
     def reads_back(work: Doubling) -> float:
         return (2 * work.numbers).sum().item()
@@ -365,8 +366,27 @@ def test_what_no_graph_can_hold_runs_kernel_by_kernel() -> None:
         total, how = graphs.run(Doubling(torch.ones(5, device=DEVICE)), reads_back)
         assert total == 10.0 and how.startswith("no CUDA graph: its capture failed"), how
         assert torch.cuda.current_stream() == stream
+        assert pool_of(torch.ones(2**20, device=DEVICE)) == (0, 0)
     model, batch = small()
     assert teleport(model, batch, "grad_norm").backend == f"cuda kernels on cuda, {GRAPH}"
+
+
+def pool_of(tensor: Tensor) -> tuple[int, int]:
+    """The memory pool of torch's allocator that the tensor lies in; (0, 0) is the one of the whole process."""
+    at = tensor.data_ptr()
+    segments = (s for s in torch.cuda.memory_snapshot() if s["address"] <= at < s["address"] + s["total_size"])
+    return tuple(next(segments)["segment_pool_id"])
+
+
+def test_a_capture_leaves_the_memory_that_torch_keeps_to_the_process() -> None:
+    """torch.cuda.graph would give it back to the device, for the next allocation to ask for again."""
+    kept = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    address = kept.data_ptr()
+    del kept
+    model, batch = small()
+    assert teleport(model, batch, "grad_norm").backend.endswith(GRAPH)
+    held = [segment for segment in torch.cuda.memory_snapshot() if segment["address"] == address]
+    assert held and held[0]["total_size"] >= 2**28
 
 
 def test_many_shapes_one_after_the_other() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from test_device_search import assert_same, make_task
 
-from symtele_cuda import device_search, graphs
+from symtele_cuda import action, device_search, graphs, pinv
 from symtele_cuda.device_search import Program, read_back, run_program
 from symtele_cuda.task import Task
 
@@ -32,7 +36,7 @@ class Recorder:
         def replay() -> None:
             outcome[:] = [program(still)]
 
-        return graphs.Captured(inputs, replay, outcome)
+        return graphs.Captured(inputs, replay, outcome, 0, None)
 
 
 @pytest.fixture
@@ -147,6 +151,36 @@ def test_only_the_graphs_used_last_are_kept(recorder):
 
 
 @torch.no_grad()
+def test_weights_formed_after_a_graph_s_search_keep_the_layers_that_it_kept(recorder, monkeypatch):
+    """The state at the start is the graph's, with copies of the weights: the layers before the first that moves are
+    not computed again, and that one has the factor of its input already."""
+    task = make_task(DIMS, layers=[2], dtype=torch.float32, steps=3)
+    program = replayed(task)
+    result = read_back(task, program, "").result
+    assert len(result.waypoints) > 1
+    factorized: list[torch.Tensor] = []
+
+    def counted(inputs: torch.Tensor, *others: Any) -> Any:
+        factorized.append(inputs)
+        return pinv.factorize(inputs, *others)
+
+    monkeypatch.setattr(action, "factorize", counted)
+    network = task.problem.network
+    for goal in result.waypoints[1:]:
+        factorized.clear()
+        formed, outputs, _ = action.form_weights(network, task.plan, program.start, goal, task.matches)
+        assert formed.layers_in_common(network) == 1 and outputs[0] is program.start.targets[0]
+        assert [inputs.shape[1] for inputs in factorized] == [DIMS[2]]  # of the last layer alone
+        own_goal = replace(goal, references=network.weights, offsets=network.biases)
+        for one, other in zip(
+            action.parameter_list(formed),
+            action.parameter_list(action.form_weights(network, task.plan, task.start(), own_goal, task.matches)[0]),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+
+
+@torch.no_grad()
 def test_a_capture_that_fails_is_not_tried_again_and_its_reason_is_told(monkeypatch):
     graphs.clear()
     tries = []
@@ -166,6 +200,175 @@ def test_a_capture_that_fails_is_not_tried_again_and_its_reason_is_told(monkeypa
         assert program.rows.shape[0] == task.options.steps
     assert len(tries) == 1
     graphs.clear()
+
+
+# --- the capture itself, on stand-ins for torch.cuda ------------------------------------------------------------------
+
+
+class Device:
+    """What torch keeps of captures: the pools that it is allocating for, and the references to each.
+
+    sizes: of the pools, in their order. breaks: whether a capture in which something fails cannot be ended, as where
+    the device refuses it.
+    """
+
+    def __init__(self) -> None:
+        self.allocating: set[int] = set()
+        self.references: Counter[int] = Counter()
+        self.references_at_the_end: list[int] = []
+        self.sizes: list[int] = []
+        self.captures = 0
+        self.breaks = True
+        self.failed = False
+
+    def end(self, device: int, pool: int) -> None:
+        if pool not in self.allocating:
+            raise RuntimeError("not currently recording to it")
+        self.allocating.remove(pool)
+
+    def release(self, device: int, pool: int) -> None:
+        self.references[pool] -= 1
+        assert self.references[pool] >= 0
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    device = Device()
+
+    class Pool:
+        def __init__(self) -> None:
+            self.id = device.captures = device.captures + 1
+            device.references[self.id] += 1
+
+        def use_count(self) -> int:
+            return device.references[self.id]
+
+        def snapshot(self) -> list[dict[str, Any]]:
+            return [{"total_size": device.sizes[self.id - 1]}] if device.sizes else []
+
+        def __del__(self) -> None:
+            device.references_at_the_end.append(device.references[self.id])
+            device.release(0, self.id)
+
+    class Graph:
+        ended = False
+
+        def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+            assert capture_error_mode == "thread_local"
+            self.pool = pool
+            device.references[pool] += 1
+            device.allocating.add(pool)
+
+        def capture_end(self) -> None:
+            if device.failed and device.breaks:
+                raise RuntimeError("the capture is invalid")
+            device.end(0, self.pool)
+            self.ended = True
+
+        def replay(self) -> None: ...
+
+        def reset(self) -> None:
+            if self.ended:
+                self.ended = False
+                device.release(0, self.pool)
+
+        def __del__(self) -> None:
+            self.reset()
+
+    def empty_cache() -> None:
+        raise AssertionError("the memory that torch keeps for the whole process is not ours to give back")
+
+    stream = SimpleNamespace(device=torch.device("cuda", 0), wait_stream=lambda other: None)
+    stand_ins: dict[str, Any] = {"CUDAGraph": Graph, "MemPool": Pool, "stream": nullcontext, "empty_cache": empty_cache}
+    stand_ins |= {"current_stream": lambda: stream, "synchronize": lambda device: None}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", device.end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", device.release, raising=False)
+    monkeypatch.setattr(graphs, "_stream", lambda device: stream)
+    monkeypatch.setattr(graphs, "_obstacle", lambda work, tensors: None)
+    monkeypatch.setattr(graphs, "_lane", lambda: "the only one")
+    monkeypatch.setattr(graphs, "CAPTURED_CALL", 1)
+    monkeypatch.setattr(graphs, "_broken", [])
+    graphs.clear()
+    yield device
+    graphs.clear()
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """Work for `graphs.run`, of a kind that has a number."""
+
+    numbers: torch.Tensor
+    kind: int = 0
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.numbers]
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Doubling:
+        return Doubling(*tensors, self.kind)
+
+    def signature(self) -> int:
+        return self.kind
+
+    def obstacle(self) -> None:
+        return None
+
+
+def double(work: Doubling) -> torch.Tensor:
+    return 2 * work.numbers
+
+
+def run_kind(kind: int) -> str:
+    return graphs.run(Doubling(torch.ones(3), kind), double)[1]
+
+
+def test_a_graph_has_memory_of_its_own_and_gives_it_back_when_it_goes(device: Device) -> None:
+    assert run_kind(0) == graphs.GRAPH
+    assert not device.allocating and device.references == {1: 2}  # the pool and the graph
+    graphs.clear()
+    assert device.references == {1: 0}
+    assert device.references_at_the_end == [1]  # the graph went first, so that the pool could empty itself
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_capture_that_fails_leaves_torch_as_it_was(device: Device, error: type[BaseException], breaks: bool) -> None:
+    """Where the device refuses it torch goes on allocating for it, and keeps its memory, unless told to end."""
+    device.breaks = breaks
+
+    def fails(work: Doubling) -> torch.Tensor:
+        if device.allocating:
+            device.failed = True
+            raise error("operation not permitted")
+        return double(work)
+
+    if error is RuntimeError:
+        total, how = graphs.run(Doubling(torch.ones(3)), fails)
+        assert how == "no CUDA graph: its capture failed (operation not permitted)"
+        assert total.tolist() == [2, 2, 2]
+    else:
+        with pytest.raises(error):
+            graphs.run(Doubling(torch.ones(3)), fails)
+    assert not device.allocating and device.references == {1: 0}
+    device.failed = False
+    assert run_kind(1) == graphs.GRAPH
+
+
+def test_only_so_many_bytes_of_graphs_are_kept(device: Device) -> None:
+    half = graphs.LARGEST_BYTES // 2
+    device.sizes = [half - 100, half - 100, half - 100]
+    for kind in (0, 1, 0, 2):  # the first is used once more, so that the second goes
+        assert run_kind(kind) == graphs.GRAPH
+    assert device.references == {1: 2, 2: 0, 3: 2}
+
+
+def test_a_graph_that_is_too_large_to_keep_is_not_captured_again(device: Device) -> None:
+    device.sizes = [graphs.LARGEST_BYTES, 0]
+    for _ in range(2):
+        assert run_kind(0) == "no CUDA graph: it would hold 2048 MiB of the device's memory"
+    assert device.captures == 1 and device.references == {1: 0}
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,21 +22,24 @@ TENSOR = "multiply_on_tensor_cores"
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel for one architecture ("sm_90"), by its mangled name; `stack` and `local` are bytes of a thread."""
+    """One kernel for one architecture ("sm_90"), by its mangled name; `stack` and `local` are bytes of a thread.
+
+    opcodes: with their modifiers, in the order of the code.
+    """
 
     architecture: str
     name: str
     registers: int
     stack: int
     local: int
-    opcodes: Counter[str]
+    opcodes: list[str]
 
     def __str__(self) -> str:
         return f"{self.name} ({self.architecture})"
 
     def count(self, beginning: str) -> int:
         """How many instructions it has whose opcode, with its modifiers, begins like this."""
-        return sum(number for opcode, number in self.opcodes.items() if opcode.startswith(beginning))
+        return sum(opcode.startswith(beginning) for opcode in self.opcodes)
 
 
 # --- reading the library ----------------------------------------------------------------------------------------------
@@ -94,18 +96,18 @@ def parse_usage(text: str) -> dict[tuple[str, str], tuple[int, int, int]]:
     return usage
 
 
-def parse_opcodes(text: str) -> dict[tuple[str, str], Counter[str]]:
-    """(architecture, kernel) → how often it has each opcode; of `cuobjdump -sass`."""
-    opcodes: dict[tuple[str, str], Counter[str]] = {}
+def parse_opcodes(text: str) -> dict[tuple[str, str], list[str]]:
+    """(architecture, kernel) → its opcodes in their order; of `cuobjdump -sass`."""
+    opcodes: dict[tuple[str, str], list[str]] = {}
     architecture = name = ""
     for line in text.splitlines():
         if found := re.match(r"arch = (\w+)", line):
             architecture = found[1]
         elif found := re.match(r"\s+Function : (\S+)", line):
             name = found[1]
-            opcodes[architecture, name] = Counter()
+            opcodes[architecture, name] = []
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?\s*([A-Z][A-Z0-9_.]+)", line):
-            opcodes[architecture, name][found[1]] += 1
+            opcodes[architecture, name].append(found[1])
     return opcodes
 
 
@@ -122,7 +124,7 @@ def test_what_cuobjdump_prints_is_read() -> None:
         "        /*0010*/              @!P0 HMMA.1688.F32.TF32 R8, R4, R2, R8 ;  /* 0x00000a00ff017b82 */\n"
         "        /*0020*/                   HMMA.1688.F32.TF32 R8, R4, R2, R8 ;  /* 0x00000a00ff017b82 */\n"
     )
-    assert parse_opcodes(code) == {("sm_90", "_Z3onev"): Counter({"HMMA.1688.F32.TF32": 2, "LDC": 1})}
+    assert parse_opcodes(code) == {("sm_90", "_Z3onev"): ["LDC", *["HMMA.1688.F32.TF32"] * 2]}
 
 
 # --- what must be there -----------------------------------------------------------------------------------------------
@@ -198,9 +200,47 @@ def test_fused_products_multiply_in_the_precision_of_their_operands(kernels: lis
     assert not [str(kernel) for kernel in double if not kernel.count("DFMA")]
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks", "architectures"),
+    [
+        ("8multiplyIf", 2, {"sm_80", "sm_90", "sm_100"}),  # the others have the shared memory for one
+        ("sweep_pivots", 3, None),  # so that two matrices of 512 rows are one wave on 132 multiprocessors
+        ("sum_squares", 2, None),
+    ],
+)
+def test_so_many_blocks_fit_onto_a_multiprocessor(
+    kernels: list[Kernel], name: str, blocks: int, architectures: set[str] | None
+) -> None:
+    """By their registers: a block has 256 threads, and a multiprocessor 65,536 registers on every device."""
+    named = [k for k in kernels if name in k.name and (architectures is None or k.architecture in architectures)]
+    if not named:
+        pytest.skip("the library is built for no such device")
+    assert not [f"{kernel}, {kernel.registers}" for kernel in named if kernel.registers * blocks * 256 > 65536]
+
+
 @pytest.mark.parametrize("name", ["gram_tile", "sweep_pivots", "sum_products"])
 def test_sums_that_must_be_float64_are(kernels: list[Kernel], name: str) -> None:
     """The Gram matrix and its inverse lose what they are for in float32, whatever the dtype of the operands."""
     named = [kernel for kernel in kernels if name in kernel.name]
     assert named
     assert not [str(kernel) for kernel in named if not kernel.count("DFMA") or kernel.count("FFMA")]
+
+
+@pytest.mark.parametrize("name", ["sum_products", "sum_each_squared", "sum_squares"])
+def test_sums_request_several_packs_before_they_wait_for_one(kernels: list[Kernel], name: str) -> None:
+    """packs_at_once of csrc/reduce.cuh: without them the blocks that there are do not use the memory's bandwidth."""
+    named = [kernel for kernel in kernels if name in kernel.name]
+    assert named
+    assert not [f"{kernel}, {loads_in_flight(kernel)}" for kernel in named if loads_in_flight(kernel) < 4]
+
+
+def loads_in_flight(kernel: Kernel) -> int:
+    """The most loads of 16 bytes between two instructions that compute with float64 numbers."""
+    flying = most = 0
+    for opcode in kernel.opcodes:
+        if opcode.startswith(("DFMA", "DADD", "DMUL", "F2F", "I2F")):
+            flying = 0
+        elif opcode.startswith("LDG") and opcode.endswith(".128"):
+            flying += 1
+            most = max(most, flying)
+    return most

@@ -9,7 +9,7 @@ from cpu_harness import Unpacker, build, output_of, pack
 
 FUSED, TENSOR, LIBRARY = range(3)
 F32, F64 = range(2)
-H100, A100, TURING = 90, 80, 75
+H100 = 90
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_the_searchs_products_are_fused(program, size, dtype):
 
 def test_large_float32_products_keep_float32s_accuracy_on_the_tensor_cores(program):
     size = (2048, 2048, 2048)
-    assert route(program, size) == route(program, size, capability=A100) == TENSOR
+    assert route(program, size) == TENSOR
     assert route(program, size, a=(4096, 1, 2048), b=(8192, 1, 2048)) == TENSOR  # transposed operands
 
 
@@ -42,13 +42,23 @@ def test_large_float32_products_keep_float32s_accuracy_on_the_tensor_cores(progr
     [
         {"dtype": F64},
         {"allow_tf32": True},
-        {"capability": TURING},
         {"a": (4100, 2048, 1)},  # does not begin at a multiple of 16 bytes
         {"b": (8192, 2049, 1)},  # every other row does not
     ],
 )
 def test_what_the_tensor_cores_cannot_do_goes_to_the_library(program, how):
     assert route(program, (2048, 2048, 2048), **how) == LIBRARY
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 103])
+def test_three_tf32_products_are_taken_where_they_are_faster_than_one_in_float32(program, capability):
+    assert route(program, (2048, 2048, 2048), capability=capability) == TENSOR
+
+
+@pytest.mark.parametrize("capability", [75, 86, 87, 89, 110, 120, 121])
+def test_they_are_not_taken_where_the_tensor_cores_are_hardly_faster_in_tf32(program, capability):
+    assert route(program, (2048, 2048, 2048), capability=capability) == LIBRARY
+    assert route(program, (20, 512, 784), capability=capability) == FUSED
 
 
 def test_float64_leaves_the_fused_kernel_earlier(program):
