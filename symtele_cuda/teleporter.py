@@ -284,13 +284,26 @@ class Teleporter:
         if not isinstance(state, Mapping) or set(state) != expected:
             got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state must have the entries {sorted(expected)}, got {got}")
+        transaction = Transaction()
+        transaction.run(lambda: self._load(transaction, state))
+
+    def _load(self, transaction: Transaction, state: Mapping[str, Any]) -> None:
+        self._keep(transaction)
+        chain = self._read_model()
+        transaction.compute_on(chain.linears[0].weight.device)
         progress = _Progress(
             epoch=None if state["epoch"] is None else check_int("state: epoch", state["epoch"], at_least=0),
             done=check_int("state: done", state["done"], at_least=0),
-            gathered=_restore_batches(state["gathered"], self.model),
+            gathered=_restore_batches(state["gathered"], chain),
         )
         reports = [_restore_report(values) for values in _check_list("state: reports", state["reports"])]
-        self._progress, self.reports = progress, reports
+        self._progress, self.reports[:] = progress, reports
+
+    def _keep(self, transaction: Transaction) -> None:
+        """Put back what a call changes here where it raises."""
+        for name in ("_progress", "_chain", "_mark"):
+            transaction.keep_attribute(self, name)
+        transaction.on_failure(functools.partial(self.reports.__setitem__, slice(None), [*self.reports]))
 
     def _warn_of_epoch_without(self, progress: _Progress) -> None:
         """Say that an epoch of the schedule has ended without one teleport, and why."""
@@ -325,9 +338,7 @@ class Teleporter:
 
     def _advance(self, transaction: Transaction, progress: _Progress, batch: Batch) -> TeleportReport | None:
         """Gather `batch`, or teleport if that makes enough samples and no gradients are pending."""
-        for name in ("_progress", "_chain", "_mark"):
-            transaction.keep_attribute(self, name)
-        transaction.on_failure(functools.partial(self.reports.__setitem__, slice(None), [*self.reports]))
+        self._keep(transaction)
         check_holds(self.model, self._optimizers)
         chain = self._read_model()
         transaction.compute_on(chain.linears[0].weight.device)
@@ -388,9 +399,9 @@ class Teleporter:
         return {"objective": OptimizerLookahead(step, self._options["margin"])}
 
 
-def _restore_batches(batches: object, model: nn.Module) -> tuple[Batch, ...]:
+def _restore_batches(batches: object, chain: Chain) -> tuple[Batch, ...]:
     """Gathered batches on the model's device, in memory of their own; raise unless they are batches for the model."""
-    chain, device = read_chain(model), next(model.parameters()).device
+    device = chain.linears[0].weight.device
     restored: tuple[Batch, ...] = ()
     for batch in _check_list("state: gathered", batches):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -39,8 +40,7 @@ class Transaction:
         ]
         if torch.cuda.is_initialized():
             self._modes.append((torch.cuda.set_device, (torch.cuda.current_device(),)))
-            self._keep_random_state(torch.cuda.get_rng_state, torch.cuda.set_rng_state)
-        self._keep_random_state(torch.get_rng_state, torch.set_rng_state)
+        self.on_failure(functools.partial(torch.set_rng_state, torch.get_rng_state()))
         for owner, name in _PATCHED_BY_FX:
             self.keep_attribute(owner, name)
 
@@ -65,12 +65,12 @@ class Transaction:
     def keep_attribute(self, owner: Any, name: str) -> None:
         """Put the present attribute back where the work raises; nothing where there is none."""
         if name in vars(owner):
-            value = vars(owner)[name]
-            self.on_failure(lambda: setattr(owner, name, value))
+            self.on_failure(functools.partial(setattr, owner, name, vars(owner)[name]))
 
     def compute_on(self, device: torch.device) -> None:
         """From here to the end of `run` compute on that device, without gradients and autocast."""
         if device.type == "cuda":
+            self.on_failure(functools.partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
             torch.cuda.set_device(device)
         torch.set_grad_enabled(False)
         for kind in _AUTOCAST:
@@ -82,7 +82,7 @@ class Transaction:
             if tensor.shape != value.shape:
                 raise ValueError(f"values must have the shapes of the tensors, got {value.shape} for {tensor.shape}")
         saved = [tensor.detach().clone() for tensor in tensors]
-        self.on_failure(lambda: _copy(tensors, saved))
+        self.on_failure(functools.partial(_copy, tensors, saved))
         _copy(tensors, values)
 
     def keep_state(self, optimizer: torch.optim.Optimizer) -> None:
@@ -94,10 +94,6 @@ class Transaction:
             optimizer.state.update((key, dict(value)) for key, value in entries)
 
         self.on_failure(put_back)
-
-    def _keep_random_state(self, read: Callable[[], Tensor], write: Callable[[Tensor], None]) -> None:
-        state = read()
-        self.on_failure(lambda: write(state))
 
     def _undo(self) -> None:
         self._restore_modes()
