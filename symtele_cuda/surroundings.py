@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -82,11 +81,6 @@ def with_noise(samples: Tensor) -> Tensor:
 
     ε is the same for all calls of one shape, dtype and device; the process's random state stays as it is.
     """
-    spread = samples.std(correction=0)
-    return torch.addcmul(samples, _noise(samples.shape, samples.dtype, samples.device), spread * NOISE)
-
-
-@lru_cache(maxsize=2)  # a training loop's teleports have one shape
-def _noise(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator(device).manual_seed(0)
-    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    generator = torch.Generator(samples.device).manual_seed(0)
+    noise = torch.randn(samples.shape, generator=generator, dtype=samples.dtype, device=samples.device)
+    return torch.addcmul(samples, noise, samples.std(correction=0) * NOISE)
