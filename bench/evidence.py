@@ -97,8 +97,8 @@ ROWS = (
     _spike("spike-batch-200", "--epochs", "60", "--batch-size", "200"),
     Row("trade", ("trade",), 16, data=True, quick=("--seeds", "1", "--epochs", "1")),
     Row("guards", ("guards",), 9, quick=("--seeds", "1", "--epochs", "1")),
-    Row("noise", ("noise",), 25, drawn=False, quick=("--seeds", "1", "--epochs", "1")),
-    Row("noise-mnist", ("noise",), 30, data=True, drawn=False, quick=("--seeds", "1", "--epochs", "1")),
+    Row("noise", ("noise",), 15, drawn=False, quick=("--seeds", "1", "--epochs", "1")),
+    Row("noise-mnist", ("noise",), 20, data=True, drawn=False, quick=("--seeds", "1", "--epochs", "1")),
     Row("minima", ("minima",), 7, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
     Row(
         "study",

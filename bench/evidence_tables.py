@@ -236,7 +236,6 @@ def noise_table(document: Document) -> str:
         "epochs / plain",
         "spikes",
     )
-    middle = len(document["settings"]["levels"]) // 2
     rows = [
         [
             entry["activation"],
@@ -244,7 +243,7 @@ def noise_table(document: Document) -> str:
             entry["arm"],
             f"{entry['accepted']} of {entry['teleports']}" if entry["teleports"] else "",
             *("" if points is None else f"{points:+.1f}" for points in entry["noise"]),
-            *("" if entry[name][middle] is None else f"{entry[name][middle]:.2f}" for name in ("norms", "epochs")),
+            *("" if entry[name][0] is None else f"{entry[name][0]:.2f}" for name in ("norms", "epochs")),
             str(entry["spikes"]),
         ]
         for entry in document["outcomes"]

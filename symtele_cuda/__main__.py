@@ -308,7 +308,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=positive_int, help="epochs (default: 20)")
     command = add_with_seeds(run_noise, 5, "what teleports do under noise in the inputs, on digits or on MNIST")
     command.add_argument("--data-dir", type=Path, help="folder with MNIST-format files, in place of the digits")
-    command.add_argument("--epochs", type=positive_int, help="at most so many epochs (default: 80, on MNIST 20)")
+    command.add_argument("--epochs", type=positive_int, help="at most so many epochs (default: 60, on MNIST 12)")
     command = add(
         run_minima, 5, "784-16-10-10 on MNIST, teleported to flatter and sharper, less and more curved places"
     )

@@ -35,7 +35,7 @@ from .transaction import Transaction
 AUTO_BATCH_SIZE = 200  # the most samples that batch_size="auto" gathers
 AUTO_HOLDOUT_SIZE = 200  # so many tell a change of the loss by a few percent from chance
 # The bounds of a teleport by default, found by `python -m symtele_cuda noise`.
-MAX_WEIGHT_CHANGE, MAX_SENSITIVITY = 3.0, 2.0
+MAX_WEIGHT_CHANGE, MAX_SENSITIVITY = 2.0, 1.5
 OPTIMIZER_STATES = ("keep", "reset", "transport")
 ON_ERROR = ("raise", "warn")
 
