@@ -32,10 +32,10 @@ SECOND_MACHINE_TEXT = """The same with `--rounds 7 --out bench/results/xeon/tele
 TRAINING_TEXT = """## Training on MNIST digits
 
 `python -m bench.training --data-dir DIR`, file `bench/results/training.json`. 10,000 digits, 8,000 of them for
-training, 784-512-512-10, LeakyReLU 0.1, no bias, batch 20, plain SGD, 8 epochs; the teleports of `Teleporter` by
-default, three of 200 samples at the start of epoch 0, with 200 more each as their holdout; means over five seeds,
-wall-clock with teleports and with two processes at a time. The published rule teleports as often on as many samples, at
-the largest of four fixed rates that overflowed on no seed.
+training, 784-512-512-10, LeakyReLU 0.1, no bias, batch 20, plain SGD, 8 epochs; the teleports of `Teleporter` without
+its bounds on weights and noise, three of 200 samples at the start of epoch 0, with 200 more each as their holdout;
+means over five seeds, wall-clock with teleports and with two processes at a time. The published rule teleports as often
+on as many samples, at the largest of four fixed rates that overflowed on no seed.
 """
 TARGET_TEXT = """Wall-clock to the end of the first epoch with a train loss no larger than a given one, teleports
 included, mean over the seeds:

@@ -31,7 +31,7 @@ from bench.harness import Check, begin, machine_line, make_parser, plain, read_a
 from symtele_cuda.experiments import classification
 from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist, split
 from symtele_cuda.experiments.records import Run
-from symtele_cuda.experiments.training import BoundedTeleports, Task, TeleportSettings, TrainingSettings, train
+from symtele_cuda.experiments.training import Task, TeleportSettings, TrainingSettings, train
 
 SAMPLES = 10_000
 MUST_SEEDS = 5
@@ -61,7 +61,8 @@ class Shape:
     holdout_samples: int = 200
 
     def arms(self) -> dict[str, TeleportSettings | None]:
-        """Plain training, our teleports as they are by default, and the published rule (ten fixed steps, R = 0, I − T).
+        """Plain training, our teleports without bounds on weights and noise, and the published rule (ten fixed steps,
+        R = 0, I − T).
 
         Both teleport as often, and on as many samples; ours looks at as many more besides, its holdout.
         """
@@ -73,7 +74,7 @@ class Shape:
         published = replace(classification.PUBLISHED, **schedule, step_size=self.published_rate)
         return {
             PLAIN: None,
-            TELEPORTED: BoundedTeleports(**schedule, holdout_size=self.holdout_samples),
+            TELEPORTED: TeleportSettings(**schedule, holdout_size=self.holdout_samples),
             PUBLISHED: published,
         }
 
