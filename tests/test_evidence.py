@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from bench.evidence import ROWS, Place, Row
 from bench.evidence_files import as_text, read
 from bench.tables import load
 from symtele_cuda import __main__ as command_line
-from symtele_cuda.experiments import classification, planar
+from symtele_cuda.experiments import classification, noise, planar
 from symtele_cuda.experiments.data import Dataset
 from symtele_cuda.experiments.study.jobs import DEFAULTS, FULL, Job, Study
 from symtele_cuda.experiments.study.problems import Problem
@@ -380,3 +381,50 @@ def test_no_harm_beyond_chance_is_left_on_the_fresh_seeds() -> None:
     assert {(harm.optimizer, harm.lr) for harm in again} == suspects and len(suspects) == 4
     assert not any(harm.beyond_chance or harm.harmed_seeds for harm in again)
     assert all(harm.seeds == 20 for harm in again)
+
+
+def outcomes(arm: str, **wanted: object) -> list[dict[str, Any]]:
+    """Those of both rows on noise, of an arm and with these settings."""
+    found = [entry for name in ("noise", "noise-mnist") for entry in numbers(name)["outcomes"] if entry["arm"] == arm]
+    return [entry for entry in found if all(entry[key] == value for key, value in wanted.items())]
+
+
+def known(entries: list[dict[str, Any]], name: str) -> list[float]:
+    return [value for entry in entries for value in entry[name] if value is not None]
+
+
+def test_the_bounds_keep_their_promises_and_page_and_readme_say_what_is_left() -> None:
+    page, readme = (" ".join(text.split()) for text in (PAGE, (ROOT / "README.md").read_text(encoding="utf-8")))
+    bounded, free, fast = map(outcomes, (noise.BOUNDED, noise.UNBOUNDED, noise.FAST_START))
+    worst, worst_free, worst_fast = (-min(known(entries, "noise")) for entries in (bounded, free, fast))
+    assert worst <= 2 and sum(entry["spikes"] for entry in bounded) == 0
+    below = f"under noise is nowhere more than {worst:.1f} points below"
+    assert below in page and f"{below} the plain run's, and no run's loss spikes" in readme
+    heaviest = max(known(free, "norms"))
+    assert f"up to {heaviest:.0f} times as large" in page
+    assert f"up to {worst_free:.1f} points below the plain run's at the same train loss" in page
+    assert f"start is at most {worst_fast:.1f} below" in page
+    runs = 5 * len(bounded)
+    assert f"and {sum(entry['spikes'] for entry in free)} of {runs} runs spike" in page
+    assert f"at most {max(known(bounded, 'norms')):.1f} times the plain run's, and no run of {runs} spikes" in page
+    assert f"up to {worst_free:.1f} points below, and weights become up to {heaviest:.0f} times as large" in readme
+    left = {
+        activation: known(outcomes(noise.BOUNDED, optimizer="sgd", activation=activation), "epochs")
+        for activation in ("LeakyReLU 0.1", "tanh")
+    }
+    leaky, tanh = (f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %" for shares in left.values())
+    assert f"{leaky} of the plain run's epochs, behind tanh {tanh}" in page
+    assert f"{leaky} of the plain run's epochs behind LeakyReLU 0.1 and {tanh} behind tanh" in readme
+
+
+def test_the_demo_of_the_readme_is_that_of_its_file() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    document = json.loads((ROOT / "docs" / "figures" / "digits.json").read_text(encoding="utf-8"))
+    arms = document["settings"]["arms"]
+    plain, teleported = ([run for run in document["runs"] if run["label"] == arm] for arm in arms)
+    ends = [[run["epochs"][-1] for run in runs] for runs in (teleported, plain)]
+    losses, accuracies = (
+        [statistics.fmean(end[name] for end in arm) for arm in ends] for name in ("train_loss", "validation_accuracy")
+    )
+    assert f"train loss of {losses[0]:.3f} in place of {losses[1]:.3f}" in readme
+    assert f"accuracy of {accuracies[0]:.1%} in place of {accuracies[1]:.1%}".replace("%", " %") in readme
