@@ -215,8 +215,8 @@ def test_a_run_that_has_diverged_is_not_teleported_and_ends() -> None:
 
 def test_other_errors_of_a_teleport_are_not_hidden() -> None:
     trainee = start(small_task(0), SMALL, TeleportSettings(epochs=(0,), batch_size=8, holdout_size=0), seed=0)
-    trainee.model[0].weight.requires_grad_(False)
-    with pytest.raises(TeleportError, match=r"'0.weight', which is frozen"):
+    trainee.model[2].weight.requires_grad_(False)
+    with pytest.raises(TeleportError, match=r"'2.weight', which is frozen"):
         trainee.teleport_unless_diverged(trainee.batch(torch.arange(8)), epoch=0)
 
 

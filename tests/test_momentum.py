@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -41,7 +42,7 @@ def teleport(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *
         batch_size=len(batch[0]),
         optimizer_state="transport",
         holdout_size=0,
-        **{"layers": None, "min_gain": 0.0, **options},
+        **{"layers": None, "min_gain": 0.0, "max_weight_change": math.inf, "max_sensitivity": math.inf, **options},
     )
     report = teleporter.step(batch, epoch=0)
     assert report is not None

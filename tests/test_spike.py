@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import inspect
 import json
 import math
 from dataclasses import replace
@@ -20,8 +19,7 @@ from symtele_cuda.experiments import spike
 from symtele_cuda.experiments.classification import PLAIN
 from symtele_cuda.experiments.data import Dataset, split
 from symtele_cuda.experiments.spike import Course, Jump, Point, SpikeRun
-from symtele_cuda.experiments.training import Task, TrainingSettings, train
-from symtele_cuda.teleporter import Teleporter
+from symtele_cuda.experiments.training import Task, TeleportSettings, TrainingSettings, train
 from tests.test_experiments import write_mnist
 
 needs_extras = pytest.mark.skipif(
@@ -61,11 +59,11 @@ def test_every_variant_differs_in_one_thing_from_its_base(ladder: dict[str, spik
         assert changed or variant.guarded
 
 
-def test_the_last_rung_is_the_teleporter_s_defaults(ladder: dict[str, spike.Variant]) -> None:
-    parameters = inspect.signature(Teleporter).parameters
-    options = ladder[spike.DEFAULTS].options
+def test_the_last_rung_is_the_study_s_teleporter(ladder: dict[str, spike.Variant]) -> None:
+    settings, options = TeleportSettings(), ladder[spike.DEFAULTS].options
     for name in ("objective", "batch_size", "layers", *spike.SEARCH_DEFAULTS):
-        assert options[name] == parameters[name].default
+        assert options[name] == getattr(settings, name)
+    assert tuple(spike.UNBOUNDED.values()) == settings.bounds
 
 
 def test_the_plain_run_is_the_training_run(course: Course) -> None:

@@ -21,7 +21,7 @@ needs_extras = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in ("matplotlib", "tqdm")),
     reason="needs symtele_cuda[demo]",
 )
-PROBLEM = Problem("small", "digits", (40, 40), batch_size=20, epochs=2, check_every=50)
+PROBLEM = Problem("small", "digits", (52, 52), batch_size=20, epochs=2, check_every=50)
 
 
 def make_record(train_loss: float, *teleports: tuple[bool, float, float]) -> Record:

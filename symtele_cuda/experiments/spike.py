@@ -31,7 +31,8 @@ from symtele_cuda.teleporter import AUTO_BATCH_SIZE, LAST, Schedule, Teleporter
 TRAINING = replace(MNIST_TRAINING, epochs=1)  # before the epoch with teleports
 TELEPORTS = 4
 STEPS, FIRST_RADIUS, MARGIN = 10, 0.02, 4.0
-SEARCH_DEFAULTS = {"steps": 3, "first_radius": 0.2, "margin": 8.0, "min_gain": 2.0}  # of the Teleporter
+SEARCH_DEFAULTS = {"steps": 3, "first_radius": 0.2, "margin": 8.0, "min_gain": 2.0}  # of `TeleportSettings`
+UNBOUNDED = {"max_weight_change": math.inf, "max_sensitivity": math.inf}
 PUBLISHED_RATE = 1e-2
 NO_ASCENT = 1e-12  # a rate at which g is the identity to rounding
 POINT_EVERY = 20  # iterations
@@ -183,7 +184,7 @@ class Course:
         optimizer = make_optimizer(self.training.optimizer, list(model.parameters()), self.training.lr)
         teleporter = None
         if variant is not None:
-            options: dict[str, Any] = {**variant.options, "schedule": Schedule((0,), TELEPORTS)}
+            options: dict[str, Any] = {**variant.options, **UNBOUNDED, "schedule": Schedule((0,), TELEPORTS)}
             if variant.guarded:
                 options["holdout"] = self.trainee.batch(torch.cat(self.batches)[-HOLDOUT:])
             teleporter = Teleporter(model, optimizer, task.loss_fn, **options)
