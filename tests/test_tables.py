@@ -29,6 +29,15 @@ def test_the_readme_s_second_machine_is_that_of_its_file():
     assert f"is {min(faster):.0f} to {max(faster):.0f} times faster than the published algorithm" in readme
 
 
+def test_the_readme_says_what_noise_and_weights_cost_side_by_side():
+    before, after = (
+        load(f"teleport-{when}", RESULTS / "side-by-side")["shapes"]["mlp-784-512-512-10-n20"]["timings"][GRAD_NORM]
+        for when in ("before", "after")
+    )
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"`grad_norm` from {before['units']:.1f} to {after['units']:.1f} passes" in readme
+
+
 def test_what_the_results_must_show_is_what_they_show():
     for name in ("teleport", "training"):
         for shape in load(name)["shapes"].values():
