@@ -110,7 +110,7 @@ class PendingGradients:
 
         self._handles = [optimizer.register_step_post_hook(note_step) for optimizer in optimizers]
         for handle in self._handles:
-            weakref.finalize(self, handle.remove)
+            weakref.finalize(self, handle.remove).atexit = False
         for optimizer in optimizers:
             self._note(optimizer)
 
