@@ -16,9 +16,13 @@ Result = TypeVar("Result")
 _PATCHED_BY_FX = (
     (nn.Module, "__call__"),
     (nn.Module, "__getattr__"),
-    (_symbolic_trace, "_is_fx_tracing_flag"),
     (_symbolic_trace, "CURRENT_PATCHER"),
 )
+# Where it notes that it traces: in the module up to torch 2.13, in an object for each thread from 2.14 on, where the
+# flag is absent before the first trace.
+_TRACING: tuple[Any, str] = (_symbolic_trace, "_is_fx_tracing_flag")
+if hasattr(_symbolic_trace, "_is_fx_tracing_tls"):
+    _TRACING = (_symbolic_trace._is_fx_tracing_tls, "flag")
 
 _AUTOCAST = ("cpu", "cuda")  # the devices that this library computes on
 
@@ -43,6 +47,8 @@ class Transaction:
         self.on_failure(functools.partial(torch.set_rng_state, torch.get_rng_state()))
         for owner, name in _PATCHED_BY_FX:
             self.keep_attribute(owner, name)
+        owner, name = _TRACING
+        self.on_failure(functools.partial(setattr, owner, name, getattr(owner, name, False)))
 
     def run(self, work: Callable[[], Result]) -> Result:
         """work(), all or nothing."""

@@ -121,7 +121,7 @@ def picture(world: World) -> dict[str, Any]:
         "autocast": [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")],
         "random state": torch.get_rng_state(),
         "module": (nn.Module.__call__, nn.Module.__getattr__),
-        "tracing": torch.fx._symbolic_trace._is_fx_tracing_flag,
+        "tracing": torch.fx._symbolic_trace.is_fx_symbolic_tracing(),
     }
 
 
