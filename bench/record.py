@@ -10,6 +10,7 @@ records are comparable on one processor with one version of torch; both commits 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -87,7 +88,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Record]]]:
         for objective, bias in itertools.product(OBJECTIVES, (True, False)):
             yield case(objective, shape, activation, dtype, bias, objective=objective)
         for inverse in ("exact", "first_order"):
-            published = {"action": "paper", "inverse": inverse, "step_size": 1e-3, "steps": 3}
+            published: dict[str, Any] = {"action": "paper", "inverse": inverse, "step_size": 1e-3, "steps": 3}
             yield case(f"published, {inverse}", shape, activation, dtype, **published)
     for shape, dtype, objective in itertools.product(SHAPES, DTYPES, OBJECTIVES):
         for activation in ("leaky_relu", "identity"):
@@ -98,12 +99,12 @@ def cases() -> Iterator[tuple[str, Callable[[], Record]]]:
     for shape, activation in itertools.product(SHAPES, ("leaky_relu", "tanh")):
         for dtype in DTYPES:
             yield case("holdout", shape, activation, dtype, objective="lookahead", holdout=True, min_gain=1.2)
-            bounds = {"max_weight_change": 0.05, "max_sensitivity": 1.2, "max_growth": math.inf}
+            bounds: dict[str, Any] = {"max_weight_change": 0.05, "max_sensitivity": 1.2, "max_growth": math.inf}
             yield case("bounds", shape, activation, dtype, holdout=True, **bounds)
         yield case("last layer", shape, activation, "float32", layers=[len(SHAPES[shape]) - 2])
         yield case("caller's objective", shape, activation, "float32", objective=WeightedNorm(), steps=4)
     for optimizer, activation in itertools.product((torch.optim.SGD, torch.optim.Adam), ("leaky_relu", "tanh")):
-        yield f"teleporter, {optimizer.__name__}, {activation}", lambda o=optimizer, a=activation: train(o, a)
+        yield f"teleporter, {optimizer.__name__}, {activation}", functools.partial(train, optimizer, activation)
 
 
 def teleport(model: nn.Module, batch: tuple[Tensor, Tensor], **options: Any) -> Record:
