@@ -20,7 +20,7 @@ IN_VENV := $(VENV)/bin/python
 .PHONY: demo test lint bench install info clean
 
 demo: install
-	$(IN_VENV) -m symtele_cuda digits $(DEMO_ARGS)
+	$(IN_VENV) -m symtele_cuda demo $(DEMO_ARGS)
 
 test: install
 	$(IN_VENV) -m pytest $(TEST_ARGS)
@@ -43,9 +43,9 @@ clean:
 
 # The package is installed in editable form, so that every target runs this checkout, and into the environment that
 # already holds torch, so that the build sees the torch it will run with.
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py symtele_cuda/build_decision.py $(wildcard csrc/*)
-	@echo "installing symtele_cuda and what its tests and its demo need into $(VENV)"
-	$(IN_VENV) -m pip install --quiet --no-build-isolation --editable ".[test,demo]"
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py symtele_cuda/kernels/build_decision.py $(wildcard csrc/*)
+	@echo "installing symtele_cuda and what its tests, demo and experiments need into $(VENV)"
+	$(IN_VENV) -m pip install --quiet --no-build-isolation --editable ".[test,demo,experiments]"
 	@$(IN_VENV) -m symtele_cuda info
 	@touch $@
 

@@ -21,8 +21,8 @@ PACKAGE = "symtele_cuda"
 
 
 def load_build_decision() -> ModuleType:
-    """`symtele_cuda.build_decision` without `import symtele_cuda`, which needs torch: an isolated build has none."""
-    spec = importlib.util.spec_from_file_location("build_decision", ROOT / PACKAGE / "build_decision.py")
+    """The package's `build_decision` without `import symtele_cuda`, which needs torch: an isolated build has none."""
+    spec = importlib.util.spec_from_file_location("build_decision", ROOT / PACKAGE / "kernels" / "build_decision.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by name

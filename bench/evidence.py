@@ -1,4 +1,4 @@
-"""Everything that docs/experiments.md shows, made again: each row is one command of `python -m symtele_cuda`.
+"""Everything that docs/experiments.md shows, made again: each row is one command of `python -m experiments`.
 
     python -m bench.evidence --data-dir DIR [--only NAME ...] [--again] [--processes 2] [--out DIR]
     python -m bench.evidence --quick [--data-dir DIR] [--out DIR]
@@ -33,9 +33,9 @@ from typing import Any
 from bench import evidence_cut, evidence_tables
 from bench.evidence_files import as_text, read
 from bench.harness import RESULTS
-from symtele_cuda import __main__ as command_line
-from symtele_cuda.experiments import classification
-from symtele_cuda.experiments.data import load_mnist
+from experiments import __main__ as command_line
+from experiments import classification
+from experiments.data import load_mnist
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -172,7 +172,7 @@ def execute(row: Row, place: Place) -> float | None:
         if not (folder / kept.name).exists():
             shutil.copyfile(kept, folder / kept.name)
     goes_on = bool(_records(row, folder))
-    words = [sys.executable, "-m", "symtele_cuda", *row.arguments, "--out", str(folder)]
+    words = [sys.executable, "-m", "experiments", *row.arguments, "--out", str(folder)]
     if row.data:
         words += ["--data-dir", str(place.data_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -19,10 +19,10 @@ from typing import Any
 
 from bench.evidence_files import read
 from bench.harness import RESULTS, write_json
-from symtele_cuda.experiments.study.jobs import FULL, Job, Study
-from symtele_cuda.experiments.study.program import known_jobs
-from symtele_cuda.experiments.study.records import Line, Record
-from symtele_cuda.experiments.study.store import Store
+from experiments.study.jobs import FULL, Job, Study
+from experiments.study.program import known_jobs
+from experiments.study.records import Line, Record
+from experiments.study.store import Store
 
 COMMITTED = RESULTS / "evidence"
 

@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from symtele_cuda.experiments import classification
-from symtele_cuda.experiments.records import EpochRecord, Run, TeleportRecord, finite_or_infinity
-from symtele_cuda.experiments.training import TrainingSettings
+from experiments import classification
+from experiments.records import EpochRecord, Run, TeleportRecord, finite_or_infinity
+from experiments.training import TrainingSettings
 
 
 def cut(document: Mapping[str, Any], labels: Collection[str], epochs: int) -> dict[str, Any]:

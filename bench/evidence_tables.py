@@ -18,10 +18,10 @@ from typing import Any
 from bench.evidence_files import read
 from bench.harness import RESULTS
 from bench.tables import table
-from symtele_cuda.experiments import spike
-from symtele_cuda.experiments.classification import PLAIN
-from symtele_cuda.experiments.study import tables
-from symtele_cuda.experiments.study.summary import summaries_of
+from experiments import spike
+from experiments.classification import PLAIN
+from experiments.study import tables
+from experiments.study.summary import summaries_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "experiments.md"
 FOLDER = RESULTS / "evidence"

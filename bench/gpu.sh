@@ -121,7 +121,7 @@ if compgen -G ".whl/*.whl"; then
 fi
 "$PYTHON" setup.py build --build-lib build/gpu &&
 cp build/gpu/symtele_cuda/_kernels.so build/gpu/symtele_cuda/_build.json symtele_cuda/ &&
-"$PYTHON" -m symtele_cuda info && "$PYTHON" -c "from symtele_cuda import extension; extension.load()"'
+"$PYTHON" -m symtele_cuda info && "$PYTHON" -c "from symtele_cuda.kernels import extension; extension.load()"'
 
 # A process for each test function, several side by side: what breaks a process's context, as a bad address does,
 # breaks no other's tests. Those that use up memory come last, alone. Before the limit pytest is interrupted, so that it

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from symtele_cuda.info import processor
-from symtele_cuda.kernels import products_for
+from symtele_cuda.kernels.library import products_for
 
 T = TypeVar("T")
 

@@ -21,8 +21,11 @@ from torch import Tensor
 
 from bench import layer, teleport
 from bench.harness import UNIT, Contestant, add_rounds, begin, compare, make_parser, read_arguments, run_shapes
-from symtele_cuda import device_search, graphs, ops, products
-from symtele_cuda.kernels import FAKES
+from symtele_cuda.kernels import graphs
+from symtele_cuda.kernels import torch_kernels as products
+from symtele_cuda.kernels.library import FAKES
+from symtele_cuda.operator import teleport_layer as ops
+from symtele_cuda.search import device as device_search
 
 CPU = torch.device("cpu")
 TELEPORT = "teleport_mlp, ten steps"

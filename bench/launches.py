@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from symtele_cuda import graphs
+from symtele_cuda.kernels import graphs
 
 # --- what is assumed of the devices ----------------------------------------------------------------------------------
 

@@ -39,8 +39,9 @@ from bench.harness import (
     run_shapes,
 )
 from bench.roofline import DTYPES, FLOAT32, FLOAT64, TF32, Ceilings, layer_work, measure_ceilings, precision
-from symtele_cuda import reference, teleport_layer
+from symtele_cuda import teleport_layer
 from symtele_cuda.activations import Activation, make_activation
+from symtele_cuda.operator import reference
 
 OPERATOR, TWIN, SVD = "teleport_layer", "reference by autograd", "SVD pseudo-inverse by autograd"
 ON_TORCH, EAGER, COMPILED = "teleport_layer, backend torch", "Cholesky by autograd", "Cholesky by autograd, compiled"

@@ -48,13 +48,15 @@ from bench.launches import (
     launch_aten,
     launch_fused,
 )
-from symtele_cuda import graphs, kernels, ops
 from symtele_cuda.activations import Activation, LeakyReLU, Softplus, Tanh
-from symtele_cuda.device_search import run_program
-from symtele_cuda.mlp import read_chain
-from symtele_cuda.options import make_options
-from symtele_cuda.planning import make_plan, match_inputs
-from symtele_cuda.problem import Problem
+from symtele_cuda.kernels import graphs
+from symtele_cuda.kernels import library as kernels
+from symtele_cuda.model.chain import read_chain
+from symtele_cuda.model.problem import Problem
+from symtele_cuda.operator import teleport_layer as ops
+from symtele_cuda.orbits.batch_plan import make_plan, match_inputs
+from symtele_cuda.search.device import run_program
+from symtele_cuda.settings import make_options
 from symtele_cuda.surroundings import Surroundings
 from symtele_cuda.task import Task
 

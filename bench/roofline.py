@@ -32,8 +32,8 @@ from bench.harness import (
     relative_difference,
     run_shapes,
 )
-from symtele_cuda import products as torch_products
-from symtele_cuda.kernels import products_for
+from symtele_cuda.kernels import torch_kernels as torch_products
+from symtele_cuda.kernels.library import products_for
 
 FLOAT32, TF32, FLOAT64 = "float32", "TF32", "float64"
 DTYPES = {FLOAT32: torch.float32, TF32: torch.float32, FLOAT64: torch.float64}

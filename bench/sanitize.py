@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from symtele_cuda import teleport_mlp
 from symtele_cuda.activations import ACTIVATIONS
-from symtele_cuda.kernels import FAKES, Linear, Products, products_for, together
+from symtele_cuda.kernels.library import FAKES, Linear, Products, products_for, together
 
 DEVICE = torch.device("cuda")
 

@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 
 from bench.harness import Check, begin, machine_line, make_parser, plain, read_arguments, render, write_json
-from symtele_cuda.experiments import classification
-from symtele_cuda.experiments.data import Dataset, load_digits, load_mnist, split
-from symtele_cuda.experiments.records import Run
-from symtele_cuda.experiments.training import Task, TeleportSettings, TrainingSettings, train
+from experiments import classification
+from experiments.data import Dataset, load_digits, load_mnist, split
+from experiments.records import Run
+from experiments.training import Task, TeleportSettings, TrainingSettings, train
 
 SAMPLES = 10_000
 MUST_SEEDS = 5

@@ -13,7 +13,7 @@
 // the other, adding each pivot's term to its tile as it goes. So nothing but the matrices passes from launch to launch.
 //
 // ||K X - I|| is a few u kappa(K) times the norm of K_21 K_11^-1, the largest for all leading blocks K_11 of K. That is
-// about u kappa^(3/2) at worst, which the float32 factor of symtele_cuda/pinv.py bears to its largest condition number,
+// about u kappa^(3/2) at worst, which the float32 factor of symtele_cuda/kernels/pinv.py bears to its largest condition number,
 // and a few u kappa for graded spectra. To multiply with the inverse of the pivot block, as blocked Gauss-Jordan does,
 // would lose u kappa^(3/2) for any two clusters of eigenvalues.
 #pragma once

@@ -1,4 +1,4 @@
-// The operators of symtele_cuda/products.py on CUDA tensors: schemas, checks, memory and the choice of the kernel.
+// The operators of symtele_cuda/kernels/torch_kernels.py on CUDA tensors: schemas, checks, memory and the choice of the kernel.
 //
 // There is no Python in here: torch.ops.load_library loads the library, whatever the version of Python. Every operator
 // runs on the device and the current stream of its first tensor, takes memory from torch alone and never waits for the

@@ -2,12 +2,12 @@
 
 from ._version import __version__
 from .errors import TeleportError
-from .generalization import Curvature, Sharpness
+from .model.samples import matched_samples
 from .objectives import GradNorm, Lookahead, Objective
-from .ops import teleport_layer
-from .optimizer_step import OptimizerLookahead, read_step
+from .objectives.generalization import Curvature, Sharpness
+from .objectives.next_step import OptimizerLookahead, read_step
+from .operator.teleport_layer import teleport_layer
 from .report import LayerReport, TeleportReport
-from .sampling import matched_samples
 from .teleport import teleport_mlp
 from .teleporter import Schedule, Teleporter
 

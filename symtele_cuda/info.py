@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from symtele_cuda import extension
 from symtele_cuda._version import __version__
-from symtele_cuda.build_decision import NO_ISOLATION_COMMAND, Decision
-from symtele_cuda.extension import build_record
+from symtele_cuda.kernels import extension
+from symtele_cuda.kernels.build_decision import NO_ISOLATION_COMMAND, Decision
+from symtele_cuda.kernels.extension import build_record
 
 
 def describe() -> str:

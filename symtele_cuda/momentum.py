@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .errors import TeleportError
-from .mlp import Chain, check_inputs
+from .kernels.pinv import MAX_CONDITION, append_ones, pinv_factor
+from .model.chain import Chain, check_inputs
+from .model.problem import begin, layer_inputs, read_network
 from .optimizers import holder_of, kind_of
-from .options import GL, POSITIVE_DIAGONAL
-from .pinv import MAX_CONDITION, append_ones, pinv_factor
-from .problem import begin, layer_inputs, read_network
 from .report import TeleportReport
+from .settings import GL, POSITIVE_DIAGONAL
 from .transaction import Transaction
 
 FIRST_MOMENTS: dict[type[torch.optim.Optimizer], str | None] = {

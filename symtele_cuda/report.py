@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .search import StepRecord
-
 LONGEST_LINE = 120
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of a search: the objective it reached (NaN if it has none), the ε taken, and what was decided."""
+
+    objective: float
+    size: float
+    accepted: bool
+    note: str
 
 
 @dataclass(frozen=True)

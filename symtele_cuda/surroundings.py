@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .action import OtherSamples
-from .loss import BatchLoss, check_default_targets
-from .mlp import Chain
-from .problem import Problem, prepare
-from .products import dot
+from .kernels.torch_kernels import dot
+from .model.chain import Chain
+from .model.loss import BatchLoss, check_default_targets
+from .model.problem import Problem, prepare
+from .orbits.action import OtherSamples
 
 NOISE = 0.1
 """The standard deviation of the noise, as a share of that of all elements of the inputs."""

@@ -9,28 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import graphs
-from . import products as torch_products
-from .action import (
-    Hindrance,
-    Match,
-    Network,
-    OtherSamples,
-    Plan,
-    State,
-    Waypoint,
-    form_weights,
-    initial_state,
-    parameter_list,
-    predict,
-)
-from .measurement import Measurement, measure, relative_change, weight_changes
+from .kernels import graphs
+from .kernels import torch_kernels as torch_products
+from .measure import Measurement, measure, relative_change, weight_changes
+from .model.network import Network, parameter_list
+from .model.pieces import holds_tensors
+from .model.problem import Problem
 from .objectives import GradNorm, Lookahead
-from .options import Options
-from .paths import Path, choose_path
-from .pieces import holds_tensors
-from .problem import Problem
-from .search import Bounds, Search, SearchResult
+from .orbits.action import Hindrance, Match, OtherSamples, Plan, State, Waypoint, form_weights, initial_state, predict
+from .orbits.paths import Path, choose_path
+from .search.trust_region import Bounds, Search, SearchResult
+from .settings import Options
 from .surroundings import Surroundings
 
 

@@ -9,18 +9,18 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from . import device_search
-from .action import Network, parameter_list
-from .kernels import products_for
-from .loss import LossFunction
-from .measurement import Measurement, measure_own, read, relative_change
-from .mlp import Chain, read_chain
+from .kernels.library import products_for
+from .measure import Measurement, measure_own, read, relative_change
+from .model.chain import Chain, read_chain
+from .model.loss import LossFunction
+from .model.network import Network, parameter_list
+from .model.problem import Problem, begin
 from .objectives import Objective
-from .options import POSITIVE_DIAGONAL, Options, make_options
-from .planning import make_plan, match_inputs, observe_inputs, report_unmatched
-from .problem import Problem, begin
-from .report import LayerReport, TeleportReport
-from .search import STEPS_LONG_ENOUGH, SearchResult, StepRecord, ascend, ascend_fixed, holding
+from .orbits.batch_plan import make_plan, match_inputs, observe_inputs, report_unmatched
+from .report import LayerReport, StepRecord, TeleportReport
+from .search import device as device_search
+from .search.trust_region import STEPS_LONG_ENOUGH, SearchResult, ascend, ascend_fixed, holding
+from .settings import POSITIVE_DIAGONAL, Options, make_options
 from .surroundings import Surroundings
 from .task import (
     Found,

@@ -16,25 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_int, check_name
-from .loss import LossFunction
-from .measurement import measure_own
-from .mlp import Chain, as_constant, check_batch, check_same_structure, mark_of, read_chain
+from .measure import measure_own
+from .model.chain import Chain, as_constant, check_batch, check_same_structure, mark_of, read_chain
+from .model.loss import LossFunction
+from .model.problem import Problem, begin
+from .model.samples import input_columns, layers_to_match, samples_of_chain
 from .momentum import check_first_moment_known, with_momentum
 from .objectives import GradNorm, Objective
-from .optimizer_step import OptimizerLookahead, muon_length, read_step, sgd_rate
+from .objectives.next_step import OptimizerLookahead, muon_length, read_step, sgd_rate
 from .optimizers import PendingGradients, check_holds, groups_of, kind_of, unwrap
-from .options import GL, Options, make_options
-from .planning import check_possible
-from .problem import Problem, begin
-from .report import LayerReport, TeleportReport
-from .sampling import input_columns, layers_to_match, samples_of_chain
-from .search import StepRecord
+from .orbits.batch_plan import check_possible
+from .report import LayerReport, StepRecord, TeleportReport
+from .settings import GL, Options, make_options
 from .teleport import refuse_futile, teleport_chain, teleport_mlp
 from .transaction import Transaction
 
 AUTO_BATCH_SIZE = 200  # the most samples that batch_size="auto" gathers
 AUTO_HOLDOUT_SIZE = 200  # so many tell a change of the loss by a few percent from chance
-# The bounds of a teleport by default, found by `python -m symtele_cuda noise`.
+# The bounds of a teleport by default, found by `python -m experiments noise`.
 MAX_WEIGHT_CHANGE, MAX_SENSITIVITY = 2.0, 1.5
 OPTIMIZER_STATES = ("keep", "reset", "transport")
 ON_ERROR = ("raise", "warn")

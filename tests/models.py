@@ -25,7 +25,7 @@ from symtele_cuda.activations import (
     Tanh,
     scaled,
 )
-from symtele_cuda.mlp import Chain, check_inputs
+from symtele_cuda.model.chain import Chain, check_inputs
 
 INPUTS, SAMPLES = 12, 10
 

@@ -15,8 +15,8 @@ from sigmas import ONE_OF_EACH
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from symtele_cuda import products
 from symtele_cuda.activations import Activation, Identity, Softplus, Tanh
+from symtele_cuda.kernels import torch_kernels as products
 
 DEVICE = torch.device("cuda")
 
@@ -207,7 +207,7 @@ def run(name: str, arguments: Arguments) -> tuple[Tensor, ...]:
 def compiled() -> Any:
     """The compiled operators. Where there are none, the test is skipped with the reason, and fails where they must be
     there (bench/gpu.sh)."""
-    from symtele_cuda.kernels import products_for
+    from symtele_cuda.kernels.library import products_for
 
     try:
         products_for(DEVICE, "cuda")

@@ -6,7 +6,10 @@ import pytest
 import torch
 from networks import make_batch, make_mlp
 
-from symtele_cuda.action import (
+from symtele_cuda.model.chain import read_chain
+from symtele_cuda.model.network import parameter_list
+from symtele_cuda.model.problem import Problem
+from symtele_cuda.orbits.action import (
     Direction,
     LayerStep,
     OtherSamples,
@@ -16,14 +19,11 @@ from symtele_cuda.action import (
     domain_limit,
     form_weights,
     initial_state,
-    parameter_list,
     predict,
     weights_of,
 )
-from symtele_cuda.mlp import read_chain
-from symtele_cuda.planning import make_plan, match_inputs
-from symtele_cuda.problem import Problem
-from symtele_cuda.search import holding
+from symtele_cuda.orbits.batch_plan import make_plan, match_inputs
+from symtele_cuda.search.trust_region import holding
 
 
 def set_up(

@@ -24,9 +24,10 @@ import torch
 from bench import harness, layer, roofline, sanitize, summary, tables, teleport, training
 from bench.harness import UNIT, Check, Contestant, Timing
 from bench.memory import AllocationRecorder
-from symtele_cuda import kernels, products
-from symtele_cuda.experiments.training import TrainingSettings
-from symtele_cuda.kernels import FAKES
+from experiments.training import TrainingSettings
+from symtele_cuda.kernels import library as kernels
+from symtele_cuda.kernels import torch_kernels as products
+from symtele_cuda.kernels.library import FAKES
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from symtele_cuda import build_decision, extension, info
-from symtele_cuda.build_decision import BuildError, Decision, Toolkit, TorchBuild, decide
+from symtele_cuda import info
+from symtele_cuda.kernels import build_decision, extension
+from symtele_cuda.kernels.build_decision import BuildError, Decision, Toolkit, TorchBuild, decide
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,14 +11,18 @@ from networks import ACTIVATIONS, make_batch, make_mlp
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from symtele_cuda import device_search, extension, kernels, planning, products
-from symtele_cuda.action import Waypoint
-from symtele_cuda.mlp import read_chain
-from symtele_cuda.options import make_options
-from symtele_cuda.pieces import Affine, InTurn, LogSoftmax
-from symtele_cuda.planning import make_plan, match_inputs
-from symtele_cuda.problem import Problem
-from symtele_cuda.search import STEPS_LONG_ENOUGH, SearchResult
+from symtele_cuda.kernels import extension
+from symtele_cuda.kernels import library as kernels
+from symtele_cuda.kernels import torch_kernels as products
+from symtele_cuda.model.chain import read_chain
+from symtele_cuda.model.pieces import Affine, InTurn, LogSoftmax
+from symtele_cuda.model.problem import Problem
+from symtele_cuda.orbits import batch_plan as planning
+from symtele_cuda.orbits.action import Waypoint
+from symtele_cuda.orbits.batch_plan import make_plan, match_inputs
+from symtele_cuda.search import device as device_search
+from symtele_cuda.search.trust_region import STEPS_LONG_ENOUGH, SearchResult
+from symtele_cuda.settings import make_options
 from symtele_cuda.surroundings import Surroundings
 from symtele_cuda.task import Found, Task
 from symtele_cuda.teleport import _find_on_host

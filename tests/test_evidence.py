@@ -21,15 +21,15 @@ from bench import evidence, evidence_again, evidence_cut, evidence_tables
 from bench.evidence import ROWS, Place, Row
 from bench.evidence_files import as_text, read
 from bench.tables import load
-from symtele_cuda import __main__ as command_line
-from symtele_cuda.experiments import classification, noise, planar
-from symtele_cuda.experiments.data import Dataset
-from symtele_cuda.experiments.study.jobs import DEFAULTS, FULL, Job, Study
-from symtele_cuda.experiments.study.problems import Problem
-from symtele_cuda.experiments.study.records import Check, Record, Teleport, Validation
-from symtele_cuda.experiments.study.store import Store
-from symtele_cuda.experiments.study.summary import summaries_of
-from symtele_cuda.experiments.training import TeleportSettings, TrainingSettings
+from experiments import __main__ as command_line
+from experiments import classification, noise, planar
+from experiments.data import Dataset
+from experiments.study.jobs import DEFAULTS, FULL, Job, Study
+from experiments.study.problems import Problem
+from experiments.study.records import Check, Record, Teleport, Validation
+from experiments.study.store import Store
+from experiments.study.summary import summaries_of
+from experiments.training import TeleportSettings, TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = evidence_tables.PAGE.read_text(encoding="utf-8")
@@ -54,7 +54,7 @@ def test_the_page_s_tables_are_made_from_the_numbers() -> None:
 
 def test_every_row_has_its_command_its_table_and_its_figures_on_the_page() -> None:
     for row in ROWS:
-        assert f"python -m symtele_cuda {row.command}" in PAGE
+        assert f"python -m experiments {row.command}" in PAGE
         assert f"<!-- table {row.name} -->" in PAGE, row.name
         assert bool(re.search(rf"\(figures/{row.name}[\w-]*\.png\)", PAGE)) == row.drawn, row.name
         arguments = [*row.arguments, *(["--data-dir", "DIR"] if row.data else [])]

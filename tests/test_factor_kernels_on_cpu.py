@@ -19,8 +19,8 @@ from cpu_harness import ORDERS, Unpacker, activation_items, build, output_of, pa
 from sigmas import ONE_OF_EACH
 from torch import Tensor
 
-from symtele_cuda import products
 from symtele_cuda.activations import ELU, Activation, LeakyReLU, Softplus, Tanh
+from symtele_cuda.kernels import torch_kernels as products
 
 GRAM, INVERT_GRAMS, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE, SQUARED_NORMS, PROBES, TIMES_CURVATURE = range(10)
 DTYPES = (torch.float32, torch.float64)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import symtele_cuda as st
 from symtele_cuda.activations import Tanh
-from symtele_cuda.kernels import Linear, together
+from symtele_cuda.kernels.library import Linear, together
 
 TANH = Tanh().sigma
 

@@ -28,10 +28,10 @@ from on_gpu import (
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from symtele_cuda import reference
 from symtele_cuda.activations import Activation
 from symtele_cuda.errors import TeleportError
-from symtele_cuda.ops import ACTIONS, teleport_layer
+from symtele_cuda.operator import reference
+from symtele_cuda.operator.teleport_layer import ACTIONS, teleport_layer
 
 pytestmark = pytest.mark.gpu
 

@@ -45,9 +45,9 @@ from on_gpu import (
 from operators import arguments_of, every_operator_and_activation, results_of
 from torch import Tensor
 
-from symtele_cuda import products
 from symtele_cuda.activations import Activation
-from symtele_cuda.kernels import FAKES
+from symtele_cuda.kernels import torch_kernels as products
+from symtele_cuda.kernels.library import FAKES
 
 pytestmark = pytest.mark.gpu
 

@@ -17,8 +17,8 @@ from on_gpu import DEVICE, assert_same_bits, compiled, poison
 from torch import Tensor, nn
 
 import symtele_cuda as st
-from symtele_cuda import graphs
-from symtele_cuda.graphs import GRAPH
+from symtele_cuda.kernels import graphs
+from symtele_cuda.kernels.graphs import GRAPH
 from symtele_cuda.task import Task
 
 pytestmark = pytest.mark.gpu

@@ -13,8 +13,10 @@ import pytest
 import torch
 from test_device_search import assert_same, make_task
 
-from symtele_cuda import action, device_search, graphs, pinv
-from symtele_cuda.device_search import Program, read_back, run_program
+from symtele_cuda.kernels import graphs, pinv
+from symtele_cuda.orbits import action
+from symtele_cuda.search import device as device_search
+from symtele_cuda.search.device import Program, read_back, run_program
 from symtele_cuda.task import Task
 
 DIMS = [20, 24, 22, 5]

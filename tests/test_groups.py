@@ -16,28 +16,28 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import symtele_cuda as st
-from symtele_cuda import device_search
-from symtele_cuda.action import (
+from symtele_cuda.model.chain import read_chain
+from symtele_cuda.model.network import parameter_list
+from symtele_cuda.model.problem import Problem
+from symtele_cuda.model.samples import layers_to_match
+from symtele_cuda.objectives import GradNorm, Lookahead
+from symtele_cuda.orbits.action import (
     OtherSamples,
     State,
     advance,
     domain_limit,
     form_weights,
-    parameter_list,
     predict,
     scale_limit,
     steepest_direction,
     weights_of,
 )
-from symtele_cuda.activation_space import Evaluation
-from symtele_cuda.mlp import read_chain
-from symtele_cuda.objectives import GradNorm, Lookahead
-from symtele_cuda.options import make_options
-from symtele_cuda.paths import FastPath, GeneralPath
-from symtele_cuda.planning import make_plan, match_inputs, observe_inputs
-from symtele_cuda.problem import Problem
-from symtele_cuda.sampling import layers_to_match
-from symtele_cuda.search import holding
+from symtele_cuda.orbits.activation_space import Evaluation
+from symtele_cuda.orbits.batch_plan import make_plan, match_inputs, observe_inputs
+from symtele_cuda.orbits.paths import FastPath, GeneralPath
+from symtele_cuda.search import device as device_search
+from symtele_cuda.search.trust_region import holding
+from symtele_cuda.settings import make_options
 from symtele_cuda.surroundings import Surroundings
 from symtele_cuda.task import Task
 from symtele_cuda.teleport import _find_on_host

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import symtele_cuda as st
-from symtele_cuda import hints
-from symtele_cuda.mlp import read_chain
+from symtele_cuda.model import hints
+from symtele_cuda.model.chain import read_chain
 
 WHOLE = r"{} is such a chain: pass it, with the same batch$"
 PART = r"{} is such a chain: pass it, and as the batch's inputs what the model gives it$"

@@ -11,7 +11,9 @@ from torch import nn
 
 from bench import host, layer
 from bench.harness import UNIT
-from symtele_cuda import device_search, products, teleport_mlp
+from symtele_cuda import teleport_mlp
+from symtele_cuda.kernels import torch_kernels as products
+from symtele_cuda.search import device as device_search
 
 
 def test_a_replayed_teleport_is_that_of_the_device_and_searches_once(monkeypatch: pytest.MonkeyPatch) -> None:

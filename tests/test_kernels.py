@@ -26,8 +26,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from symtele_cuda import extension, kernels, products
 from symtele_cuda.activations import Activation, Tanh
+from symtele_cuda.kernels import extension
+from symtele_cuda.kernels import library as kernels
+from symtele_cuda.kernels import torch_kernels as products
 
 NAMESPACE = "symtele_cuda_twins"
 

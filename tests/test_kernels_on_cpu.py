@@ -1,7 +1,7 @@
 """The fused matrix product and the epilogues (csrc/matmul.cuh, epilogue.cuh, activation.cuh), run on the CPU.
 
-Each product is compared with its twin in symtele_cuda.products, in float64 on the same numbers, and must give the same
-bytes in whatever order the threads run. What the operands' buffers hold beside the operands is NaN.
+Each product is compared with its twin in `torch_kernels`, in float64 on the same numbers, and must give the same bytes
+in whatever order the threads run. What the operands' buffers hold beside the operands is NaN.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cpu_harness import ORDERS, Unpacker, activation_items, build, output_of, pa
 from sigmas import ONE_OF_EACH
 from torch import Tensor
 
-from symtele_cuda import products
 from symtele_cuda.activations import Activation, Identity, Softplus, Softsign
+from symtele_cuda.kernels import torch_kernels as products
 
 IDENTITY = Identity()
 KINDS = ("linear", "activation", "inverse_activation", "over_slope", "times_slope", "masked")

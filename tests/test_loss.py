@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from symtele_cuda.activations import Identity, Sigmoid
-from symtele_cuda.loss import BatchLoss, check_default_targets, default_loss, examine
+from symtele_cuda.model.loss import BatchLoss, check_default_targets, default_loss, examine
 
 LOGITS = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.tensor([0, 1, 2, 0, 1, 2])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from symtele_cuda.activations import ELU, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh, scaled
-from symtele_cuda.mlp import check_batch, check_inputs, check_parameters, read_chain
+from symtele_cuda.model.chain import check_batch, check_inputs, check_parameters, read_chain
 
 
 def plain(hidden: nn.Module | None = None) -> nn.Sequential:

@@ -15,8 +15,8 @@ from models import CASES, SAMPLES, Case, Model, asserting_either, asserting_in_p
 from torch import Tensor, nn
 
 import symtele_cuda as st
-from symtele_cuda.loss import default_loss
-from symtele_cuda.mlp import read_chain
+from symtele_cuda.model.chain import read_chain
+from symtele_cuda.model.loss import default_loss
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

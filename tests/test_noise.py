@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from symtele_cuda.__main__ import main
 from torch import nn
 
-from symtele_cuda.__main__ import main
-from symtele_cuda.experiments import noise
-from symtele_cuda.experiments.data import Dataset
-from symtele_cuda.experiments.noise import Look, NoiseRun
-from symtele_cuda.experiments.training import NOISE, with_noise
+from experiments import noise
+from experiments.data import Dataset
+from experiments.noise import Look, NoiseRun
+from experiments.training import NOISE, with_noise
 
 needs_extras = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in ("matplotlib", "tqdm", "sklearn")),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from symtele_cuda import extension
+from symtele_cuda.kernels import extension
 
 TENSOR = "multiply_on_tensor_cores"
 

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from networks import ACTIVATIONS, make_batch, make_mlp
 from torch import Tensor
 
-from symtele_cuda.action import Network, Plan, State, advance, domain_limit, initial_state, steepest_direction
-from symtele_cuda.mlp import read_chain
+from symtele_cuda.model.chain import read_chain
+from symtele_cuda.model.network import Network
+from symtele_cuda.model.problem import Problem
 from symtele_cuda.objectives import GradNorm, Lookahead
-from symtele_cuda.paths import FastPath, GeneralPath
-from symtele_cuda.planning import make_plan, match_inputs
-from symtele_cuda.problem import Problem
-from symtele_cuda.search import holding
+from symtele_cuda.orbits.action import Plan, State, advance, domain_limit, initial_state, steepest_direction
+from symtele_cuda.orbits.batch_plan import make_plan, match_inputs
+from symtele_cuda.orbits.paths import FastPath, GeneralPath
+from symtele_cuda.search.trust_region import holding
 
 # κ of these batches is below 1e3; the general path squares it through K⁻¹, hence 1e-9 and not 1e-13.
 AGREEMENT = 1e-9

@@ -14,12 +14,15 @@ from sigmas import ONE_OF_EACH
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from symtele_cuda import extension, ops, products, reference
 from symtele_cuda.activations import ELU, Activation, LeakyReLU, Sigmoid, Softplus, Tanh
 from symtele_cuda.errors import TeleportError
-from symtele_cuda.ops import teleport_layer
-from symtele_cuda.pinv import MAX_CONDITION, append_ones, pinv_factor
-from symtele_cuda.products import probe_vectors, squared_norms
+from symtele_cuda.kernels import extension
+from symtele_cuda.kernels import torch_kernels as products
+from symtele_cuda.kernels.pinv import MAX_CONDITION, append_ones, pinv_factor
+from symtele_cuda.kernels.torch_kernels import probe_vectors, squared_norms
+from symtele_cuda.operator import reference
+from symtele_cuda.operator import teleport_layer as ops
+from symtele_cuda.operator.teleport_layer import teleport_layer
 
 EVERY = [*ONE_OF_EACH, LeakyReLU(2.0), Softplus(), ELU()]
 ACTIONS = list(ops.ACTIONS)

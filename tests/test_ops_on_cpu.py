@@ -20,9 +20,12 @@ from operators import SCHEMAS, arguments_of, every_operator_and_activation, judg
 from test_products import DECISIONS
 from torch import Tensor
 
-from symtele_cuda import kernels, ops, products, teleport_layer
+from symtele_cuda import teleport_layer
 from symtele_cuda.activations import Activation, Tanh
-from symtele_cuda.pinv import append_ones
+from symtele_cuda.kernels import library as kernels
+from symtele_cuda.kernels import torch_kernels as products
+from symtele_cuda.kernels.pinv import append_ones
+from symtele_cuda.operator import teleport_layer as ops
 
 KERNELS = sorted(path for path in CSRC.glob("*.cu") if path.stem != "matmul_tensor")
 TANH = Tanh().sigma

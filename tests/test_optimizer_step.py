@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import symtele_cuda as st
-from symtele_cuda.optimizer_step import muon_length, read_step, sgd_rate
+from symtele_cuda.objectives.next_step import muon_length, read_step, sgd_rate
 
 SHAPES = ((5, 7), (7, 4), (5,), (4, 4))
 MATRICES = SHAPES[:2] + SHAPES[3:]

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from symtele_cuda.pinv import (
+from symtele_cuda.kernels.pinv import (
     MAX_CONDITION,
     append_ones,
     condition_from_gram,
     factorize,
     pinv_factor,
 )
-from symtele_cuda.products import grams, invert_grams
+from symtele_cuda.kernels.torch_kernels import grams, invert_grams
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(1, 1), (1, 7), (2, 2), (20, 50), (64, 64), (96, 200)]

@@ -21,7 +21,7 @@ from bench.launches import (
     Launch,
 )
 from bench.predict import recording
-from symtele_cuda.kernels import Linear, together
+from symtele_cuda.kernels.library import Linear, together
 
 H200 = DEVICES["H200"]
 

@@ -11,9 +11,9 @@ from sigmas import ONE_OF_EACH
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from symtele_cuda import products
 from symtele_cuda.activations import Activation, Identity
-from symtele_cuda.kernels import Linear, together
+from symtele_cuda.kernels import torch_kernels as products
+from symtele_cuda.kernels.library import Linear, together
 
 SHAPES = [(1, 1, 1), (2, 3, 4), (7, 1, 5), (31, 33, 2), (5, 0, 3), (0, 3, 4)]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from symtele_cuda.activations import ELU, LeakyReLU, Sigmoid, Tanh
-from symtele_cuda.reference import teleport_layer
+from symtele_cuda.operator.reference import teleport_layer
 
 ACTIVATIONS = [LeakyReLU(0.1), Tanh(), Sigmoid(), ELU(0.5)]
 ACTIONS = ["least_change", "paper"]

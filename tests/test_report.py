@@ -10,9 +10,10 @@ import torch
 from networks import make_batch, make_mlp
 
 import symtele_cuda as st
-from symtele_cuda import search, task, teleport
-from symtele_cuda.options import Options
+from symtele_cuda import task, teleport
 from symtele_cuda.report import LONGEST_LINE, TeleportReport
+from symtele_cuda.search import trust_region as search
+from symtele_cuda.settings import Options
 
 BATCH = make_batch(12, 20, 5)
 BOUNDS = dict(drift_tol=1e-4, max_sensitivity=1.2345678, max_weight_change=1.2345678)

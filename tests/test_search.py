@@ -10,13 +10,14 @@ import pytest
 import torch
 from networks import make_batch, make_mlp
 
-from symtele_cuda import device_search, search
-from symtele_cuda.action import Gradient, Plan, State, initial_state
-from symtele_cuda.activation_space import Evaluation
-from symtele_cuda.mlp import read_chain
-from symtele_cuda.planning import make_plan, match_inputs
-from symtele_cuda.problem import Problem
-from symtele_cuda.search import Bounds, Search, SearchResult
+from symtele_cuda.model.chain import read_chain
+from symtele_cuda.model.problem import Problem
+from symtele_cuda.orbits.action import Gradient, Plan, State, initial_state
+from symtele_cuda.orbits.activation_space import Evaluation
+from symtele_cuda.orbits.batch_plan import make_plan, match_inputs
+from symtele_cuda.search import device as device_search
+from symtele_cuda.search import trust_region as search
+from symtele_cuda.search.trust_region import Bounds, Search, SearchResult
 
 START = 1.0
 

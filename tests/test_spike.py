@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from symtele_cuda import __main__ as command_line
-from symtele_cuda.experiments import spike
-from symtele_cuda.experiments.classification import PLAIN
-from symtele_cuda.experiments.data import Dataset, split
-from symtele_cuda.experiments.spike import Course, Jump, Point, SpikeRun
-from symtele_cuda.experiments.training import Task, TeleportSettings, TrainingSettings, train
+from experiments import __main__ as command_line
+from experiments import spike
+from experiments.classification import PLAIN
+from experiments.data import Dataset, split
+from experiments.spike import Course, Jump, Point, SpikeRun
+from experiments.training import Task, TeleportSettings, TrainingSettings, train
 from tests.test_experiments import write_mnist
 
 needs_extras = pytest.mark.skipif(

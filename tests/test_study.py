@@ -18,11 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from symtele_cuda import Schedule, Teleporter, TeleportError, teleport_mlp
-from symtele_cuda import __main__ as command_line
-from symtele_cuda.experiments.data import load_diabetes
-from symtele_cuda.experiments.study import program, results, runner, tables
-from symtele_cuda.experiments.study.jobs import (
+from experiments import __main__ as command_line
+from experiments.data import load_diabetes
+from experiments.study import program, results, runner, tables
+from experiments.study.jobs import (
     DEFAULTS,
     FULL,
     MAIN_ARMS,
@@ -34,12 +33,13 @@ from symtele_cuda.experiments.study.jobs import (
     Study,
     state_arms,
 )
-from symtele_cuda.experiments.study.measure import LATER, measure, train_loss
-from symtele_cuda.experiments.study.problems import PROBLEMS, Problem, fingerprint, load, make_task
-from symtele_cuda.experiments.study.records import Check, Line, Record, Teleport, Validation, read_line, write_line
-from symtele_cuda.experiments.study.store import Store
-from symtele_cuda.experiments.study.summary import load_summaries, save_summaries, summarise
-from symtele_cuda.experiments.training import OPTIMIZERS, BoundedTeleports, TeleportSettings, start, train
+from experiments.study.measure import LATER, measure, train_loss
+from experiments.study.problems import PROBLEMS, Problem, fingerprint, load, make_task
+from experiments.study.records import Check, Line, Record, Teleport, Validation, read_line, write_line
+from experiments.study.store import Store
+from experiments.study.summary import load_summaries, save_summaries, summarise
+from experiments.training import OPTIMIZERS, BoundedTeleports, TeleportSettings, start, train
+from symtele_cuda import Schedule, Teleporter, TeleportError, teleport_mlp
 
 EXTRAS = ("matplotlib", "sklearn", "tqdm")
 needs_extras = pytest.mark.skipif(
@@ -678,7 +678,7 @@ def test_processes_hand_back_records_and_errors() -> None:
 @needs_extras
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to a group of processes")
 def test_an_interrupted_study_ends_cleanly_and_goes_on(tmp_path: Path) -> None:
-    words = ("-m", "symtele_cuda", "study", "--quick", "--problem", "digits", "--optimizer", "sgd", "--out", tmp_path)
+    words = ("-m", "experiments", "study", "--quick", "--problem", "digits", "--optimizer", "sgd", "--out", tmp_path)
     command = [sys.executable, *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import symtele_cuda as st
-from symtele_cuda.mlp import read_chain
-from symtele_cuda.sampling import matched_samples
+from symtele_cuda.model.chain import read_chain
+from symtele_cuda.model.samples import matched_samples
 from symtele_cuda.teleporter import Batch
 
 EVERY_EPOCH = st.Schedule(epochs=range(10), teleports_per_epoch=100)

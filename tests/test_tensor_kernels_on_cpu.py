@@ -22,7 +22,7 @@ from cpu_harness import CSRC, FLAGS, HARNESS, ORDERS, Unpacker, missing_compiler
 from test_kernels_on_cpu import EPILOGUES, Case, Layout, check, encode_all, make_inputs, run_cases
 
 from symtele_cuda.activations import Activation
-from symtele_cuda.build_decision import CUTLASS_COMMAND, find_cutlass, find_toolkit
+from symtele_cuda.kernels.build_decision import CUTLASS_COMMAND, find_cutlass, find_toolkit
 
 CHOSEN, SMALL, LARGE = 0, 64, 128
 TILINGS = (SMALL, LARGE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from symtele_cuda.testfunctions import SumOfSquares, booth, rosenbrock
+from experiments.testfunctions import SumOfSquares, booth, rosenbrock
 
 SHEAR = torch.tensor([[2.0, 1.0], [0.0, -3.0]], dtype=torch.float64)
 own = SumOfSquares("own", h=lambda x: x @ SHEAR.T, h_inverse=lambda u: u @ SHEAR.inverse().T)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from symtele_cuda.experiments import trade
-from symtele_cuda.experiments.data import Dataset
-from symtele_cuda.experiments.study.jobs import DEFAULTS, FOR_ANY_GAIN
-from symtele_cuda.experiments.study.problems import Problem
-from symtele_cuda.experiments.study.records import Check, Record, Teleport, Validation
+from experiments import trade
+from experiments.data import Dataset
+from experiments.study.jobs import DEFAULTS, FOR_ANY_GAIN
+from experiments.study.problems import Problem
+from experiments.study.records import Check, Record, Teleport, Validation
 
 needs_extras = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in ("matplotlib", "tqdm")),
