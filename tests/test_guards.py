@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from networks import make_mlp, snapshot, unchanged
-from symtele_cuda.__main__ import main
 from torch import Tensor
 
 from experiments import guards
 from experiments.study.records import Check, Record, Teleport, Validation
 from symtele_cuda import Schedule, Teleporter
+from symtele_cuda.__main__ import main
 
 needs_extras = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in ("matplotlib", "tqdm", "sklearn")),

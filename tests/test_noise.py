@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from symtele_cuda.__main__ import main
 from torch import nn
 
 from experiments import noise
 from experiments.data import Dataset
 from experiments.noise import Look, NoiseRun
 from experiments.training import NOISE, with_noise
+from symtele_cuda.__main__ import main
 
 needs_extras = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in ("matplotlib", "tqdm", "sklearn")),

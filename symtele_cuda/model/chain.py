@@ -28,7 +28,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .. import activations
-from ..activations import Activation, Identity, Spelling, scaled
+from ..activations import Activation, Identity, scaled
+from ..spelling import Spelling
 from . import pieces
 from .asserts import AssertingTracer, nodes_of_checks
 from .hints import hint
@@ -347,8 +348,11 @@ def _steps_of_module(module: nn.Module, where: str) -> list[_Step]:
         return [step for name, child in children if child is not None for step in _steps_of_module(child, name)]
     if isinstance(module, nn.Linear):
         return [(where, _check_plain_linear(module, where))]
+    for spelling in _spellings():
+        if spelling.spells(module):
+            return [(where, step) for step in _steps_of_call(functools.partial(spelling.read_module, module), where)]
     if _is_torch_function(forward):
-        return [(where, step) for step in _steps_of_torch_module(module, where)]
+        raise _no_chain(where, _supported(), type(module).__name__)
     return _steps_of_traced(module, where)
 
 
@@ -383,14 +387,6 @@ def _check_plain_linear(linear: nn.Linear, where: str) -> nn.Linear:
     if not {*linear._parameters} <= {"weight", "bias"}:
         raise _no_chain(where, "a Linear with weight and bias alone", f"parameters {[*linear._parameters]}")
     return linear
-
-
-def _steps_of_torch_module(module: nn.Module, where: str) -> list[_Content]:
-    """The steps of a module whose forward is torch's own; none where it does nothing."""
-    for spelling in _SPELLINGS:
-        if spelling.module is not None and isinstance(module, spelling.module):
-            return _steps_of_call(functools.partial(spelling.read_module, module), where)
-    raise _no_chain(where, SUPPORTED, type(module).__name__)
 
 
 # --- steps of a module with a forward of its own ------------------------------------------------------------------
@@ -482,9 +478,9 @@ def _steps_of_node(
         if len(node.args) != 1 or node.kwargs:
             raise _no_chain(place, "a submodule with one argument", f"{len(node.args) + len(node.kwargs)}")
         return _steps_of_module(root.get_submodule(target), f"{where}.{target}" if where else target)
-    read = _READERS.get(node.target)
+    read = next((spelling.read for spelling in _spellings() if node.target in spelling.calls), None)
     if read is None:
-        raise _no_chain(place, SUPPORTED, getattr(node.target, "__name__", str(node.target)))
+        raise _no_chain(place, _supported(), getattr(node.target, "__name__", str(node.target)))
     args, kwargs = map_arg((node.args, node.kwargs), known.get)
     return [(place, step) for step in _steps_of_call(functools.partial(read, *args, **kwargs), place)]
 
@@ -494,7 +490,7 @@ def _steps_of_call(read: Callable[[], _Content | None], where: str) -> list[_Con
     try:
         step = read()
     except (TypeError, ValueError) as error:
-        raise _no_chain(where, SUPPORTED, str(error)) from error
+        raise _no_chain(where, _supported(), str(error)) from error
     return [] if step is None or isinstance(step, Identity) else [step]
 
 
@@ -524,16 +520,23 @@ def _view(input: None, *shape: Any) -> Flatten | Squeeze:
 
 
 _SPELLINGS = (
-    *activations.SPELLINGS,
     *pieces.SPELLINGS,
-    Spelling(nn.Flatten, (torch.flatten, "flatten"), _flatten, ("start_dim", "end_dim"), "(1)"),
-    Spelling((nn.Dropout, nn.AlphaDropout), (F.dropout, F.alpha_dropout), _dropout, ("p", "training"), " (inactive)"),
-    Spelling(None, ("view", "reshape"), _view),
+    Spelling((nn.Flatten,), (torch.flatten, "flatten"), _flatten, "(1)"),
+    Spelling((nn.Dropout, nn.AlphaDropout), (F.dropout, F.alpha_dropout), _dropout, " (inactive)"),
+    Spelling((), ("view", "reshape"), _view),
 )
-_READERS = {call: spelling.read for spelling in _SPELLINGS for call in spelling.calls}
 
-_TITLES = (spelling.title for spelling in _SPELLINGS if spelling.module is not None)
-SUPPORTED = ", ".join(["Linear", *_TITLES, "or an operation with a constant"])
+
+def _spellings() -> Iterator[Spelling]:
+    """How models may write what a chain may have; activations can be registered at any time."""
+    yield from activations.spellings()
+    yield from _SPELLINGS
+
+
+def _supported() -> str:
+    """What a chain may have, for errors."""
+    titles = [spelling.title for spelling in _spellings() if spelling.modules]
+    return ", ".join(["Linear", *titles, "or an operation with a constant"])
 
 
 # --- checks of single tensors -------------------------------------------------------------------------------------

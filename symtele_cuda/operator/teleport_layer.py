@@ -480,8 +480,9 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
 def _choose_activation(activation: str | Activation, negative_slope: float) -> Activation:
     if isinstance(activation, Activation):
         base = activation.base if isinstance(activation, Scaled) else activation
-        if type(base) not in ACTIVATIONS.values():  # the operator goes by the name, which a subclass inherits
-            known = ", ".join(cls.__name__ for cls in ACTIVATIONS.values())
+        known_ones = [cls for cls in ACTIVATIONS.values() if cls.invertible]
+        if type(base) not in known_ones:  # the operator goes by the name, which a subclass inherits
+            known = ", ".join(cls.__name__ for cls in known_ones)
             raise TypeError(f"activation must be a name or one of {known} itself, got {type(activation).__name__}")
         return activation
     if not isinstance(activation, str):
