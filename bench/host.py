@@ -23,7 +23,7 @@ from bench import layer, teleport
 from bench.harness import UNIT, Contestant, add_rounds, begin, compare, make_parser, read_arguments, run_shapes
 from symtele_cuda.kernels import graphs
 from symtele_cuda.kernels import torch_kernels as products
-from symtele_cuda.kernels.library import FAKES
+from symtele_cuda.kernels.operands import OPERATORS
 from symtele_cuda.operator import teleport_layer as ops
 from symtele_cuda.search import device as device_search
 
@@ -61,7 +61,7 @@ def duplicate(result: Any) -> Any:
 @contextmanager
 def without_work(program: Callable[[], object]) -> Iterator[None]:
     """Inside, the operators of csrc return copies of what their twins return in one run of the program."""
-    results: dict[str, list[Any]] = {name: [] for name in FAKES}
+    results: dict[str, list[Any]] = {name: [] for name in OPERATORS}
 
     def recording(name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
@@ -79,7 +79,7 @@ def without_work(program: Callable[[], object]) -> Iterator[None]:
 
     as_on_a_gpu = patch.multiple(ops, _identity_tests=lambda g: ops._GPU_TESTS)
     with as_on_a_gpu, patch.object(ops._IdentityTest, "remainder", remainder):
-        first = SimpleNamespace(**{name: recording(name) for name in FAKES})
+        first = SimpleNamespace(**{name: recording(name) for name in OPERATORS})
         with patch.object(ops, "products_for", lambda device, backend: first):
             program()
         others = SimpleNamespace(**{name: repeating(found) for name, found in results.items()})

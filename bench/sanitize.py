@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from symtele_cuda import teleport_mlp
 from symtele_cuda.activations import ACTIVATIONS
-from symtele_cuda.kernels.library import FAKES, Linear, Products, products_for, together
+from symtele_cuda.kernels.library import Linear, Products, products_for, together
+from symtele_cuda.kernels.operands import OPERATORS
 
 DEVICE = torch.device("cuda")
 
@@ -119,7 +120,7 @@ def run_operators(products: Products) -> None:
         run_factors(products, operands)
         run_lists(products, operands)
     run_judge(products)
-    print(f"{len(FAKES)} operators ran")
+    print(f"{len(OPERATORS)} operators ran")
 
 
 def run_teleports() -> None:

@@ -27,7 +27,7 @@ from bench.memory import AllocationRecorder
 from experiments.training import TrainingSettings
 from symtele_cuda.kernels import library as kernels
 from symtele_cuda.kernels import torch_kernels as products
-from symtele_cuda.kernels.library import FAKES
+from symtele_cuda.kernels.operands import OPERATORS
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -926,7 +926,7 @@ def test_the_sanitizer_sees_every_operator(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sanitize, "products_for", lambda device, backend: Recorded())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     sanitize.main([])
-    assert ran == set(FAKES)
+    assert ran == set(OPERATORS)
     sanitize.main(["--teleport"])
 
 

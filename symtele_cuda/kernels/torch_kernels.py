@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation, activation_of
+from .operands import operator
 
 # Sums of float32 products in this range have lost nothing to its limits (1e-45 and 3e38).
 LEAST_SQUARE, LARGEST_SQUARE = 1e-30, 1e30
 
 
+@operator(a="n k", b="k m", source="n m", column="n", row="m")
 def linear(
     a: Tensor,
     b: Tensor,
@@ -47,6 +49,7 @@ def linear(
     return product.add_(row if column is None else torch.outer(column, row), alpha=alpha)
 
 
+@operator(a="n k", b="k m", row="m")
 def linear_activation(
     a: Tensor, b: Tensor, row: Tensor | None, activation: str, numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +58,7 @@ def linear_activation(
     return z, _distinct(_activation(activation, tuple(numbers)).forward(z), z)
 
 
+@operator(a="n k", b="k m", origin="n m")
 def inverse_activation(
     a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -63,6 +67,7 @@ def inverse_activation(
     return y, torch.sub(y, origin, alpha=rho)
 
 
+@operator(a="n k", b="k m", column="n", row="m", at="n m")
 def over_slope(
     a: Tensor,
     b: Tensor,
@@ -77,6 +82,7 @@ def over_slope(
     return gradient, gradient / _activation(activation, tuple(numbers)).derivative(at)
 
 
+@operator(a="n k", b="k m", at="n m", source="n m")
 def times_slope(
     a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, numbers: Sequence[float]
 ) -> Tensor:
@@ -85,6 +91,7 @@ def times_slope(
     return product.add_(source, alpha=beta)
 
 
+@operator(a="n k", b="k m", sources="n m", rows="m", masks="n m")
 def grouped_linear(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -103,6 +110,7 @@ def grouped_linear(
     return results
 
 
+@operator(rows="N d")
 def grams(rows: Sequence[Tensor], biases: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
     """K = H Hᵀ, plus 1 in every element with bias, summed in float64, of every one of several H (n×d, one n for all):
     itself (float64), and in the dtype of H."""
@@ -111,6 +119,7 @@ def grams(rows: Sequence[Tensor], biases: Sequence[bool]) -> tuple[list[Tensor],
     return exact, [one.to(matrix.dtype, copy=True) for one, matrix in zip(exact, rows, strict=True)]
 
 
+@operator(grams="N N float64")
 def invert_grams(grams: Sequence[Tensor], rounds: bool = False) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """K⁻¹ of every one of several symmetric matrices K (n×n, float64), an int32 vector that is 0 where K is numerically
     positive definite, and K⁻¹ in float32, an empty list unless it `rounds`.
@@ -121,6 +130,7 @@ def invert_grams(grams: Sequence[Tensor], rounds: bool = False) -> tuple[list[Te
     return list(inverses), torch.stack(infos), [inverse.float() for inverse in inverses if rounds]
 
 
+@operator(rows="n d", inverse="n n float64")
 def pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
     """P = K⁻¹ [H, 1], or K⁻¹ H without bias, from a float64 K⁻¹ (n×n), summed in float64: in the dtype of H (n×d).
 
@@ -134,6 +144,7 @@ def pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
     return result
 
 
+@operator(grams="* float64", inverses="* float64", infos="int32")
 def near_dependence(
     grams: Sequence[Tensor], inverses: Sequence[Tensor], infos: Sequence[Tensor], largest: float
 ) -> Tensor:
@@ -144,6 +155,7 @@ def near_dependence(
     return beyond.logical_or_(torch.stack([*infos]).bool()).any()
 
 
+@operator(bases="*", changes="*", size="float64")
 def take_steps(
     bases: Sequence[Tensor],
     changes: Sequence[Tensor],
@@ -170,15 +182,18 @@ def take_steps(
     return moved_all, targets_all, slopes_all
 
 
+@operator(left="*", right="*", at="*", source="*")
 def times_curvature(
     left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, numbers: Sequence[float]
 ) -> Tensor:
     """L ⊙ R ⊙ σ''(Y) + C, with `at` Y and `source` C or None; all of one shape."""
     curvature = _activation(activation, tuple(numbers)).second_derivative(at)
     product = torch.zeros_like(left) if curvature is None else left * right * curvature
+    product = product.contiguous()
     return product if source is None else product.add_(source)
 
 
+@operator(left="*", right="*")
 def dot_sum(left: Sequence[Tensor], right: Sequence[Tensor], scale: float = 1.0, root: bool = False) -> Tensor:
     """s Σ_i ⟨left_i, right_i⟩, s = `scale`, over the pairs of equal shape, or its square `root`: a float64 scalar.
 
@@ -203,6 +218,7 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
     return torch.dot(a.double(), b.double())
 
 
+@operator(tensors="* float32 float64 int32")
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """‖t‖² of every tensor t, of any shape, float32, float64 or int32: a float64 vector.
 
@@ -211,6 +227,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([dot(t, t) for t in tensors])
 
 
+@operator(g="n n")
 def identity_remainder(g: Tensor, vectors: int, rounds: int) -> Tensor:
     """R = V (Tᵀ T)^rounds (vectors×d) with T = g − I (d×d) and the rows of V as `probe_vectors` has them.
 
@@ -223,12 +240,22 @@ def identity_remainder(g: Tensor, vectors: int, rounds: int) -> Tensor:
     return remainder
 
 
+@operator(current="* any", trial="* any", accept="bool")
 def commit(accept: Tensor, current: Sequence[Tensor], trial: Sequence[Tensor]) -> None:
     """Copy every tensor of `trial` over its partner in `current` if the bool scalar `accept` holds, on the device."""
     for old, new in zip(current, trial, strict=True):
         torch.where(accept, new, old, out=old)
 
 
+@operator(
+    control="5 float64",
+    size="float64",
+    norm="float64",
+    value="float64",
+    cap="float64",
+    hindered="h bool",
+    broken="b bool",
+)
 def judge(
     control: Tensor,
     size: Tensor,
