@@ -114,8 +114,10 @@ def grouped_linear(
 def grams(rows: Sequence[Tensor], biases: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
     """K = H Hᵀ, plus 1 in every element with bias, summed in float64, of every one of several H (n×d, one n for all):
     itself (float64), and in the dtype of H."""
-    products = [times_own_transpose(matrix.double()) for matrix in rows]
-    exact = [product.add_(1.0) if bias else product for product, bias in zip(products, biases, strict=True)]
+    exact = [times_own_transpose(matrix.double()) for matrix in rows]
+    for gram, bias in zip(exact, biases, strict=True):
+        if bias:
+            gram.add_(1.0)
     return exact, [one.to(matrix.dtype, copy=True) for one, matrix in zip(exact, rows, strict=True)]
 
 
@@ -137,10 +139,11 @@ def pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
     It lies in `padded_memory`.
     """
     n, columns = rows.shape
-    result = padded_memory(rows, n, columns + int(bias))
-    result[:, :columns] = inverse @ rows.double()
-    if bias:
-        result[:, columns] = inverse.sum(1)
+    result, product = padded_memory(rows, n, columns + int(bias)), torch.mm(inverse, rows.double())
+    if not bias:
+        return result.copy_(product)
+    result[:, :columns] = product
+    result[:, columns] = inverse.sum(1)
     return result
 
 
@@ -210,7 +213,8 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
     On a CPU the sum of float32 tensors is one of float32, several times faster. Where it has left the range in which
     float32 keeps the digits of all squares, it is summed again in float64; so is every sum on other devices.
     """
-    a, b = left.reshape(-1), right.reshape(-1)
+    a = left.reshape(-1)
+    b = a if right is left else right.reshape(-1)
     if a.dtype == torch.float32 and a.device.type == "cpu":
         total = torch.dot(a, b).double()
         if LEAST_SQUARE <= abs(total.item()) <= LARGEST_SQUARE:
