@@ -24,7 +24,7 @@ from bench.harness import UNIT, Contestant, add_rounds, begin, compare, make_par
 from symtele_cuda.kernels import graphs
 from symtele_cuda.kernels import torch_kernels as products
 from symtele_cuda.kernels.operands import OPERATORS
-from symtele_cuda.operator import teleport_layer as ops
+from symtele_cuda.operator import layer as operator_layer
 from symtele_cuda.search import device as device_search
 
 CPU = torch.device("cpu")
@@ -74,17 +74,12 @@ def without_work(program: Callable[[], object]) -> Iterator[None]:
         turns = itertools.cycle(found)
         return lambda *arguments, **keywords: duplicate(next(turns))
 
-    def remainder(test: Any, operators: Any, g: Tensor) -> Tensor:
-        return operators.identity_remainder(g, test.vectors, test.rounds)
-
-    as_on_a_gpu = patch.multiple(ops, _identity_tests=lambda g: ops._GPU_TESTS)
-    with as_on_a_gpu, patch.object(ops._IdentityTest, "remainder", remainder):
-        first = SimpleNamespace(**{name: recording(name) for name in OPERATORS})
-        with patch.object(ops, "products_for", lambda device, backend: first):
-            program()
-        others = SimpleNamespace(**{name: repeating(found) for name, found in results.items()})
-        with patch.object(ops, "products_for", lambda device, backend: others):
-            yield
+    first = SimpleNamespace(**{name: recording(name) for name in OPERATORS})
+    with patch.object(operator_layer, "products_for", lambda device, backend: first):
+        program()
+    others = SimpleNamespace(**{name: repeating(found) for name, found in results.items()})
+    with patch.object(operator_layer, "products_for", lambda device, backend: others):
+        yield
 
 
 def measure_teleport(rounds: int) -> dict[str, Any]:

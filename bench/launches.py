@@ -230,13 +230,6 @@ def launch_pseudo_inverse(name: str, arguments: Sequence[Any], results: Tensor) 
     ]
 
 
-def launch_remainder(name: str, arguments: Sequence[Any], results: Tensor, allow_tf32: bool) -> list[Launch]:
-    """The vectors, and `rounds` products with g and its transpose each."""
-    g, _, rounds = arguments
-    products = launch_product("linear", (results, g, results), results, allow_tf32)
-    return [Launch(name, "elementwise", 0, bytes_of(results)), *(2 * rounds * products)]
-
-
 def launch_fused(name: str, arguments: Sequence[Any], results: Any, allow_tf32: bool) -> list[Launch]:
     """The launches of one of csrc's operators, which come from one call of torch's dispatcher."""
     first, *others = _launches_of(name, arguments, results, allow_tf32)
@@ -250,8 +243,6 @@ def _launches_of(name: str, arguments: Sequence[Any], results: Any, allow_tf32: 
         return launch_inverse(name, arguments, results)
     if name == "pseudo_inverse":
         return launch_pseudo_inverse(name, arguments, results)
-    if name == "identity_remainder":
-        return launch_remainder(name, arguments, results, allow_tf32)
     if name == "grouped_linear":
         return launch_group(name, arguments, results, allow_tf32)
     if name in PRODUCTS:

@@ -53,7 +53,7 @@ from symtele_cuda.kernels import graphs
 from symtele_cuda.kernels.operands import OPERATORS
 from symtele_cuda.model.chain import read_chain
 from symtele_cuda.model.problem import Problem
-from symtele_cuda.operator import teleport_layer as ops
+from symtele_cuda.operator import layer as operator_layer
 from symtele_cuda.orbits.batch_plan import make_plan, match_inputs
 from symtele_cuda.search.device import run_program
 from symtele_cuda.settings import make_options
@@ -172,7 +172,7 @@ class Recorder(TorchDispatchMode):
 def recording(allow_tf32: bool = False) -> Iterator[Recorder]:
     """Inside, tensors have no data, and what is computed with them is written down instead."""
     recorder = Recorder(allow_tf32)
-    compiled = patch.object(ops, "products_for", lambda device, backend: recorder.products)
+    compiled = patch.object(operator_layer, "products_for", lambda device, backend: recorder.products)
     graphed = patch.object(graphs, "run", recorder.run)
     with compiled, graphed, torch.no_grad(), FakeTensorMode(), recorder:
         yield recorder
@@ -207,7 +207,7 @@ class LayerShape:
         tensors = (torch.empty(shape, device=WHERE) for shape in (weight, inputs, square))
         arguments = (*tensors, None, *sigma, "paper", "cuda")
         yield layer.OPERATOR
-        new_weight, new_bias, *saved, _ = call_kernel("teleport_layer", *arguments)
+        new_weight, new_bias, *saved, _ = call_kernel("teleport_layer", True, *arguments)
         changes = torch.empty_like(new_weight), torch.empty_like(new_bias)
         call_kernel("teleport_layer_backward", False, *changes, *saved, *arguments)
         with torch.enable_grad():

@@ -83,7 +83,6 @@ def run_factors(products: Products, operands: Operands) -> None:
         (inverse, _), (info, _), _ = products.invert_grams([matrix, -matrix], True)
         for bias in (False, True):
             products.pseudo_inverse(inverse, operands.make(size, 65), bias)
-        products.identity_remainder(operands.make(size, size), 8, 2)
         products.near_dependence([matrix, matrix], [inverse, inverse], [info, info], 1e5)
 
 

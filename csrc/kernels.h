@@ -154,9 +154,6 @@ struct MixedTensors {
 int64_t squared_norms_workspace();
 cudaError_t launch_squared_norms(const MixedTensors& tensors, double* partial, double* result, cudaStream_t stream);
 
-// values[k - 1] = h / 2^31 - 1 for a hash h of k, k = 1, ..., count: the elements of products.probe_vectors.
-cudaError_t launch_probes(Dtype dtype, int64_t count, void* values, cudaStream_t stream);
-
 // Copy `bytes[i]` bytes from source[i] to target[i] for every i if *accept is true.
 struct ByteCopies {
   int count;

@@ -557,27 +557,6 @@ Tensor pseudo_inverse(const Tensor& inverse, const Tensor& rows, bool bias) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// the distance of g from the identity
-// ---------------------------------------------------------------------------------------------------------------------
-
-Tensor identity_remainder(const Tensor& g, int64_t vectors, int64_t rounds) {
-  check_first("g", g);
-  check_is_matrix("g", g);
-  const int64_t size = g.size(0);
-  check_shape("g", g, {size, size});
-  const c10::cuda::CUDAGuard guard(g.device());
-  Tensor remainder = at::empty({vectors, size}, g.options());
-  check_cuda(launch_probes(dtype_of(g), remainder.numel(), remainder.mutable_data_ptr(), stream_of(g)),
-             "launch_probes");
-  for (int64_t round = 0; round < rounds; ++round) {
-    for (const Tensor& matrix : {g.t(), g}) {
-      remainder = linear(remainder, matrix, remainder, std::nullopt, std::nullopt, 1, -1);
-    }
-  }
-  return remainder;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // steps of the search
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -862,7 +841,6 @@ TORCH_LIBRARY_FRAGMENT(symtele_cuda, library) {
            "-> Tensor",
            "dot_sum(Tensor[] left, Tensor[] right, float scale=1.0, bool root=False) -> Tensor",
            "squared_norms(Tensor[] tensors) -> Tensor",
-           "identity_remainder(Tensor g, int vectors, int rounds) -> Tensor",
            "commit(Tensor accept, Tensor(a!)[] current, Tensor[] trial) -> ()",
            "near_dependence(Tensor[] grams, Tensor[] inverses, Tensor[] infos, float largest) -> Tensor",
            "judge(Tensor(a!) control, Tensor size, Tensor norm, Tensor value, Tensor hindered, Tensor broken, "
@@ -886,7 +864,6 @@ TORCH_LIBRARY_IMPL(symtele_cuda, CUDA, library) {
   library.impl("times_curvature", symtele::times_curvature);
   library.impl("dot_sum", symtele::dot_sum);
   library.impl("squared_norms", symtele::squared_norms);
-  library.impl("identity_remainder", symtele::identity_remainder);
   library.impl("commit", symtele::commit);
   library.impl("near_dependence", symtele::near_dependence);
   library.impl("judge", symtele::judge);

@@ -68,7 +68,6 @@ def arguments_of(name: str, activation: Activation, dtype: torch.dtype, full: bo
         "times_curvature": (a, a + 1, a.abs(), a - 1 if full else None, *sigma),
         "dot_sum": ([a, b.T], [2 * a, b.T], 0.5, True) if full else ([a], [a]),
         "squared_norms": ([a, a[0], exact, b.T, info + 3] if full else [a],),
-        "identity_remainder": (torch.eye(5, dtype=dtype) + normal(5, 5, dtype=dtype) / 9, 2 + full, 1 + full),
         "commit": (accept, [a, b], [a + 1, (b + 1).T.contiguous().T]),
         "near_dependence": ([exact] * (1 + full), [exact] * (1 + full), [info] * (1 + full), 3.0),
         "judge": judge_arguments(broken=(False,) * full, maximise=full),

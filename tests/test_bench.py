@@ -233,7 +233,8 @@ def test_layer_measures_methods_that_agree() -> None:
     result = layer.measure(layer.Shape(6, 10, 8), rounds=1, device=CPU)
     assert harness.all_passed(result["checks"])
     assert set(result["timings"]) == {UNIT, *layer.METHODS}
-    assert set(result["ratios"]) == {f"{name} / {layer.OPERATOR}" for name in (layer.EAGER, layer.TWIN, layer.SVD)}
+    others = (layer.UNCHECKED, layer.EAGER, layer.TWIN, layer.SVD)
+    assert set(result["ratios"]) == {f"{name} / {layer.OPERATOR}" for name in others}
 
 
 def test_layer_reports_no_speed_of_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +290,7 @@ def test_an_opponent_that_cannot_run_is_left_out(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(layer.METHODS, layer.SVD, broken)
     result = layer.measure(layer.Shape(6, 10, 8), rounds=1, device=CPU)
     assert result["left out"] == {layer.SVD: "RuntimeError: no compiler"}
-    assert set(result["timings"]) == {UNIT, layer.OPERATOR, layer.EAGER, layer.TWIN}
+    assert set(result["timings"]) == {UNIT, layer.OPERATOR, layer.UNCHECKED, layer.EAGER, layer.TWIN}
     monkeypatch.setitem(layer.METHODS, layer.OPERATOR, broken)
     with pytest.raises(RuntimeError, match="no compiler"):
         layer.measure(layer.Shape(6, 10, 8), rounds=1, device=CPU)

@@ -22,7 +22,7 @@ from torch import Tensor
 from symtele_cuda.activations import ELU, Activation, LeakyReLU, Softplus, Tanh
 from symtele_cuda.kernels import torch_kernels as products
 
-GRAM, INVERT_GRAMS, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE, SQUARED_NORMS, PROBES, TIMES_CURVATURE = range(10)
+GRAM, INVERT_GRAMS, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE, SQUARED_NORMS, TIMES_CURVATURE = range(9)
 DTYPES = (torch.float32, torch.float64)
 DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.int32: 2}
 
@@ -534,24 +534,6 @@ def test_squared_norms_of_nothing(program):
     assert run_case(program, SQUARED_NORMS, [0], [(torch.float64, (0,))]) == [None]
 
 
-# --- probes ----------------------------------------------------------------------------------------------------------
-
-
-def check_probes(program: Path, dtype: torch.dtype, count: int, size: int) -> None:
-    (values,) = run_case(program, PROBES, [DTYPE_NUMBERS[dtype], count * size], [(dtype, (count, size))])
-    assert torch.equal(values, products.probe_vectors(count, torch.empty(size, size, dtype=dtype)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 7), (8, 512), (32, 9000)])
-def test_probes(program, count, size, dtype):
-    check_probes(program, dtype, count, size)
-
-
-def test_no_probes(program):
-    assert run_case(program, PROBES, [0, 0], [(torch.float32, (0,))]) == [None]
-
-
 # --- commit ----------------------------------------------------------------------------------------------------------
 
 
@@ -886,18 +868,6 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
         "partial[blockIdx.x * count + threadIdx.x]",
         "partial[blockIdx.x + count * threadIdx.x]",
         partial(check_squared_norms, sizes=[3, 7, 5000]),
-    ),
-    "a hash of the element before": (
-        "probes.cuh",
-        "static_cast<uint32_t>(i + 1)",
-        "static_cast<uint32_t>(i)",
-        partial(check_probes, dtype=torch.float32, count=2, size=7),
-    ),
-    "probes behind the last": (
-        "probes.cuh",
-        "i < count; i += threads",
-        "i <= count; i += threads",
-        partial(check_probes, dtype=torch.float64, count=3, size=5),
     ),
     "a copy without asking": (
         "commit.cuh",

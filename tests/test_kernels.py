@@ -173,7 +173,6 @@ BAD_ARGUMENTS: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
     "right": ("dot_sum", ([A, B], [A, C]), ValueError, r"right must have shape \(4, 5\), got \(3, 5\)"),
     "inverse": ("pseudo_inverse", (A.double(), A, True), ValueError, r"inverse must have shape \(3, 3\), got \(3, 4\)"),
     "rounded inverse": ("pseudo_inverse", (A[:, :3], A, True), TypeError, r"inverse must be of dtype float64"),
-    "g": ("identity_remainder", (A, 8, 2), ValueError, r"g must have shape \(3, 3\), got \(3, 4\)"),
     "long": ("squared_norms", ([A, A.long()],), TypeError, r"tensors must be of dtype .* or int32, got int64"),
     "accept": ("commit", (SIZE, [A], [A]), TypeError, r"accept must be of dtype bool, got float64"),
     "trial": ("commit", (SIZE > 0, [A], [B]), ValueError, r"trial must have shape \(3, 4\), got \(4, 5\)"),

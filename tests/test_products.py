@@ -237,18 +237,6 @@ def test_squared_norms() -> None:
     assert products.squared_norms([tensors[0] * float("nan"), tensors[0]]).isnan().tolist() == [True, False]
 
 
-@every_dtype
-@pytest.mark.parametrize("rounds", [0, 1, 3])
-def test_identity_remainder(rounds: int, dtype: torch.dtype) -> None:
-    g = torch.eye(7, dtype=torch.float64) + normal(7, 7) / 5
-    difference = g - torch.eye(7)
-    remainder = products.identity_remainder(g.to(dtype), 3, rounds)
-    vectors = products.probe_vectors(3, g)
-    expected = vectors @ torch.linalg.matrix_power(difference.T @ difference, rounds)
-    assert (remainder.dtype, remainder.shape) == (dtype, (3, 7))
-    assert_agree(remainder, expected, 10 * TOLERANCE[dtype])
-
-
 @pytest.mark.parametrize("size", [1, 10, 512, 3000])
 @pytest.mark.parametrize("count", [2, 8, 32])
 def test_probe_vectors_are_spread_like_random_ones(count: int, size: int) -> None:

@@ -231,19 +231,6 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([dot(t, t) for t in tensors])
 
 
-@operator(g="n n")
-def identity_remainder(g: Tensor, vectors: int, rounds: int) -> Tensor:
-    """R = V (Tᵀ T)^rounds (vectors×d) with T = g − I (d×d) and the rows of V as `probe_vectors` has them.
-
-    What V holds along a right singular vector of T, R holds σ^(2 rounds) times, with its σ: a singular g has a σ ≥ 1,
-    so that the part of V along that vector is left in R.
-    """
-    remainder = probe_vectors(vectors, g)
-    for _ in range(rounds):
-        remainder = multiply_remainder(remainder, g)
-    return remainder
-
-
 @operator(current="* any", trial="* any", accept="bool")
 def commit(accept: Tensor, current: Sequence[Tensor], trial: Sequence[Tensor]) -> None:
     """Copy every tensor of `trial` over its partner in `current` if the bool scalar `accept` holds, on the device."""
@@ -322,13 +309,6 @@ def times_own_transpose(rows: Tensor) -> Tensor:
     upper, lower = rows[:half], rows[half:]
     across = lower @ upper.T
     return torch.cat([torch.cat([upper @ upper.T, across.T], 1), torch.cat([across, lower @ lower.T], 1)])
-
-
-def multiply_remainder(remainder: Tensor, g: Tensor) -> Tensor:
-    """R Tᵀ T with T = g − I."""
-    for matrix in (g.T, g):
-        remainder = torch.addmm(remainder, remainder, matrix, beta=-1)
-    return remainder
 
 
 def padded_memory(like: Tensor, rows: int, columns: int) -> Tensor:
