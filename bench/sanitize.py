@@ -78,7 +78,7 @@ def run_factors(products: Products, operands: Operands) -> None:
     for size in (1, 31, 33, 129, 200):
         for rows in operands.matrices(size, 65):
             for bias in (False, True):
-                products.grams([rows, rows], [bias, not bias])
+                products.grams([rows, rows], [bias, not bias], bias)
         matrix = operands.positive_definite(size)
         (inverse, _), (info, _), _ = products.invert_grams([matrix, -matrix], True)
         for bias in (False, True):

@@ -79,7 +79,7 @@ def output_of(program: Path, content: bytes, *arguments: str) -> bytes:
     return program.with_suffix(".out").read_bytes()
 
 
-KINDS = re.search(r"enum class ActivationKind \{ (.*?) \};", (CSRC / "kernels.h").read_text())[1].split(", ")
+KINDS = re.findall(r'ACT\("(\w+)", \w+\)', (CSRC / "activation.cuh").read_text())
 
 
 def activation_items(activation: Activation) -> list[int | float]:

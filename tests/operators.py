@@ -32,7 +32,7 @@ RULES = {
 
 def read_schemas() -> list[str]:
     """The operators' schemas in csrc/ops.cpp."""
-    section = SOURCE.read_text().split("TORCH_LIBRARY_FRAGMENT")[1].split("TORCH_LIBRARY_IMPL")[0]
+    section = SOURCE.read_text().split("TORCH_LIBRARY_FRAGMENT")[1]
     joined = re.sub(r'"\s*\n\s*"', "", section)  # the compiler joins neighbouring strings
     return re.findall(r'"(\w+\(.*\) -> .*?)"', joined)
 
@@ -61,7 +61,7 @@ def arguments_of(name: str, activation: Activation, dtype: torch.dtype, full: bo
         "over_slope": (a, b, column, row, c, *sigma),
         "times_slope": (a, b, c, c + 1, -1.0, *sigma),
         "grouped_linear": grouped_arguments(a, b, c, row, full),
-        "grams": ([a, a.T[:3], 2 * a], [True, False, True]) if full else ([a], [False]),
+        "grams": ([a, a.T[:3], 2 * a], [True, False, True], True) if full else ([a], [False]),
         "invert_grams": ([exact] * (1 + full), full),
         "pseudo_inverse": (normal(3, 3, dtype=torch.float64), a, full),
         "take_steps": step_arguments(c, size, activation, 2 + full),

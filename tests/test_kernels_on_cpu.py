@@ -1,4 +1,4 @@
-"""The fused matrix product and the epilogues (csrc/matmul.cuh, epilogue.cuh, activation.cuh), run on the CPU.
+"""The fused matrix product and the epilogues (csrc/matmul.cu, epilogue.cuh, activation.cuh), run on the CPU.
 
 Each product is compared with its twin in `torch_kernels`, in float64 on the same numbers, and must give the same bytes
 in whatever order the threads run. What the operands' buffers hold beside the operands is NaN.
@@ -356,7 +356,7 @@ def test_the_inverse_is_not_finite_outside_its_domain(program, activation):
 
 # --- planted faults --------------------------------------------------------------------------------------------------
 
-MATMUL, EPILOGUE, ACTIVATION = "matmul.cuh", "epilogue.cuh", "activation.cuh"
+MATMUL, EPILOGUE, ACTIVATION = "matmul.cu", "epilogue.cuh", "activation.cuh"
 
 # What a fault stands for: the file, the line that is right, what takes its place.
 FAULTS = {

@@ -42,7 +42,7 @@ def for_cpu_tensors(source: str) -> str:
     for old, new in (
         ("tensor.is_cuda()", "tensor.is_cpu()"),
         ("TORCH_LIBRARY_FRAGMENT(symtele_cuda,", f"TORCH_LIBRARY_FRAGMENT({NAMESPACE},"),
-        ("TORCH_LIBRARY_IMPL(symtele_cuda, CUDA,", f"TORCH_LIBRARY_IMPL({NAMESPACE}, CPU,"),
+        ("c10::DispatchKey::CUDA,", "c10::DispatchKey::CPU,"),
     ):
         assert source.count(old) == 1, old
         source = source.replace(old, new)

@@ -142,7 +142,7 @@ def test_grouped_linear() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_gram_is_summed_in_float64(size: int, bias: bool, dtype: torch.dtype) -> None:
     rows = normal(size, 40).to(dtype)
-    (exact, other), (rounded, _) = products.grams([rows, rows[:, :3]], [bias, not bias])
+    (exact, other), (rounded, _) = products.grams([rows, rows[:, :3]], [bias, not bias], True)
     assert_agree(other, multiply(rows[:, :3].double(), rows[:, :3].double().T) + (not bias), 1e-13)
     assert (exact.dtype, rounded.dtype) == (torch.float64, dtype)
     assert_agree(exact, multiply(rows.double(), rows.double().T) + bias, 1e-13)

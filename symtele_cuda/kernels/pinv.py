@@ -88,14 +88,20 @@ class Factorization:
         bias: whether H̃ has a column of ones.
         products: what computes.
         gram: K (float64).
-        info: an int32 scalar, not 0 where K is not numerically positive definite: then the rest holds no meaning.
+        infos: an int32 of one element, not 0 where K is not numerically positive definite: then the rest holds no
+            meaning.
     """
 
     inputs: Tensor
     bias: bool
     products: Products
     gram: Tensor
-    info: Tensor
+    infos: Tensor
+
+    @property
+    def info(self) -> Tensor:
+        """The element of `infos`, a scalar."""
+        return self.infos.view(())
 
     def inverse(self) -> Tensor:
         """K⁻¹ (float64)."""
@@ -115,7 +121,7 @@ def factorize(inputs: Tensor, bias: bool, products: Products = torch_products) -
     (gram,), _ = products.grams([inputs], [bias])
     if inputs.dtype == torch.float32:
         inverses, infos, _ = products.invert_grams([gram])
-        return _ByInverse(inputs, bias, products, gram, infos.view(()), inverses[0])
+        return _ByInverse(inputs, bias, products, gram, infos, inverses[0])
     factor, info = _cholesky_qr_2(append_ones(inputs) if bias else inputs, gram, products)
     return _ByFactor(inputs, bias, products, gram, info, factor)
 

@@ -111,14 +111,16 @@ def grouped_linear(
 
 
 @operator(rows="N d")
-def grams(rows: Sequence[Tensor], biases: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+def grams(rows: Sequence[Tensor], biases: Sequence[bool], rounds: bool = False) -> tuple[list[Tensor], list[Tensor]]:
     """K = H Hᵀ, plus 1 in every element with bias, summed in float64, of every one of several H (n×d, one n for all):
-    itself (float64), and in the dtype of H."""
-    exact = [times_own_transpose(matrix.double()) for matrix in rows]
-    for gram, bias in zip(exact, biases, strict=True):
-        if bias:
-            gram.add_(1.0)
-    return exact, [one.to(matrix.dtype, copy=True) for one, matrix in zip(exact, rows, strict=True)]
+    itself (float64), and in the dtype of H, an empty list unless it `rounds`."""
+    exact: list[Tensor] = []
+    for matrix, bias in zip(rows, biases, strict=True):
+        gram = times_own_transpose(matrix.double())
+        exact.append(gram.add_(1.0) if bias else gram)
+    if not rounds:
+        return exact, []
+    return exact, [gram.to(matrix.dtype, copy=True) for gram, matrix in zip(exact, rows, strict=True)]
 
 
 @operator(grams="N N float64")
@@ -128,8 +130,14 @@ def invert_grams(grams: Sequence[Tensor], rounds: bool = False) -> tuple[list[Te
 
     Elsewhere K⁻¹ holds no meaning.
     """
-    inverses, infos = zip(*map(_invert_gram, grams), strict=True)
-    return list(inverses), torch.stack(infos), [inverse.float() for inverse in inverses if rounds]
+    inverses: list[Tensor] = []
+    infos: list[Tensor] = []
+    for gram in grams:
+        inverse, info = _invert_gram(gram)
+        inverses.append(inverse)
+        infos.append(info)
+    found = infos[0].unsqueeze(0) if len(infos) == 1 else torch.stack(infos)
+    return inverses, found, [inverse.float() for inverse in inverses] if rounds else []
 
 
 @operator(rows="n d", inverse="n n float64")
@@ -305,7 +313,7 @@ def times_own_transpose(rows: Tensor) -> Tensor:
     """A Aᵀ, for large A with the block off the diagonal computed once."""
     half = len(rows) // 2
     if half < 64:
-        return rows @ rows.T
+        return torch.mm(rows, rows.T)
     upper, lower = rows[:half], rows[half:]
     across = lower @ upper.T
     return torch.cat([torch.cat([upper @ upper.T, across.T], 1), torch.cat([across, lower @ lower.T], 1)])
@@ -336,7 +344,7 @@ _LOW_BITS = 2**32 - 1
 
 def _invert_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     triangle, info = torch.linalg.cholesky_ex(gram)
-    if gram.device.type == "cpu":
+    if gram.is_cpu:
         return (torch.cholesky_inverse(triangle) if info.item() == 0 else torch.full_like(gram, math.nan)), info
     # `cholesky_inverse` reads its own info back from the device.
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -24,8 +24,8 @@ class Health(NamedTuple):
     Attributes:
         gram, inverse: of K and K⁻¹, float64.
         info: not 0 where K is not positive definite.
-        z, weight, bias: of Z, W' and b', not finite where an argument is not, where Y left the domain of σ⁻¹ or where
-            numbers overflowed, be it only their squares.
+        z, weight, bias: of Z, W' and b', if there is one, not finite where an argument is not, where Y left the domain
+            of σ⁻¹ or where numbers overflowed, be it only their squares.
     """
 
     gram: float
@@ -33,7 +33,7 @@ class Health(NamedTuple):
     info: float
     z: float
     weight: float
-    bias: float
+    bias: float = 0.0
 
     @property
     def finite(self) -> bool:
@@ -44,13 +44,14 @@ class Health(NamedTuple):
         return self.info == 0 and self.gram * self.inverse <= largest**4
 
 
-def measure_health(products: Products, found: Factorization, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def measure_health(products: Products, found: Factorization, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The numbers of `Health`, on the device: there every question about a value waits for all that was launched."""
-    return products.squared_norms([found.gram, found.inverse(), found.info, z, widen(weight), widen(bias)])
+    results = [widen(new) for new in (weight, bias) if new is not None]
+    return products.squared_norms([found.gram, found.inverse(), found.infos, z, *results])
 
 
 @torch.no_grad()
-def check_health(measured: Tensor, layer: Layer, z: Tensor, new_weight: Tensor, new_bias: Tensor) -> None:
+def check_health(measured: Tensor, layer: Layer, z: Tensor, new_weight: Tensor, new_bias: Tensor | None) -> None:
     """Look closer where a number is not small, and raise the error that is behind it if there is one."""
     health = Health(*measured.tolist())
     matched = health.matched(MAX_CONDITION[z.dtype])
@@ -64,7 +65,8 @@ def check_health(measured: Tensor, layer: Layer, z: Tensor, new_weight: Tensor, 
         if not health.finite:
             _check_domain(layer.sigma, layer.sigma.forward(z) @ widen(layer.g).T)
             _check_range("weight", new_weight)
-            _check_range("bias", new_bias)
+            if new_bias is not None:
+                _check_range("bias", new_bias)
 
 
 def _check_matched(inputs: Tensor, bias: bool, health: Health) -> None:
@@ -112,4 +114,4 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 def _is_finite(tensor: Tensor) -> bool:
     """From the extremes, which are NaN if any element is: several times faster than `isfinite` of every element."""
-    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))

@@ -142,7 +142,7 @@ def choose_activation(activation: str | Activation, negative_slope: float) -> Ac
     return make_activation(activation, negative_slope)
 
 
-def check_tensors(weight: Tensor, inputs: Tensor, g: Tensor, bias: Tensor | None) -> None:
+def check_tensors(weight: Tensor, inputs: Tensor, g: Tensor, bias: Tensor | None = None) -> None:
     """Types, shapes, dtypes and devices: all that can be known without reading an element."""
     named = named_tensors(weight, inputs, g, bias)
     for name, tensor in named.items():
@@ -177,14 +177,13 @@ def check_tensors(weight: Tensor, inputs: Tensor, g: Tensor, bias: Tensor | None
         )
 
 
-def check_no_tangent(named: dict[str, Tensor]) -> None:
+def check_no_tangent(name: str, tensor: Tensor | None) -> None:
     """torch drops the tangents that reach an operator without a forward derivative, and does not say so."""
-    for name, tensor in named.items():
-        if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                f"{name} must have no tangent, got one: teleport_layer has no forward-mode derivative; "
-                "torch.autograd.functional.jvp computes the same from its backward derivatives"
-            )
+    if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{name} must have no tangent, got one: teleport_layer has no forward-mode derivative; "
+            "torch.autograd.functional.jvp computes the same from its backward derivatives"
+        )
 
 
 def named_tensors(weight: Tensor, inputs: Tensor, g: Tensor, bias: Tensor | None) -> dict[str, Tensor]:

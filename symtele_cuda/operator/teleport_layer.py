@@ -109,8 +109,10 @@ def teleport_layer(
     check_backend(backend)
     check_name("action", action, ACTIONS)
     check_bool("check", check)
-    check_tensors(weight, inputs, g, bias)
-    check_no_tangent(named_tensors(weight, inputs, g, bias))
+    named = named_tensors(weight, inputs, g, bias)
+    check_tensors(**named)
+    for name, tensor in named.items():
+        check_no_tangent(name, tensor)
     if weight.is_meta:
         raise ValueError("weight must hold numbers to compute with, got a tensor on the meta device")
     description = *chosen.sigma, action, backend
@@ -118,10 +120,11 @@ def teleport_layer(
         return _TeleportLayer.apply(check, weight, inputs, g, bias, description)
     # A compiler is to see one operator.
     layer = Layer(weight, inputs, g, bias, *description)
-    new_weight, new_bias, z, *_, measured = torch.ops.symtele_cuda.teleport_layer(check, *layer)
+    new_weight, empty_or_bias, z, *_, measured = torch.ops.symtele_cuda.teleport_layer(check, *layer)
+    new_bias = None if bias is None else empty_or_bias
     if check:
         check_health(measured, layer, z, new_weight, new_bias)
-    return new_weight, None if bias is None else new_bias
+    return new_weight, new_bias
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,15 +152,21 @@ torch.library.define(
 
 
 def _forward(check: bool, *arguments: Any) -> tuple[Tensor, ...]:
-    """The operator, for who calls it itself."""
     layer = Layer(*arguments)
     check_name("action", layer.action, ACTIONS)
     check_tensors(*layer.tensors())
-    return _transform(check, layer)
+    new_weight, new_bias, saved, measured = _transform(check, layer)
+    unmeasured, no_bias = layer.nothing()
+    return (
+        new_weight,
+        no_bias if new_bias is None else new_bias,
+        *saved,
+        unmeasured if measured is None else measured,
+    )
 
 
-def _transform(check: bool, layer: Layer) -> tuple[Tensor, ...]:
-    """W', b' (empty without bias), Z, S, Y, P and the numbers of `Health`, none unless they are to be checked."""
+def _transform(check: bool, layer: Layer) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], Tensor | None]:
+    """W', b', (Z, S, Y, P), and the numbers of `Health` if they are to be checked."""
     products, sigma, rho = layer.products, (layer.activation, layer.numbers), layer.rho
     with full_precision(layer.weight):
         weight, inputs, g, bias = layer.widened()
@@ -167,16 +176,16 @@ def _transform(check: bool, layer: Layer) -> tuple[Tensor, ...]:
         y, change = products.inverse_activation(s, g.T, z, rho, *sigma)
         exact_weight, exact_bias = absorb(products, factor, change, weight, bias, share=rho)
         new_weight = layer.narrow(exact_weight)
-        new_bias = layer.weight.new_empty(0) if exact_bias is None else layer.narrow(exact_bias)
-        measured = measure_health(products, found, z, new_weight, new_bias) if check else z.new_empty(0)
-    return new_weight, new_bias, z, s, y, factor, measured
+        new_bias = None if exact_bias is None else layer.narrow(exact_bias)
+        measured = measure_health(products, found, z, new_weight, new_bias) if check else None
+    return new_weight, new_bias, (z, s, y, factor), measured
 
 
 def _backward(with_layer: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     layer = Layer.at_the_end_of(arguments)
     by_weight, by_g, by_bias = _pull_back(with_layer, layer, *arguments[: -len(layer)])
-    nothing = layer.nothing()
-    return nothing[0] if by_weight is None else by_weight, by_g, nothing[1] if by_bias is None else by_bias
+    none_weight, none_bias = layer.nothing()
+    return none_weight if by_weight is None else by_weight, by_g, none_bias if by_bias is None else by_bias
 
 
 def _pull_back(
@@ -250,7 +259,8 @@ def _forward_fake(check: bool, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, (outputs, columns) = widen(layer.inputs), layer.weight.shape
     z = inputs.new_empty(len(inputs), outputs)
     factor = padded_memory(inputs, len(inputs), columns + int(layer.has_bias))
-    measured = z.new_empty(len(Health._fields), dtype=torch.float64) if check else z.new_empty(0)
+    numbers = len(Health._fields) - (not layer.has_bias)
+    measured = z.new_empty(numbers, dtype=torch.float64) if check else layer.weight.new_empty(0)
     return *layer.new_empty(), z, torch.empty_like(z), torch.empty_like(z), factor, measured
 
 
@@ -268,19 +278,19 @@ def _double_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[2:])
-    _keep(ctx, Layer(*inputs[1:]), output)
+    _keep(ctx, Layer(*inputs[1:]), output[2:6])
 
 
-def _keep(ctx: Any, layer: Layer, output: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, layer: Layer, saved: tuple[Tensor, ...]) -> None:
     """What the backward pass reads."""
-    ctx.save_for_backward(*output[2:6], *layer.tensors())
+    ctx.save_for_backward(*saved, *layer.tensors())
     ctx.description = layer[4:]
 
 
 def _differentiate(ctx: Any, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of the whole layer."""
-    named = {"the gradient of the new weight": grad_weight, "the gradient of the new bias": grad_bias}
-    check_no_tangent({name: gradient for name, gradient in named.items() if gradient is not None})
+    check_no_tangent("the gradient of the new weight", grad_weight)
+    check_no_tangent("the gradient of the new bias", grad_bias)
     _, needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
     with_layer, (*saved, weight, inputs, g, bias) = needs_weight or needs_bias, ctx.saved_tensors
     layer = Layer(weight, inputs, g, bias, *ctx.description)
@@ -342,11 +352,11 @@ class _TeleportLayer(torch.autograd.Function):
     def forward(ctx: Any, check: bool, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         *tensors, description = arguments
         layer = Layer(*tensors, *description)
-        results = new_weight, new_bias, z, *_, measured = _transform(check, layer)
-        if check:
-            check_health(measured, layer, z, new_weight, new_bias)
-        _keep(ctx, layer, results)
-        return new_weight, new_bias if layer.has_bias else None
+        new_weight, new_bias, saved, measured = _transform(check, layer)
+        if measured is not None:
+            check_health(measured, layer, saved[0], new_weight, new_bias)
+        _keep(ctx, layer, saved)
+        return new_weight, new_bias
 
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -698,7 +698,7 @@ def _factorize_moved(
     if not moved:
         return []
     found, rounded = products.grams(
-        [inputs[layer] for layer in moved], [network.biases[layer] is not None for layer in moved]
+        [inputs[layer] for layer in moved], [network.biases[layer] is not None for layer in moved], True
     )
     exact: dict[int, Tensor] = {}  # of the layers that absorb
     for layer, matrix, gram in zip(moved, found, rounded, strict=True):

@@ -1,5 +1,5 @@
 // factor ORDER INPUT OUTPUT: runs the cases that INPUT describes (tests/test_factor_kernels_on_cpu.py writes it) with
-// the kernels of csrc/gram.cuh, invert_gram.cuh, step.cuh, curvature.cuh, reduce.cuh, commit.cuh and
+// the kernels of csrc/gram.cu, invert_gram.cu, step.cu, curvature.cu, reduce.cu, commit.cu and
 // judge.cuh on the CPU, the threads in ORDER (cuda_on_cpu::set_order), and writes for each the launcher's error code and the results.
 #include <vector>
 
