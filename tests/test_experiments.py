@@ -143,7 +143,7 @@ def test_split_is_seeded_and_complete() -> None:
 
 
 def test_a_missing_extra_says_how_to_get_it() -> None:
-    with pytest.raises(ImportError, match=r"pip install symtele_cuda\[demo\]"):
+    with pytest.raises(ImportError, match=r'pip install "\.\[experiments\]"'):
         require_extra("no_such_module_anywhere")
 
 

@@ -14,6 +14,7 @@ import torch
 from test_device_search import assert_same, make_task
 
 from symtele_cuda.kernels import graphs, pinv
+from symtele_cuda.model.network import parameter_list
 from symtele_cuda.orbits import action
 from symtele_cuda.search import device as device_search
 from symtele_cuda.search.device import Program, read_back, run_program
@@ -175,8 +176,8 @@ def test_weights_formed_after_a_graph_s_search_keep_the_layers_that_it_kept(reco
         assert [inputs.shape[1] for inputs in factorized] == [DIMS[2]]  # of the last layer alone
         own_goal = replace(goal, references=network.weights, offsets=network.biases)
         for one, other in zip(
-            action.parameter_list(formed),
-            action.parameter_list(action.form_weights(network, task.plan, task.start(), own_goal, task.matches)[0]),
+            parameter_list(formed),
+            parameter_list(action.form_weights(network, task.plan, task.start(), own_goal, task.matches)[0]),
             strict=True,
         ):
             assert torch.equal(one, other)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from networks import make_mlp, snapshot, unchanged
-from symtele_cuda.__main__ import main
 from torch import Tensor
 
 from experiments import guards
+from experiments.__main__ import main
 from experiments.study.records import Check, Record, Teleport, Validation
 from symtele_cuda import Schedule, Teleporter
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from symtele_cuda.__main__ import main
 from torch import nn
 
 from experiments import noise
+from experiments.__main__ import main
 from experiments.data import Dataset
 from experiments.noise import Look, NoiseRun
 from experiments.training import NOISE, with_noise
