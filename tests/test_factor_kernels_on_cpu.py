@@ -23,6 +23,7 @@ from symtele_cuda.activations import ELU, Activation, LeakyReLU, Softplus, Tanh
 from symtele_cuda.kernels import torch_kernels as products
 
 GRAM, INVERT_GRAMS, STEP, DOT_SUM, COMMIT, NEAR_DEPENDENCE, JUDGE, SQUARED_NORMS, PROBES, TIMES_CURVATURE = range(10)
+SOURCES = [f"{name}.cu" for name in ("commit", "curvature", "gram", "invert_gram", "judge", "probes", "reduce", "step")]
 DTYPES = (torch.float32, torch.float64)
 DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.int32: 2}
 
@@ -41,7 +42,7 @@ Results = Sequence[tuple[torch.dtype, tuple[int, ...]]]
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("factor", tmp_path_factory.mktemp("factor"))
+    return build("factor", tmp_path_factory.mktemp("factor"), sources=SOURCES)
 
 
 def run_case(program: Path, operation: int, items: list, results: Results) -> list[Tensor | None]:
@@ -911,6 +912,6 @@ FAULTS: dict[str, tuple[str, str, str, Check]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, tmp_path):
     file, right, wrong, check = FAULTS[fault]
-    program = build("factor", tmp_path, csrc=plant_fault(tmp_path, file, right, wrong))
+    program = build("factor", tmp_path, plant_fault(tmp_path, file, right, wrong), SOURCES)
     with pytest.raises(AssertionError):
         check(program)

@@ -5,14 +5,7 @@
 
 #include "activations.h"
 #include "buffers.h"
-#include "commit.cu"
-#include "curvature.cu"
-#include "gram.cu"
-#include "invert_gram.cu"
-#include "judge.cu"
-#include "probes.cu"
-#include "reduce.cu"
-#include "step.cu"
+#include "kernels.h"
 
 namespace {
 
