@@ -232,15 +232,18 @@ def run(
     ladder: Sequence[Variant],
     seeds: range,
     out: Path,
-    on_run: Callable[[SpikeRun], None],
+    on_run: Callable[[str], None],
 ) -> str:
-    """The plain run and every variant for every seed; figure and JSON in `out`; returns the table to print."""
+    """The plain run and every variant for every seed; figure and JSON in `out`; returns the table to print.
+
+    on_run: gets what has finished, for progress.
+    """
     runs: list[SpikeRun] = []
     for seed in seeds:
         course = Course.make(make_task(dataset, MNIST_WIDTHS, seed).to(training.device), training, seed)
         for variant in (None, *ladder):
             runs.append(course.run(variant))
-            on_run(runs[-1])
+            on_run(f"seed {seed}, {runs[-1].label}")
     title = f"{dataset.name}, batch {training.batch_size}, {training.optimizer}, lr {training.lr:g}"
     _draw(title, runs, ladder, out / "spike.png")
     settings = {"data": dataset.name, "widths": MNIST_WIDTHS, "training": training, "seeds": list(seeds)}

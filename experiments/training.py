@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +50,12 @@ class Task:
     validation: Dataset | None = None
     weight_range: tuple[float, float] | None = None
     negative_slope: float = 0.1
+
+    def make_model(self, generator: torch.Generator) -> nn.Sequential:
+        """On the CPU, with the weights that `generator` draws."""
+        return make_mlp(
+            self.dims, lambda: nn.LeakyReLU(self.negative_slope), generator, weight_range=self.weight_range
+        )
 
     def to(self, device: str) -> Task:
         validation = None if self.validation is None else self.validation.to(device)
@@ -154,14 +160,22 @@ def make_optimizer(name: str, parameters: list[nn.Parameter] | list[Tensor], lr:
     return OPTIMIZERS[name](parameters, lr=lr)
 
 
-def make_mlp(task: Task, generator: torch.Generator) -> nn.Sequential:
-    """The MLP of `task` on the CPU, its weights drawn from `generator`."""
+def make_mlp(
+    dims: Sequence[int],
+    make_activation: Callable[[], nn.Module],
+    generator: torch.Generator,
+    *,
+    bias: bool = False,
+    weight_range: tuple[float, float] | None = None,
+) -> nn.Sequential:
+    """An MLP on the CPU whose parameters `generator` draws: uniform in `weight_range`, or in ±1/√fan_in without one."""
     layers: list[nn.Module] = []
-    for d_in, d_out in pairwise(task.dims):
-        linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=False)
-        low, high = task.weight_range or (-1 / math.sqrt(d_in), 1 / math.sqrt(d_in))
-        nn.init.uniform_(linear.weight, low, high, generator=generator)
-        layers += [linear, nn.LeakyReLU(task.negative_slope)]
+    for d_in, d_out in pairwise(dims):
+        linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=bias)
+        low, high = weight_range or (-1 / math.sqrt(d_in), 1 / math.sqrt(d_in))
+        for parameter in linear.parameters():
+            nn.init.uniform_(parameter, low, high, generator=generator)
+        layers += [linear, make_activation()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -243,7 +257,7 @@ def start(
 ) -> Trainee:
     """The beginning of the run of `seed`, whose teleporter is one of `kind`."""
     generator = torch.Generator().manual_seed(seed)
-    model = make_mlp(task, generator).to(training.device)
+    model = task.make_model(generator).to(training.device)
     optimizer = make_optimizer(training.optimizer, list(model.parameters()), training.lr)
     teleporter = None if teleports is None else teleports.teleporter(model, optimizer, task.loss_fn, kind)
     return Trainee(task, training.batch_size, model, optimizer, teleporter, generator)
