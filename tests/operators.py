@@ -134,6 +134,15 @@ def takes_activation(name: str) -> bool:
 
 CASES = [(name, activation) for name in SCHEMAS for activation in ONE_OF_EACH[: None if takes_activation(name) else 1]]
 
-every_operator_and_activation = pytest.mark.parametrize(
-    ("name", "activation"), CASES, ids=[f"{name}-{activation}" for name, activation in CASES]
+_NAMES = ("name", "activation")
+_IDS = [f"{name}-{activation}" for name, activation in CASES]
+
+every_operator_and_activation = pytest.mark.parametrize(_NAMES, CASES, ids=_IDS)
+
+every_operator_and_mostly_one_activation = pytest.mark.parametrize(
+    _NAMES,
+    [
+        pytest.param(*case, marks=() if case[1] is ONE_OF_EACH[0] else pytest.mark.exhaustive) for case in CASES
+    ],
+    ids=_IDS,
 )

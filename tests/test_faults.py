@@ -6,6 +6,7 @@ Afterwards parameters, optimizer state, modes, random state and `torch.nn.Module
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exhaustive import mostly
 from networks import make_batch, make_mlp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,6 +109,11 @@ WORLDS: dict[str, Callable[[], World]] = {
 }
 
 
+# Every PARTS-th operation or line, from the first, the second and so on.
+PARTS = 5
+every_part = pytest.mark.parametrize("part", mostly(range(PARTS), lambda part: part == 0))
+
+
 def picture(world: World) -> dict[str, Any]:
     """Everything that a failed call must leave as it was."""
     state = None if world.optimizer is None else copy.deepcopy(world.optimizer.state_dict())
@@ -155,8 +162,9 @@ class FailsAt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@every_part
 @pytest.mark.parametrize("name", WORLDS)
-def test_an_exception_at_any_operation_leaves_everything_as_it_was(name: str) -> None:
+def test_an_exception_at_any_operation_leaves_everything_as_it_was(name: str, part: int) -> None:
     WORLDS[name]().call()  # what is done once in a process is done
     world = WORLDS[name]()
     before = picture(world)
@@ -165,7 +173,7 @@ def test_an_exception_at_any_operation_leaves_everything_as_it_was(name: str) ->
     assert counting.count > 50 and world.moves != same(before["parameters"], picture(world)["parameters"])
     world = WORLDS[name]()
     before = picture(world)
-    for k in range(1, counting.count + 1):
+    for k in range(1 + part, counting.count + 1, PARTS):
         with pytest.raises(MemoryError), FailsAt(k):
             world.call()
         assert_unchanged(before, world, f"operation {k}")
@@ -211,14 +219,15 @@ def trace(call: Callable[[], Any], local: Callable[[FrameType, str, Any], Any]) 
         sys.settrace(own)
 
 
+@every_part
 @pytest.mark.parametrize("name", WORLDS)
-def test_an_interrupt_at_any_line_leaves_everything_as_it_was(name: str) -> None:
+def test_an_interrupt_at_any_line_leaves_everything_as_it_was(name: str, part: int) -> None:
     WORLDS[name]().call()  # what is done once in a process is done
     places = places_of(WORLDS[name]().call)
     assert len(places) > 100
     world = WORLDS[name]()
     before = picture(world)
-    for code, line in places:
+    for code, line in itertools.islice(places, part, None, PARTS):
         with pytest.raises(KeyboardInterrupt):
             interrupt_at(world.call, (code, line))
         assert_unchanged(before, world, f"{os.path.basename(code.co_filename)}:{line}")

@@ -16,7 +16,7 @@ import torch
 from operators import (
     SCHEMAS,
     arguments_of,
-    every_operator_and_activation,
+    every_operator_and_mostly_one_activation,
     judge_arguments,
     normal,
     read_schemas,
@@ -93,7 +93,7 @@ def test_the_protocol_has_the_signature_of_the_twin(name: str) -> None:
 # --- the operators on the CPU -------------------------------------------------------------------------------------
 
 
-@every_operator_and_activation
+@every_operator_and_mostly_one_activation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck(operators: kernels.Products, name: str, activation: Activation, dtype: torch.dtype) -> None:
     for full in (False, True):

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -525,8 +526,22 @@ def uninterrupted(optimizer: str, optimizer_state: str) -> Run:
     return run
 
 
+@functools.cache
+def saving(optimizer: str, optimizer_state: str) -> tuple[Run, dict[int, bytes]]:
+    """A run to the end that saves itself at every one of `STOPS`, and what it saved."""
+    run, saved = Run(optimizer, optimizer_state), {}
+    for start, stop in pairwise((0, *STOPS)):
+        run.train(start, stop)
+        saved[stop] = run.save()
+    run.train(STOPS[-1], LAST)
+    return run, saved
+
+
 # Teleports happen at iterations 11, 14, 20 and 23: stop before, while gathering, right after one, behind the last.
-@pytest.mark.parametrize("stop", [3, 10, 11, 12, 13, 15, 18, 22, 25])
+STOPS = (3, 10, 11, 12, 13, 15, 18, 22, 25)
+
+
+@pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("optimizer_state", ["keep", "reset", "transport"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resumed_run_is_the_uninterrupted_run(optimizer: str, optimizer_state: str, stop: int) -> None:
@@ -534,12 +549,9 @@ def test_resumed_run_is_the_uninterrupted_run(optimizer: str, optimizer_state: s
     assert len(whole.teleporter.reports) == 4
     assert any(report.accepted for report in whole.teleporter.reports)
 
-    interrupted = Run(optimizer, optimizer_state)
-    interrupted.train(0, stop)
-    saved = interrupted.save()
-    interrupted.train(stop, LAST)  # what goes on after saving must not reach into what was saved
+    interrupted, saved = saving(optimizer, optimizer_state)
     resumed = Run(optimizer, optimizer_state)
-    resumed.load(saved)
+    resumed.load(saved[stop])
     resumed.train(stop, LAST)
 
     for run in (interrupted, resumed):
