@@ -1,8 +1,10 @@
-# make demo    installs everything into $(VENV) and trains on the handwritten digits, without and with teleportation
-# make test    installs everything into $(VENV) and tests this checkout
+# make demo      installs everything into $(VENV) and trains on the handwritten digits, without and with teleportation
+# make test      installs everything into $(VENV) and tests this checkout, of the largest grids of cases a part
+# make test-all  the same with all cases: what .ci/run calls
 #
 # PYTHON  the interpreter that makes the environment, 3.10 or newer
 # TORCH   what pip installs as torch, options included: TORCH="torch==2.13.0". Read when the environment is made.
+# TEST_PROCESSES  how many processes share the tests, one thread each; 0 is none but pytest's own
 # DEMO_ARGS, TEST_ARGS, BENCH_ARGS  are handed on to the command of the target
 #
 # The environment variables of the build (README, "What the build decides") are read when the package is installed:
@@ -11,19 +13,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
+TEST_PROCESSES ?= 2
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo test lint bench install info clean
+# A test goes to the process that is free first: a few of them take as long as whole files of others.
+PYTEST := OMP_NUM_THREADS=1 $(IN_VENV) -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
+
+.PHONY: demo test test-all lint bench install info clean
 
 demo: install
 	$(IN_VENV) -m symtele_cuda demo $(DEMO_ARGS)
 
 test: install
-	$(IN_VENV) -m pytest $(TEST_ARGS)
+	$(PYTEST) -m "not exhaustive" $(TEST_ARGS)
+
+test-all: install
+	$(PYTEST) $(TEST_ARGS)
 
 lint: install
 	$(IN_VENV) -m ruff check .

@@ -23,8 +23,8 @@ from bench import layer, teleport
 from bench.harness import UNIT, Contestant, add_rounds, begin, compare, make_parser, read_arguments, run_shapes
 from symtele_cuda.kernels import graphs
 from symtele_cuda.kernels import torch_kernels as products
-from symtele_cuda.kernels.library import FAKES
-from symtele_cuda.operator import teleport_layer as ops
+from symtele_cuda.kernels.operands import OPERATORS
+from symtele_cuda.operator import layer as operator_layer
 from symtele_cuda.search import device as device_search
 
 CPU = torch.device("cpu")
@@ -37,8 +37,8 @@ class Replays:
     def __init__(self) -> None:
         self._captured: dict[Hashable, tuple[list[Tensor], Any]] = {}
 
-    def run(self, work: Any, program: Callable[[Any], Any]) -> tuple[Any, str]:
-        tensors, key = work.tensors(), (program, work.signature())
+    def run(self, work: Any, program: Callable[[Any], Any], obstacle: str | None) -> tuple[Any, str]:
+        tensors, key = graphs.tensors_of(work), (program, graphs.signature_of(work))
         if key not in self._captured:
             self._captured[key] = [tensor.clone() for tensor in tensors], program(work)
         inputs, outcome = self._captured[key]
@@ -49,7 +49,7 @@ class Replays:
 @contextmanager
 def replayed() -> Iterator[None]:
     """Inside, teleports take the way of the device."""
-    with patch.object(graphs, "run", Replays().run), patch.object(device_search, "can_find", lambda task: True):
+    with patch.object(graphs, "run", Replays().run), patch.object(device_search, "can_climb", lambda orbit: True):
         yield
 
 
@@ -61,7 +61,7 @@ def duplicate(result: Any) -> Any:
 @contextmanager
 def without_work(program: Callable[[], object]) -> Iterator[None]:
     """Inside, the operators of csrc return copies of what their twins return in one run of the program."""
-    results: dict[str, list[Any]] = {name: [] for name in FAKES}
+    results: dict[str, list[Any]] = {name: [] for name in OPERATORS}
 
     def recording(name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
@@ -74,17 +74,12 @@ def without_work(program: Callable[[], object]) -> Iterator[None]:
         turns = itertools.cycle(found)
         return lambda *arguments, **keywords: duplicate(next(turns))
 
-    def remainder(test: Any, operators: Any, g: Tensor) -> Tensor:
-        return operators.identity_remainder(g, test.vectors, test.rounds)
-
-    as_on_a_gpu = patch.multiple(ops, _identity_tests=lambda g: ops._GPU_TESTS)
-    with as_on_a_gpu, patch.object(ops._IdentityTest, "remainder", remainder):
-        first = SimpleNamespace(**{name: recording(name) for name in FAKES})
-        with patch.object(ops, "products_for", lambda device, backend: first):
-            program()
-        others = SimpleNamespace(**{name: repeating(found) for name, found in results.items()})
-        with patch.object(ops, "products_for", lambda device, backend: others):
-            yield
+    first = SimpleNamespace(**{name: recording(name) for name in OPERATORS})
+    with patch.object(operator_layer, "products_for", lambda device, backend: first):
+        program()
+    others = SimpleNamespace(**{name: repeating(found) for name, found in results.items()})
+    with patch.object(operator_layer, "products_for", lambda device, backend: others):
+        yield
 
 
 def measure_teleport(rounds: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ are rounded figures for such devices, not measurements of these kernels.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -193,10 +194,10 @@ def launch_grams(name: str, arguments: Sequence[Any], results: Any) -> list[Laun
         tiles = len(matrices) * edge * (edge + 1) // 2
         return [Launch(name, "fused float64", bytes_of(matrices), bytes_of(results), n * (n + 1) * inner, tiles)]
     launches: list[Launch] = []
-    for matrix, product, copy in zip(matrices, exact, rounded, strict=True):
+    for matrix, product, copy in itertools.zip_longest(matrices, exact, rounded):
         wide, size, operations = 8 * matrix.numel(), bytes_of(product), 2 * n * n * matrix.shape[1]
         launches += [
-            Launch(f"{name}, its copies", "elementwise", bytes_of(matrix) + size, wide + bytes_of(copy), kernels=2),
+            Launch(f"{name}, its copies", "elementwise", bytes_of(matrix) + size, wide + bytes_of([copy]), kernels=2),
             Launch(name, "library float64", wide, size, operations, count_tiles(LIBRARY_TILES, (n, n))),
         ]
     return launches
@@ -230,13 +231,6 @@ def launch_pseudo_inverse(name: str, arguments: Sequence[Any], results: Tensor) 
     ]
 
 
-def launch_remainder(name: str, arguments: Sequence[Any], results: Tensor, allow_tf32: bool) -> list[Launch]:
-    """The vectors, and `rounds` products with g and its transpose each."""
-    g, _, rounds = arguments
-    products = launch_product("linear", (results, g, results), results, allow_tf32)
-    return [Launch(name, "elementwise", 0, bytes_of(results)), *(2 * rounds * products)]
-
-
 def launch_fused(name: str, arguments: Sequence[Any], results: Any, allow_tf32: bool) -> list[Launch]:
     """The launches of one of csrc's operators, which come from one call of torch's dispatcher."""
     first, *others = _launches_of(name, arguments, results, allow_tf32)
@@ -250,8 +244,6 @@ def _launches_of(name: str, arguments: Sequence[Any], results: Any, allow_tf32: 
         return launch_inverse(name, arguments, results)
     if name == "pseudo_inverse":
         return launch_pseudo_inverse(name, arguments, results)
-    if name == "identity_remainder":
-        return launch_remainder(name, arguments, results, allow_tf32)
     if name == "grouped_linear":
         return launch_group(name, arguments, results, allow_tf32)
     if name in PRODUCTS:

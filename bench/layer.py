@@ -1,5 +1,5 @@
-"""One layer's transform and its gradient ∂f/∂g: the operator, and the formula with a Cholesky factor, with an SVD in
-float64 (its plain-torch twin) and with one in the dtype of the layer.
+"""One layer's transform and its gradient ∂f/∂g: the operator, with and without its checks, and the formula with a
+Cholesky factor, with an SVD in float64 (its plain-torch twin) and with one in the dtype of the layer.
 
     python -m bench.layer [--device cpu] [--shape NAME ...] [--threads 1] [--rounds 9] [--out FILE]
 
@@ -44,6 +44,7 @@ from symtele_cuda.activations import Activation, make_activation
 from symtele_cuda.operator import reference
 
 OPERATOR, TWIN, SVD = "teleport_layer", "reference by autograd", "SVD pseudo-inverse by autograd"
+UNCHECKED = "teleport_layer, check=False"
 ON_TORCH, EAGER, COMPILED = "teleport_layer, backend torch", "Cholesky by autograd", "Cholesky by autograd, compiled"
 
 # Against float64, in the 2-norm. W' loses κ(H)·u, with κ below a few hundred here. ∂f/∂g jumps besides where
@@ -179,10 +180,10 @@ def make_problem(shape: Shape, device: torch.device) -> Problem:
     return problem.map(lambda tensor: tensor.to(DTYPES[shape.precision]))
 
 
-def by_operator(problem: Problem, backend: str = "auto") -> Result:
+def by_operator(problem: Problem, backend: str = "auto", check: bool = True) -> Result:
     g = problem.group_element()
     moved, _ = teleport_layer(
-        problem.weight, problem.inputs, g, activation=problem.sigma, action="paper", backend=backend
+        problem.weight, problem.inputs, g, activation=problem.sigma, action="paper", backend=backend, check=check
     )
     return moved, torch.autograd.grad(moved, g, problem.cotangent)[0]
 
@@ -215,7 +216,13 @@ def by_cholesky(problem: Problem, act: Callable[..., Tensor] = act_by_cholesky) 
 
 
 Methods = dict[str, Callable[[Problem], Result]]
-METHODS: Methods = {OPERATOR: by_operator, EAGER: by_cholesky, TWIN: by_reference, SVD: by_svd}
+METHODS: Methods = {
+    OPERATOR: by_operator,
+    UNCHECKED: partial(by_operator, check=False),
+    EAGER: by_cholesky,
+    TWIN: by_reference,
+    SVD: by_svd,
+}
 
 
 def methods_for(shape: Shape, device: torch.device) -> Methods:

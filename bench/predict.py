@@ -50,15 +50,16 @@ from bench.launches import (
 )
 from symtele_cuda.activations import Activation, LeakyReLU, Softplus, Tanh
 from symtele_cuda.kernels import graphs
-from symtele_cuda.kernels import library as kernels
-from symtele_cuda.model.chain import read_chain
+from symtele_cuda.kernels.operands import OPERATORS
 from symtele_cuda.model.problem import Problem
-from symtele_cuda.operator import teleport_layer as ops
+from symtele_cuda.model.reader import read_chain
+from symtele_cuda.model.surroundings import Surroundings
+from symtele_cuda.objectives import GradNorm
+from symtele_cuda.operator import layer as operator_layer
+from symtele_cuda.orbits.batch import BatchOrbit
 from symtele_cuda.orbits.batch_plan import make_plan, match_inputs
-from symtele_cuda.search.device import run_program
-from symtele_cuda.settings import make_options
-from symtele_cuda.surroundings import Surroundings
-from symtele_cuda.task import Task
+from symtele_cuda.search.device import Climb, run_program
+from symtele_cuda.settings import Ascent
 
 # --- a prediction ----------------------------------------------------------------------------------------------------
 
@@ -115,11 +116,21 @@ class Recorder(TorchDispatchMode):
         self.allow_tf32 = allow_tf32
         self.launches: list[Launch] = []
         self.waits = 0
+        self._paused = False
 
-    def run(self, work: Any, program: Callable[[Any], Any]) -> tuple[Any, str]:
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Inside, nothing is written down."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def run(self, work: Any, program: Callable[[Any], Any], obstacle: str | None) -> tuple[Any, str]:
         """What `graphs.run` does from the second call on, its decisions on the size and kind of the work included."""
-        tensors = work.tensors()
-        if sum(tensor.numel() for tensor in tensors) > graphs.LARGEST_WORK or work.obstacle() is not None:
+        tensors = graphs.tensors_of(work)
+        if sum(tensor.numel() for tensor in tensors) > graphs.LARGEST_WORK or obstacle is not None:
             return program(work), ""
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         dtypes = len({tensor.dtype for tensor in tensors})
@@ -131,6 +142,8 @@ class Recorder(TorchDispatchMode):
         return outcome, graphs.GRAPH
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._paused:
+            return function(*args, **(kwargs or {}))
         if function is torch.ops.aten._local_scalar_dense.default:
             self.waits += 1
             return True if args[0].dtype == torch.bool else 0  # all is well, and counts of failures are nought
@@ -146,20 +159,21 @@ class Recorder(TorchDispatchMode):
 
         def recorded(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                results = fake(*args, **kwargs)
+                with self.pause():
+                    results = fake(*args, **kwargs)
                 self.launches.extend(launch_fused(name, (*args, *kwargs.values()), results, self.allow_tf32))
                 return results
 
             return call
 
-        return SimpleNamespace(**{name: recorded(name, fake) for name, fake in kernels.FAKES.items()})
+        return SimpleNamespace(**{name: recorded(name, operator.fake) for name, operator in OPERATORS.items()})
 
 
 @contextmanager
 def recording(allow_tf32: bool = False) -> Iterator[Recorder]:
     """Inside, tensors have no data, and what is computed with them is written down instead."""
     recorder = Recorder(allow_tf32)
-    compiled = patch.object(ops, "products_for", lambda device, backend: recorder.products)
+    compiled = patch.object(operator_layer, "products_for", lambda device, backend: recorder.products)
     graphed = patch.object(graphs, "run", recorder.run)
     with compiled, graphed, torch.no_grad(), FakeTensorMode(), recorder:
         yield recorder
@@ -194,7 +208,7 @@ class LayerShape:
         tensors = (torch.empty(shape, device=WHERE) for shape in (weight, inputs, square))
         arguments = (*tensors, None, *sigma, "paper", "cuda")
         yield layer.OPERATOR
-        new_weight, new_bias, *saved, _ = call_kernel("teleport_layer", *arguments)
+        new_weight, new_bias, *saved, _ = call_kernel("teleport_layer", True, *arguments)
         changes = torch.empty_like(new_weight), torch.empty_like(new_bias)
         call_kernel("teleport_layer_backward", False, *changes, *saved, *arguments)
         with torch.enable_grad():
@@ -221,17 +235,17 @@ class TeleportShape:
         model = self.make_model()
         chain = read_chain(model)
         x, y = torch.empty(self.n, self.dims[0]), torch.empty(self.n, dtype=torch.int64)
-        options = make_options(**OPTIONS, objective=self.objective, hidden_layers=len(self.dims) - 2)
         yield SETUP
         problem = Problem.make(model, chain, (x, y), None, recorder.products)
         matches = tuple(match_inputs(problem))
-        plan, _ = make_plan(problem, matches, None, action=options.action, inverse=options.inverse, group_steps=False)
-        around = Surroundings.make(chain, None, problem)
+        plans, _ = make_plan(problem, matches, None)
+        orbit = BatchOrbit(problem, Surroundings.make(chain, None, problem), matches, plans, GradNorm())
         for part, steps in ((SEARCH, teleport.STEPS), (LONGER_SEARCH, teleport.LONGER_STEPS)):
-            task = Task(problem, around, matches, plan, replace(options, steps=steps))
-            on_device = task.with_tensors([torch.empty_like(tensor, device=WHERE) for tensor in task.tensors()])
+            work = Climb.make(orbit, Ascent(steps=steps, max_growth=math.inf), teleport.UNBOUNDED)
+            empty = (torch.empty_like(tensor, device=WHERE) for tensor in graphs.tensors_of(work))
+            on_device = graphs.with_tensors(work, empty)
             yield part
-            graphs.run(on_device, run_program)
+            graphs.run(on_device, run_program, on_device.obstacle())
         with torch.enable_grad():
             yield UNIT
             functional.cross_entropy(model(x), y).backward()
@@ -252,25 +266,6 @@ class TeleportShape:
 
 
 SETUP, SEARCH, LONGER_SEARCH = "set-up", "search and weights", "search and weights of twenty steps"
-OPTIONS: dict[str, Any] = {
-    "lr": 0.01,
-    "margin": 4.0,
-    "steps": teleport.STEPS,
-    "step_size": "auto",
-    "first_radius": 0.02,
-    "max_growth": math.inf,
-    "action": "least_change",
-    "metric": "euclidean",
-    "inverse": "exact",
-    "group": "gl",
-    "layers": None,
-    "drift_tol": 1e-4,
-    "holdout_tol": 0.05,
-    "min_gain": 0.0,
-    "max_weight_change": math.inf,
-    "max_sensitivity": math.inf,
-    "backend": "auto",
-}
 NETWORKS = [
     ((784, 512, 512, 10), 20),
     ((784, 512, 512, 10), 200),

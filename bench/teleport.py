@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import symtele_cuda.teleport
+import symtele_cuda
 from bench.baselines import published_teleport
 from bench.harness import (
     UNIT,
@@ -45,6 +46,7 @@ STEPS = 10
 SLOPE = 0.1
 LOOKAHEAD_LR = 0.01
 LOOKAHEAD_MARGIN = 4.0
+UNBOUNDED = symtele_cuda.Guards(max_weight_change=math.inf, max_sensitivity=math.inf)
 PUBLISHED_RATE = 0.01
 GRAD_NORM, LOOKAHEAD = "teleport grad_norm", "teleport lookahead"
 LONGER_STEPS, LONGER = 2 * STEPS, f"teleport grad_norm, {2 * STEPS} steps"
@@ -158,15 +160,9 @@ def orthogonalise(problem: Problem) -> Problem:
 
 
 def our_teleport(problem: Problem, objective: str, steps: int = STEPS) -> symtele_cuda.TeleportReport:
-    return symtele_cuda.teleport_mlp(
-        problem.model,
-        problem.batch,
-        objective=objective,
-        lr=LOOKAHEAD_LR if objective == "lookahead" else None,
-        margin=LOOKAHEAD_MARGIN,
-        steps=steps,
-        max_growth=math.inf,
-    )
+    lr = LOOKAHEAD_LR if objective == "lookahead" else None
+    method = symtele_cuda.Ascent(objective, lr, LOOKAHEAD_MARGIN, steps, max_growth=math.inf)
+    return symtele_cuda.teleport_mlp(problem.model, problem.batch, method=method, guards=UNBOUNDED)
 
 
 def their_teleport(problem: Problem, through_weights: bool) -> None:
@@ -240,13 +236,14 @@ def describe(first: symtele_cuda.TeleportReport, report: symtele_cuda.TeleportRe
 def largest_search_allocation(start: Problem, objective: str) -> AllocationRecorder:
     """The tensors that the search allocates, between the set-up and the writing of the parameters."""
     recorder = AllocationRecorder()
-    search = symtele_cuda.teleport.ascend
+    module = importlib.import_module("symtele_cuda.teleport")  # the package has a function of this name
+    search = module.ascend
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         with recorder:
             return search(*args, **kwargs)
 
-    with patch.object(symtele_cuda.teleport, "ascend", recorded):
+    with patch.object(module, "ascend", recorded):
         our_teleport(start.clone(), objective)
     return recorder
 

@@ -1,4 +1,5 @@
 // The activations elementwise: sigma, its derivatives and its inverse, by the formulas of symtele_cuda/activations.py.
+// A new one is a struct here and a line in FOR_EACH_ACTIVATION.
 #pragma once
 
 #include <cmath>
@@ -8,24 +9,243 @@
 
 namespace symtele {
 
-// sigma in the precision that it is computed in. The kind is the same for all threads, so that the switches
-// below do not diverge, and one kernel serves all activations.
+// The parameter of an activation, in the precision that sigma is computed in.
+template <class T>
+struct Parameter {
+  T value;
+  T reciprocal;  // rounded once from float64 as torch does it
+};
+
+template <class T>
+__device__ T sigmoid(T z) {
+  return T(1) / (T(1) + exp(-z));
+}
+
+// Every struct has sigma(z), sigma'(z), sigma''(z) and sigma^-1(b), which is not finite outside of sigma's range.
+namespace activations {
+
+struct Identity {
+  template <class T>
+  static __device__ T forward(T z, Parameter<T>) {
+    return z;
+  }
+  template <class T>
+  static __device__ T derivative(T, Parameter<T>) {
+    return T(1);
+  }
+  template <class T>
+  static __device__ T second_derivative(T, Parameter<T>) {
+    return T(0);
+  }
+  template <class T>
+  static __device__ T inverse(T b, Parameter<T>) {
+    return b;
+  }
+};
+
+struct LeakyReLU {
+  template <class T>
+  static __device__ T forward(T z, Parameter<T> slope) {
+    return z > 0 ? z : z * slope.value;
+  }
+  template <class T>
+  static __device__ T derivative(T z, Parameter<T> slope) {  // at the kink the slope
+    return z > 0 ? T(1) : slope.value;
+  }
+  template <class T>
+  static __device__ T second_derivative(T, Parameter<T>) {
+    return T(0);
+  }
+  template <class T>
+  static __device__ T inverse(T b, Parameter<T> slope) {
+    return b > 0 ? b : b * slope.reciprocal;
+  }
+};
+
+struct Tanh {
+  template <class T>
+  static __device__ T forward(T z, Parameter<T>) {
+    return tanh(z);
+  }
+  template <class T>
+  static __device__ T derivative(T z, Parameter<T>) {
+    const T value = tanh(z);
+    return 1 - value * value;
+  }
+  template <class T>
+  static __device__ T second_derivative(T z, Parameter<T>) {
+    const T value = tanh(z);
+    return -2 * value * (1 - value * value);
+  }
+  template <class T>
+  static __device__ T inverse(T b, Parameter<T>) {
+    return atanh(b);
+  }
+};
+
+struct Sigmoid {
+  template <class T>
+  static __device__ T forward(T z, Parameter<T>) {
+    return sigmoid(z);
+  }
+  template <class T>
+  static __device__ T derivative(T z, Parameter<T>) {
+    return sigmoid(z) * sigmoid(-z);
+  }
+  template <class T>
+  static __device__ T second_derivative(T z, Parameter<T>) {
+    const T value = sigmoid(z), mirrored = sigmoid(-z);
+    return value * mirrored * (mirrored - value);
+  }
+  template <class T>
+  static __device__ T inverse(T b, Parameter<T>) {
+    return log(b) - log1p(-b);
+  }
+};
+
+// The identity where beta z is above the threshold, as in torch.
+struct Softplus {
+  static constexpr int threshold = 20;
+
+  template <class T>
+  static __device__ T forward(T z, Parameter<T> beta) {
+    return z * beta.value > threshold ? z : log1p(exp(z * beta.value)) / beta.value;
+  }
+  template <class T>
+  static __device__ T derivative(T z, Parameter<T> beta) {
+    return z * beta.value > threshold ? T(1) : sigmoid(z * beta.value);
+  }
+  template <class T>
+  static __device__ T second_derivative(T z, Parameter<T> beta) {
+    const T scaled = z * beta.value;
+    return scaled > threshold ? T(0) : beta.value * sigmoid(scaled) * sigmoid(-scaled);
+  }
+  template <class T>
+  static __device__ T inverse(T b, Parameter<T> beta) {
+    return b * beta.value > threshold ? b : b + log(-expm1(-(b * beta.value))) / beta.value;
+  }
+};
+
+struct ELU {
+  template <class T>
+  static __device__ T forward(T z, Parameter<T> alpha) {
+    return z > 0 ? z : alpha.value * expm1(z);
+  }
+  template <class T>
+  static __device__ T derivative(T z, Parameter<T> alpha) {
+    return z > 0 ? T(1) : alpha.value * exp(z);
+  }
+  template <class T>
+  static __device__ T second_derivative(T z, Parameter<T> alpha) {
+    return z > 0 ? T(0) : alpha.value * exp(z);
+  }
+  template <class T>
+  static __device__ T inverse(T b, Parameter<T> alpha) {
+    return b > 0 ? b : log1p(b / alpha.value);
+  }
+};
+
+struct Softsign {
+  template <class T>
+  static __device__ T forward(T z, Parameter<T>) {
+    return z / (1 + fabs(z));
+  }
+  template <class T>
+  static __device__ T derivative(T z, Parameter<T>) {
+    const T share = 1 / (1 + fabs(z));
+    return share * share;
+  }
+  template <class T>
+  static __device__ T second_derivative(T z, Parameter<T>) {
+    const T share = 1 / (1 + fabs(z));
+    return (z > 0 ? T(-2) : z < 0 ? T(2) : T(0)) * (share * share * share);
+  }
+  template <class T>
+  static __device__ T inverse(T b, Parameter<T>) {
+    return fabs(b) <= 1 ? b / (1 - fabs(b)) : T(NAN);
+  }
+};
+
+struct LogSigmoid {
+  template <class T>
+  static __device__ T forward(T z, Parameter<T>) {
+    return (z < 0 ? z : T(0)) - log1p(exp(-fabs(z)));
+  }
+  template <class T>
+  static __device__ T derivative(T z, Parameter<T>) {
+    return sigmoid(-z);
+  }
+  template <class T>
+  static __device__ T second_derivative(T z, Parameter<T>) {
+    return -(sigmoid(z) * sigmoid(-z));
+  }
+  template <class T>
+  static __device__ T inverse(T b, Parameter<T>) {
+    return b - log(-expm1(b));
+  }
+};
+
+}  // namespace activations
+
+// What the operators call each struct.
+#define FOR_EACH_ACTIVATION(ACT)    \
+  ACT("identity", Identity)         \
+  ACT("leaky_relu", LeakyReLU)      \
+  ACT("tanh", Tanh)                 \
+  ACT("sigmoid", Sigmoid)           \
+  ACT("softplus", Softplus)         \
+  ACT("elu", ELU)                   \
+  ACT("softsign", Softsign)         \
+  ACT("log_sigmoid", LogSigmoid)
+
+enum class ActivationKind : int {
+#define KIND_OF(name, Struct) Struct,
+  FOR_EACH_ACTIVATION(KIND_OF)
+#undef KIND_OF
+};
+
+// sigma. The kind is the same for all threads, so that the switches below do not diverge, and one kernel serves all
+// activations.
 template <class T>
 struct Sigma {
   ActivationKind kind;
-  T parameter;
-  T reciprocal;  // of the parameter, rounded once from float64 as torch does it
+  Parameter<T> parameter;
 
   Sigma() = default;
   explicit Sigma(const Activation& activation)
       : kind(activation.kind),
-        parameter(static_cast<T>(activation.parameter)),
-        reciprocal(static_cast<T>(1 / activation.parameter)) {}
+        parameter{static_cast<T>(activation.parameter), static_cast<T>(1 / activation.parameter)} {}
 
-  __device__ T forward(T z) const;            // sigma(z)
-  __device__ T derivative(T z) const;         // sigma'(z); at the kink of leaky_relu the slope
-  __device__ T second_derivative(T z) const;  // sigma''(z)
-  __device__ T inverse(T b) const;            // sigma^-1(b); not finite outside of sigma's range
+#define CASE_OF(Struct, function, argument) \
+  case ActivationKind::Struct:              \
+    return activations::Struct::function(argument, parameter);
+#define FORWARD_OF(name, Struct) CASE_OF(Struct, forward, z)
+#define DERIVATIVE_OF(name, Struct) CASE_OF(Struct, derivative, z)
+#define SECOND_DERIVATIVE_OF(name, Struct) CASE_OF(Struct, second_derivative, z)
+#define INVERSE_OF(name, Struct) CASE_OF(Struct, inverse, b)
+
+  __device__ T forward(T z) const {
+    switch (kind) { FOR_EACH_ACTIVATION(FORWARD_OF) }
+    return z;
+  }
+  __device__ T derivative(T z) const {
+    switch (kind) { FOR_EACH_ACTIVATION(DERIVATIVE_OF) }
+    return T(1);
+  }
+  __device__ T second_derivative(T z) const {
+    switch (kind) { FOR_EACH_ACTIVATION(SECOND_DERIVATIVE_OF) }
+    return T(0);
+  }
+  __device__ T inverse(T b) const {
+    switch (kind) { FOR_EACH_ACTIVATION(INVERSE_OF) }
+    return b;
+  }
+
+#undef CASE_OF
+#undef FORWARD_OF
+#undef DERIVATIVE_OF
+#undef SECOND_DERIVATIVE_OF
+#undef INVERSE_OF
 };
 
 // gain sigma(rate z + shift) + offset, its derivatives and its inverse. The products of its numbers are rounded once from
@@ -57,111 +277,5 @@ struct ActivationOf {
 
   __device__ T inner(T z) const { return rate * z + shift; }
 };
-
-// softplus is the identity where beta z is above this, as in torch.
-constexpr int softplus_threshold = 20;
-
-template <class T>
-__device__ T sigmoid(T z) {
-  return T(1) / (T(1) + exp(-z));
-}
-
-template <class T>
-__device__ T Sigma<T>::forward(T z) const {
-  switch (kind) {
-    case ActivationKind::leaky_relu:
-      return z > 0 ? z : z * parameter;
-    case ActivationKind::tanh:
-      return tanh(z);
-    case ActivationKind::sigmoid:
-      return sigmoid(z);
-    case ActivationKind::softplus:
-      return z * parameter > softplus_threshold ? z : log1p(exp(z * parameter)) / parameter;
-    case ActivationKind::elu:
-      return z > 0 ? z : parameter * expm1(z);
-    case ActivationKind::softsign:
-      return z / (1 + fabs(z));
-    case ActivationKind::log_sigmoid:
-      return (z < 0 ? z : T(0)) - log1p(exp(-fabs(z)));
-    default:
-      return z;
-  }
-}
-
-template <class T>
-__device__ T Sigma<T>::derivative(T z) const {
-  switch (kind) {
-    case ActivationKind::leaky_relu:
-      return z > 0 ? T(1) : parameter;
-    case ActivationKind::tanh: {
-      const T value = tanh(z);
-      return 1 - value * value;
-    }
-    case ActivationKind::sigmoid:
-      return sigmoid(z) * sigmoid(-z);
-    case ActivationKind::softplus:
-      return z * parameter > softplus_threshold ? T(1) : sigmoid(z * parameter);
-    case ActivationKind::elu:
-      return z > 0 ? T(1) : parameter * exp(z);
-    case ActivationKind::softsign: {
-      const T share = 1 / (1 + fabs(z));
-      return share * share;
-    }
-    case ActivationKind::log_sigmoid:
-      return sigmoid(-z);
-    default:
-      return T(1);
-  }
-}
-
-template <class T>
-__device__ T Sigma<T>::second_derivative(T z) const {
-  switch (kind) {
-    case ActivationKind::tanh: {
-      const T value = tanh(z);
-      return -2 * value * (1 - value * value);
-    }
-    case ActivationKind::sigmoid: {
-      const T value = sigmoid(z), mirrored = sigmoid(-z);
-      return value * mirrored * (mirrored - value);
-    }
-    case ActivationKind::softplus: {
-      const T scaled = z * parameter;
-      return scaled > softplus_threshold ? T(0) : parameter * sigmoid(scaled) * sigmoid(-scaled);
-    }
-    case ActivationKind::elu:
-      return z > 0 ? T(0) : parameter * exp(z);
-    case ActivationKind::softsign: {
-      const T share = 1 / (1 + fabs(z));
-      return (z > 0 ? T(-2) : z < 0 ? T(2) : T(0)) * (share * share * share);
-    }
-    case ActivationKind::log_sigmoid:
-      return -(sigmoid(z) * sigmoid(-z));
-    default:
-      return T(0);
-  }
-}
-
-template <class T>
-__device__ T Sigma<T>::inverse(T b) const {
-  switch (kind) {
-    case ActivationKind::leaky_relu:
-      return b > 0 ? b : b * reciprocal;
-    case ActivationKind::tanh:
-      return atanh(b);
-    case ActivationKind::sigmoid:
-      return log(b) - log1p(-b);
-    case ActivationKind::softplus:
-      return b * parameter > softplus_threshold ? b : b + log(-expm1(-(b * parameter))) / parameter;
-    case ActivationKind::elu:
-      return b > 0 ? b : log1p(b / parameter);
-    case ActivationKind::softsign:
-      return fabs(b) <= 1 ? b / (1 - fabs(b)) : T(NAN);
-    case ActivationKind::log_sigmoid:
-      return b - log(-expm1(b));
-    default:
-      return b;
-  }
-}
 
 }  // namespace symtele

@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
 
 #include <cuda_runtime_api.h>
 
@@ -13,7 +16,12 @@ namespace symtele {
 
 enum class Dtype { f32, f64, i32 };  // i32 for squared_norms alone
 
-enum class ActivationKind { identity, leaky_relu, tanh, sigmoid, softplus, elu, softsign, log_sigmoid };
+enum class ActivationKind : int;
+
+// Of the activation that the operators call `name`; none of an unknown one.
+std::optional<ActivationKind> find_activation(std::string_view name);
+// All of these names, for errors.
+std::string activation_names();
 
 // gain sigma(rate z + shift) + offset, with sigma of this kind and its one parameter: the slope of leaky_relu, beta of
 // softplus, alpha of elu. Of sigma itself rate and gain are 1, shift and offset 0.
@@ -70,7 +78,7 @@ struct Product {
   Epilogue epilogue;
 };
 
-// How a product is computed: by the fused kernel of matmul.cuh; on the tensor cores in three TF32 products that keep
+// How a product is computed: by the fused kernel of matmul.cu; on the tensor cores in three TF32 products that keep
 // float32's accuracy (matmul_tensor.cu); or by the library's matrix product and an elementwise pass.
 enum class Route { fused, tensor, library };
 
@@ -153,9 +161,6 @@ struct MixedTensors {
 };
 int64_t squared_norms_workspace();
 cudaError_t launch_squared_norms(const MixedTensors& tensors, double* partial, double* result, cudaStream_t stream);
-
-// values[k - 1] = h / 2^31 - 1 for a hash h of k, k = 1, ..., count: the elements of products.probe_vectors.
-cudaError_t launch_probes(Dtype dtype, int64_t count, void* values, cudaStream_t stream);
 
 // Copy `bytes[i]` bytes from source[i] to target[i] for every i if *accept is true.
 struct ByteCopies {

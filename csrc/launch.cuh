@@ -1,4 +1,4 @@
-// What the kernels' files share: launches and shared memory. Device code here and in the other .cuh compiles with nvcc
+// What the kernels' files share: launches and shared memory. Device code here and in the other files compiles with nvcc
 // and, against tests/harness/cuda_on_cpu.h in place of CUDA's headers, with g++, which runs it on the CPU.
 #pragma once
 

@@ -4,7 +4,6 @@
 // runs on the device and the current stream of its first tensor, takes memory from torch alone and never waits for the
 // device, so that CUDA graphs can capture it. Only what a kernel cannot read as it lies is copied.
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <deque>
 #include <optional>
@@ -121,25 +120,11 @@ Dtype dtype_of(const Tensor& tensor) { return tensor.scalar_type() == at::kFloat
 constexpr size_t numbers_of_activation = 5;
 
 Activation make_activation(std::string_view name, at::ArrayRef<double> numbers) {
-  constexpr std::array<std::pair<std::string_view, ActivationKind>, 8> kinds{{
-      {"identity", ActivationKind::identity},
-      {"leaky_relu", ActivationKind::leaky_relu},
-      {"tanh", ActivationKind::tanh},
-      {"sigmoid", ActivationKind::sigmoid},
-      {"softplus", ActivationKind::softplus},
-      {"elu", ActivationKind::elu},
-      {"softsign", ActivationKind::softsign},
-      {"log_sigmoid", ActivationKind::log_sigmoid},
-  }};
   TORCH_CHECK_VALUE(numbers.size() == numbers_of_activation, "numbers must be ", numbers_of_activation,
                     " of an activation, got ", numbers.size());
-  std::string names;
-  for (const auto& [known, kind] : kinds) {
-    if (known == name) return {kind, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
-    if (!names.empty()) names += ", ";
-    names += known;
-  }
-  TORCH_CHECK_VALUE(false, "activation must be one of ", names, ", got ", name);
+  const std::optional<ActivationKind> kind = find_activation(name);
+  TORCH_CHECK_VALUE(kind, "activation must be one of ", activation_names(), ", got ", name);
+  return {*kind, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
 }
 
 // The strides of a matrix whose elements follow each other along rows or along columns, without overlap. A dimension of
@@ -436,7 +421,8 @@ void some_grams(TensorList rows, const c10::List<bool>& biases, size_t start, Te
              "launch_grams");
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> grams(TensorList rows, const c10::List<bool>& biases) {
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> grams(TensorList rows, const c10::List<bool>& biases,
+                                                           bool rounds) {
   TORCH_CHECK_VALUE(!rows.empty(), "rows must have at least one tensor, got none");
   check_length("biases", biases.size(), "rows", rows.size());
   check_first("rows", rows[0]);
@@ -454,17 +440,17 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> grams(TensorList rows, cons
   std::vector<Tensor> exact, rounded;
   for (const Tensor& one : rows) {
     exact.push_back(at::empty({size, size}, one.options().dtype(at::kDouble)));
-    rounded.push_back(at::empty({size, size}, one.options()));
+    if (rounds) rounded.push_back(at::empty({size, size}, one.options()));
   }
-  const bool by_library = size > largest_own_gram, rounds = rows[0].scalar_type() != at::kDouble;
+  const bool by_library = size > largest_own_gram, is_double = rows[0].scalar_type() == at::kDouble;
   if (by_library) {
     for (size_t i = 0; i < rows.size(); ++i) gram_by_library(rows[i], biases.get(i), exact[i]);
   } else {
-    const TensorList also = rounds ? TensorList(rounded) : TensorList();
+    const TensorList also = is_double ? TensorList() : TensorList(rounded);
     for (size_t start = 0; start < rows.size(); start += max_grams) some_grams(rows, biases, start, exact, also);
   }
-  if (by_library || !rounds) {
-    for (size_t i = 0; i < rows.size(); ++i) rounded[i].copy_(exact[i]);
+  if (by_library || is_double) {
+    for (size_t i = 0; i < rounded.size(); ++i) rounded[i].copy_(exact[i]);
   }
   return {exact, rounded};
 }
@@ -554,27 +540,6 @@ Tensor pseudo_inverse(const Tensor& inverse, const Tensor& rows, bool bias) {
   Tensor result = padded_memory(rows, rows.size(0), extended.size(1));
   result.copy_(linear(inverse, extended, std::nullopt, std::nullopt, std::nullopt, 1, 1));
   return result;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// the distance of g from the identity
-// ---------------------------------------------------------------------------------------------------------------------
-
-Tensor identity_remainder(const Tensor& g, int64_t vectors, int64_t rounds) {
-  check_first("g", g);
-  check_is_matrix("g", g);
-  const int64_t size = g.size(0);
-  check_shape("g", g, {size, size});
-  const c10::cuda::CUDAGuard guard(g.device());
-  Tensor remainder = at::empty({vectors, size}, g.options());
-  check_cuda(launch_probes(dtype_of(g), remainder.numel(), remainder.mutable_data_ptr(), stream_of(g)),
-             "launch_probes");
-  for (int64_t round = 0; round < rounds; ++round) {
-    for (const Tensor& matrix : {g.t(), g}) {
-      remainder = linear(remainder, matrix, remainder, std::nullopt, std::nullopt, 1, -1);
-    }
-  }
-  return remainder;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -839,55 +804,43 @@ std::tuple<Tensor, Tensor> judge(const Tensor& control, const Tensor& size, cons
 }  // namespace
 }  // namespace symtele
 
+// Operators on CUDA tensors: the schema, and what computes it.
 TORCH_LIBRARY_FRAGMENT(symtele_cuda, library) {
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  for (const char* schema : {
-           "linear(Tensor a, Tensor b, Tensor? source=None, Tensor? column=None, Tensor? row=None, float alpha=1.0, "
-           "float beta=1.0) -> Tensor",
-           "linear_activation(Tensor a, Tensor b, Tensor? row, str activation, float[] numbers) -> (Tensor, Tensor)",
-           "inverse_activation(Tensor a, Tensor b, Tensor origin, float rho, str activation, float[] numbers) "
-           "-> (Tensor, Tensor)",
-           "over_slope(Tensor a, Tensor b, Tensor? column, Tensor? row, Tensor at, str activation, float[] numbers) "
-           "-> (Tensor, Tensor)",
-           "times_slope(Tensor a, Tensor b, Tensor at, Tensor source, float beta, str activation, float[] numbers) "
-           "-> Tensor",
-           "grouped_linear(Tensor[] a, Tensor[] b, Tensor?[] sources, Tensor?[] rows, Tensor?[] masks, float[] alphas, "
-           "float[] betas) -> Tensor[]",
-           "grams(Tensor[] rows, bool[] biases) -> (Tensor[], Tensor[])",
-           "invert_grams(Tensor[] grams, bool rounds=False) -> (Tensor[], Tensor, Tensor[])",
-           "pseudo_inverse(Tensor inverse, Tensor rows, bool bias) -> Tensor",
-           "take_steps(Tensor[] bases, Tensor[] changes, Tensor size, bool[] along_targets, str[] activations, "
-           "float[] numbers) -> (Tensor[], Tensor[], Tensor[])",
-           "times_curvature(Tensor left, Tensor right, Tensor at, Tensor? source, str activation, float[] numbers) "
-           "-> Tensor",
-           "dot_sum(Tensor[] left, Tensor[] right, float scale=1.0, bool root=False) -> Tensor",
-           "squared_norms(Tensor[] tensors) -> Tensor",
-           "identity_remainder(Tensor g, int vectors, int rounds) -> Tensor",
-           "commit(Tensor accept, Tensor(a!)[] current, Tensor[] trial) -> ()",
-           "near_dependence(Tensor[] grams, Tensor[] inverses, Tensor[] infos, float largest) -> Tensor",
-           "judge(Tensor(a!) control, Tensor size, Tensor norm, Tensor value, Tensor hindered, Tensor broken, "
-           "Tensor cap, bool maximise, float[] rules) -> (Tensor, Tensor)",
-       }) {
-    library.def(schema, tags);
-  }
-}
-
-TORCH_LIBRARY_IMPL(symtele_cuda, CUDA, library) {
-  library.impl("linear", symtele::linear);
-  library.impl("linear_activation", symtele::linear_activation);
-  library.impl("inverse_activation", symtele::inverse_activation);
-  library.impl("over_slope", symtele::over_slope);
-  library.impl("times_slope", symtele::times_slope);
-  library.impl("grouped_linear", symtele::grouped_linear);
-  library.impl("grams", symtele::grams);
-  library.impl("invert_grams", symtele::invert_grams);
-  library.impl("pseudo_inverse", symtele::pseudo_inverse);
-  library.impl("take_steps", symtele::take_steps);
-  library.impl("times_curvature", symtele::times_curvature);
-  library.impl("dot_sum", symtele::dot_sum);
-  library.impl("squared_norms", symtele::squared_norms);
-  library.impl("identity_remainder", symtele::identity_remainder);
-  library.impl("commit", symtele::commit);
-  library.impl("near_dependence", symtele::near_dependence);
-  library.impl("judge", symtele::judge);
+  const auto define = [&](const char* schema, auto* function) {
+    library.def(schema, torch::dispatch(c10::DispatchKey::CUDA, function), {at::Tag::pt2_compliant_tag});
+  };
+  define("linear(Tensor a, Tensor b, Tensor? source=None, Tensor? column=None, Tensor? row=None, float alpha=1.0, "
+         "float beta=1.0) -> Tensor",
+         symtele::linear);
+  define("linear_activation(Tensor a, Tensor b, Tensor? row, str activation, float[] numbers) -> (Tensor, Tensor)",
+         symtele::linear_activation);
+  define("inverse_activation(Tensor a, Tensor b, Tensor origin, float rho, str activation, float[] numbers) "
+         "-> (Tensor, Tensor)",
+         symtele::inverse_activation);
+  define("over_slope(Tensor a, Tensor b, Tensor? column, Tensor? row, Tensor at, str activation, float[] numbers) "
+         "-> (Tensor, Tensor)",
+         symtele::over_slope);
+  define("times_slope(Tensor a, Tensor b, Tensor at, Tensor source, float beta, str activation, float[] numbers) "
+         "-> Tensor",
+         symtele::times_slope);
+  define("grouped_linear(Tensor[] a, Tensor[] b, Tensor?[] sources, Tensor?[] rows, Tensor?[] masks, float[] alphas, "
+         "float[] betas) -> Tensor[]",
+         symtele::grouped_linear);
+  define("grams(Tensor[] rows, bool[] biases, bool rounds=False) -> (Tensor[], Tensor[])", symtele::grams);
+  define("invert_grams(Tensor[] grams, bool rounds=False) -> (Tensor[], Tensor, Tensor[])", symtele::invert_grams);
+  define("pseudo_inverse(Tensor inverse, Tensor rows, bool bias) -> Tensor", symtele::pseudo_inverse);
+  define("take_steps(Tensor[] bases, Tensor[] changes, Tensor size, bool[] along_targets, str[] activations, "
+         "float[] numbers) -> (Tensor[], Tensor[], Tensor[])",
+         symtele::take_steps);
+  define("times_curvature(Tensor left, Tensor right, Tensor at, Tensor? source, str activation, float[] numbers) "
+         "-> Tensor",
+         symtele::times_curvature);
+  define("dot_sum(Tensor[] left, Tensor[] right, float scale=1.0, bool root=False) -> Tensor", symtele::dot_sum);
+  define("squared_norms(Tensor[] tensors) -> Tensor", symtele::squared_norms);
+  define("commit(Tensor accept, Tensor(a!)[] current, Tensor[] trial) -> ()", symtele::commit);
+  define("near_dependence(Tensor[] grams, Tensor[] inverses, Tensor[] infos, float largest) -> Tensor",
+         symtele::near_dependence);
+  define("judge(Tensor(a!) control, Tensor size, Tensor norm, Tensor value, Tensor hindered, Tensor broken, "
+         "Tensor cap, bool maximise, float[] rules) -> (Tensor, Tensor)",
+         symtele::judge);
 }

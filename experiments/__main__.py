@@ -129,12 +129,7 @@ def run_spike(options: argparse.Namespace) -> str:
         device=options.device,
     )
     ladder = spike.variants(training.batch_size, options.step_size)
-    with _bar(options.seeds * (1 + len(ladder)), "run") as bar:
-
-        def on_run(run: spike.SpikeRun) -> None:
-            bar.set_description(f"seed {run.seed}, {run.label}", refresh=False)
-            bar.update()
-
+    with _named_runs(options.seeds * (1 + len(ladder))) as on_run:
         return spike.run(dataset, training, ladder, _seeds(options), options.out, on_run)
 
 

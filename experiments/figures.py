@@ -10,17 +10,14 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from experiments import require_extra
-from experiments.records import Run, by_label
+from experiments.records import PlanarRun, Run, by_label
 from experiments.testfunctions import SumOfSquares
-
-if TYPE_CHECKING:
-    from experiments.planar import PlanarRun
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the first is for the plain run.
 COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -23,9 +23,9 @@ from torch import Tensor
 from experiments import figures
 from experiments.data import Dataset
 from experiments.records import save_json
-from experiments.study.jobs import DEFAULTS, FOR_ANY_GAIN, FULL, Job
-from experiments.study.measure import measure
-from experiments.study.problems import PROBLEMS, Problem, make_task
+from experiments.study.jobs import DEFAULTS, FOR_ANY_GAIN, FULL
+from experiments.study.measure import measure_seeds
+from experiments.study.problems import PROBLEMS, Problem
 from experiments.study.records import Record
 from experiments.study.results import final_losses, spread, worst_of_sound
 from experiments.tables import format_table
@@ -146,13 +146,9 @@ def run(
     """All runs; figure and JSON in `out`, the table returned. `on_run` gets what has finished, for progress."""
 
     def measured(name: str, optimizer: str, lr: float, guard: Guard | None) -> list[Record]:
-        records = []
-        for seed in seeds:
-            job = Job(problem, optimizer, lr, None if guard is None else guard.teleports, seed)
-            kind = Teleporter if guard is None else guard.teleporter
-            records.append(measure(job, make_task(problem, dataset, seed), kind))
-            on_run(f"{optimizer}, lr {lr:g}, {name}, seed {seed}")
-        return records
+        teleports, kind = (None, Teleporter) if guard is None else (guard.teleports, guard.teleporter)
+        named = f"{optimizer}, lr {lr:g}, {name}"
+        return measure_seeds(problem, dataset, optimizer, lr, teleports, seeds, named, on_run, kind)
 
     outcomes = []
     for optimizer, rates in RATES.items():

@@ -31,6 +31,7 @@ from experiments.training import (
     Task,
     TeleportSettings,
     Trainee,
+    make_mlp,
     make_optimizer,
     norm_of,
     with_noise,
@@ -203,10 +204,7 @@ def start(
     generator = torch.Generator().manual_seed(seed)
     training, validation = split(dataset, seed)
     dims = (dataset.inputs.shape[1], *problem.widths, int(dataset.targets.max()) + 1)
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(dims):
-        layers += [_linear(fan_in, fan_out, generator), ACTIVATIONS[activation]()]
-    model = nn.Sequential(*layers[:-1])
+    model = make_mlp(dims, ACTIVATIONS[activation], generator, bias=True)
     if arm == FAST_START:
         _start_fast(model, generator)
     made = make_optimizer(optimizer, list(model.parameters()), lr)
@@ -214,14 +212,6 @@ def start(
     teleporter = None if teleports is None else teleports.teleporter(model, made, F.cross_entropy)
     task = Task(dims, F.cross_entropy, training, validation)
     return Trainee(task, BATCH_SIZE, model, made, teleporter, torch.Generator().manual_seed(seed))
-
-
-def _linear(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Linear:
-    """A Linear as torch starts it, weights and bias uniform in ±1/√fan_in."""
-    linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
-    for parameter in (linear.weight, linear.bias):
-        nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
-    return linear
 
 
 def _start_fast(model: nn.Sequential, generator: torch.Generator) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from experiments import figures
-from experiments.records import save_json
+from experiments.records import Jump, PlanarRun, by_label, save_json
 from experiments.tables import format_table
 from experiments.testfunctions import SumOfSquares, booth, rosenbrock
 from experiments.training import make_optimizer
@@ -66,29 +66,6 @@ ROSENBROCK = PlanarSettings(
     window=(-2.0, 2.0, -2.0, 2.0),
 )
 FUNCTIONS = {"booth": booth, "rosenbrock": rosenbrock}
-
-
-@dataclass(frozen=True)
-class Jump:
-    """One teleport: the step it precedes, the point before and after, and ‖∇L‖ there."""
-
-    step: int
-    before: tuple[float, float]
-    after: tuple[float, float]
-    gradient_norm_before: float
-    gradient_norm_after: float
-
-
-@dataclass(frozen=True)
-class PlanarRun:
-    """points, losses and gradient norms after 0, 1, 2, … steps, and the teleports in between."""
-
-    label: str
-    seed: int | None
-    points: tuple[tuple[float, float], ...]
-    losses: tuple[float, ...]
-    gradient_norms: tuple[float, ...]
-    jumps: tuple[Jump, ...] = ()
 
 
 def descend(
@@ -185,8 +162,7 @@ def _draw(settings: PlanarSettings, runs: list[PlanarRun], out: Path) -> None:
 
 def _series(runs: list[PlanarRun], curve: Callable[[PlanarRun], list[tuple[float, float]]]) -> list[figures.Series]:
     series = []
-    for label in dict.fromkeys(planar_run.label for planar_run in runs):
-        members = [planar_run for planar_run in runs if planar_run.label == label]
+    for label, members in by_label(runs).items():
         drawn = [curve(member) for member in members]
         x, ys = [x for x, _ in drawn[0]], [[y for _, y in points] for points in drawn]
         series.append(figures.Series(label, x, ys, marks=[jump.step - 1 for jump in members[0].jumps]))

@@ -64,6 +64,29 @@ class Run:
         return self.epochs[-1]
 
 
+@dataclass(frozen=True)
+class Jump:
+    """One teleport: the step it precedes, the point before and after, and ‖∇L‖ there."""
+
+    step: int
+    before: tuple[float, float]
+    after: tuple[float, float]
+    gradient_norm_before: float
+    gradient_norm_after: float
+
+
+@dataclass(frozen=True)
+class PlanarRun:
+    """points, losses and gradient norms after 0, 1, 2, … steps, and the teleports in between."""
+
+    label: str
+    seed: int | None
+    points: tuple[tuple[float, float], ...]
+    losses: tuple[float, ...]
+    gradient_norms: tuple[float, ...]
+    jumps: tuple[Jump, ...] = ()
+
+
 class Labelled(Protocol):
     """A run of any experiment."""
 

@@ -24,15 +24,13 @@ from experiments.classification import MNIST_TRAINING, MNIST_WIDTHS, PLAIN, make
 from experiments.data import Dataset
 from experiments.records import by_label, finite_or_infinity, save_json
 from experiments.tables import format_table
-from experiments.training import Task, Trainee, TrainingSettings, make_optimizer, start, validate
+from experiments.training import Task, TeleportSettings, Trainee, TrainingSettings, make_optimizer, start, validate
 from symtele_cuda.report import TeleportReport
-from symtele_cuda.teleporter import AUTO_BATCH_SIZE, LAST, Schedule, Teleporter
+from symtele_cuda.teleporter import AUTO_BATCH_SIZE, LAST
 
 TRAINING = replace(MNIST_TRAINING, epochs=1)  # before the epoch with teleports
 TELEPORTS = 4
 STEPS, FIRST_RADIUS, MARGIN = 10, 0.02, 4.0
-SEARCH_DEFAULTS = {"steps": 3, "first_radius": 0.2, "margin": 8.0, "min_gain": 2.0}  # of `TeleportSettings`
-UNBOUNDED = {"max_weight_change": math.inf, "max_sensitivity": math.inf}
 PUBLISHED_RATE = 1e-2
 NO_ASCENT = 1e-12  # a rate at which g is the identity to rounding
 POINT_EVERY = 20  # iterations
@@ -50,13 +48,11 @@ MORE_SAMPLES = "lookahead, 200 samples"
 MORE_SAMPLES_GUARDED = "lookahead, 200 samples, holdout guard"
 LAST_LAYER = "lookahead, last hidden layer"
 DEFAULTS = "lookahead, the defaults"
-PUBLISHED_TRUST_REGION = "published in a trust region"
-PUBLISHED_GUARDED = "published in a trust region, drift guard"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to teleport: `options` of the Teleporter, and with `guarded` a holdout of other training samples.
+    """One way to teleport: its settings, and with `guarded` a holdout of other training samples.
 
     base: the variant that it differs from in one thing, `change`. drawn: whether the figure shows it.
     """
@@ -64,7 +60,7 @@ class Variant:
     label: str
     base: str
     change: str
-    options: Mapping[str, Any]
+    settings: TeleportSettings
     guarded: bool = False
     drawn: bool = True
 
@@ -110,30 +106,29 @@ class SpikeRun:
 
 def variants(batch_size: int, rate: float) -> tuple[Variant, ...]:
     """The ladder from the published rule, at the ascent's `rate` on the mini-batch, to this library's defaults."""
-    published: dict[str, Any] = {
-        "objective": "grad_norm",
-        "action": "paper",
-        "inverse": "first_order",
-        "steps": STEPS,
-        "step_size": rate,
-        "batch_size": batch_size,
-        "first_radius": FIRST_RADIUS,
-        "margin": MARGIN,
-        "min_gain": 0.0,
-        "layers": None,
-        "holdout_size": 0,
-    }
-    exact = published | {"inverse": "exact"}
-    least_change = exact | {"action": "least_change"}
-    trust_region = least_change | {"step_size": "auto"}
-    lookahead = trust_region | {"objective": "lookahead"}
-    more_samples = lookahead | {"batch_size": "auto"}
-    last_layer = more_samples | {"layers": LAST}
-    defaults = last_layer | SEARCH_DEFAULTS
-    unguarded = published | {"step_size": "auto", "drift_tol": math.inf}
-    guarded = published | {"step_size": "auto"}
+    published = TeleportSettings(
+        teleports_per_epoch=TELEPORTS,
+        batch_size=batch_size,
+        objective="grad_norm",
+        action="paper",
+        inverse="first_order",
+        layers=None,
+        steps=STEPS,
+        step_size=rate,
+        first_radius=FIRST_RADIUS,
+        margin=MARGIN,
+        holdout_size=0,
+        min_gain=0.0,
+    )
+    exact = replace(published, inverse="exact")
+    least_change = replace(exact, action="least_change")
+    trust_region = replace(least_change, step_size="auto")
+    lookahead = replace(trust_region, objective="lookahead")
+    more_samples = replace(lookahead, batch_size="auto")
+    last_layer = replace(more_samples, layers=LAST)
+    defaults = TeleportSettings(teleports_per_epoch=TELEPORTS, holdout_size=0)
     return (
-        Variant(PROJECTION, PLAIN, "W ← WΠ, nothing else", exact | {"step_size": NO_ASCENT}),
+        Variant(PROJECTION, PLAIN, "W ← WΠ, nothing else", replace(exact, step_size=NO_ASCENT)),
         Variant(EXACT_INVERSE, PROJECTION, f"ascent at rate {rate:g}, exact g⁻¹", exact, drawn=False),
         Variant(PUBLISHED, EXACT_INVERSE, "g⁻¹ to first order", published),
         Variant(LEAST_CHANGE, EXACT_INVERSE, "R = W in place of R = 0", least_change),
@@ -144,8 +139,6 @@ def variants(batch_size: int, rate: float) -> tuple[Variant, ...]:
         Variant(MORE_SAMPLES_GUARDED, MORE_SAMPLES, "holdout guard", more_samples, guarded=True, drawn=False),
         Variant(LAST_LAYER, MORE_SAMPLES_GUARDED, "the last hidden layer alone", last_layer, guarded=True, drawn=False),
         Variant(DEFAULTS, LAST_LAYER, "three large steps, a longer lookahead, twice its gain", defaults, guarded=True),
-        Variant(PUBLISHED_TRUST_REGION, PUBLISHED, "trust region, drift guard off", unguarded, drawn=False),
-        Variant(PUBLISHED_GUARDED, PUBLISHED_TRUST_REGION, "drift guard on", guarded, drawn=False),
     )
 
 
@@ -184,10 +177,8 @@ class Course:
         optimizer = make_optimizer(self.training.optimizer, list(model.parameters()), self.training.lr)
         teleporter = None
         if variant is not None:
-            options: dict[str, Any] = {**variant.options, **UNBOUNDED, "schedule": Schedule((0,), TELEPORTS)}
-            if variant.guarded:
-                options["holdout"] = self.trainee.batch(torch.cat(self.batches)[-HOLDOUT:])
-            teleporter = Teleporter(model, optimizer, task.loss_fn, **options)
+            held_out = self.trainee.batch(torch.cat(self.batches)[-HOLDOUT:]) if variant.guarded else None
+            teleporter = variant.settings.teleporter(model, optimizer, task.loss_fn, holdout=held_out)
         return replace(self.trainee, model=model, optimizer=optimizer, teleporter=teleporter)
 
 
@@ -232,15 +223,18 @@ def run(
     ladder: Sequence[Variant],
     seeds: range,
     out: Path,
-    on_run: Callable[[SpikeRun], None],
+    on_run: Callable[[str], None],
 ) -> str:
-    """The plain run and every variant for every seed; figure and JSON in `out`; returns the table to print."""
+    """The plain run and every variant for every seed; figure and JSON in `out`; returns the table to print.
+
+    on_run: gets what has finished, for progress.
+    """
     runs: list[SpikeRun] = []
     for seed in seeds:
         course = Course.make(make_task(dataset, MNIST_WIDTHS, seed).to(training.device), training, seed)
         for variant in (None, *ladder):
             runs.append(course.run(variant))
-            on_run(runs[-1])
+            on_run(f"seed {seed}, {runs[-1].label}")
     title = f"{dataset.name}, batch {training.batch_size}, {training.optimizer}, lr {training.lr:g}"
     _draw(title, runs, ladder, out / "spike.png")
     settings = {"data": dataset.name, "widths": MNIST_WIDTHS, "training": training, "seeds": list(seeds)}

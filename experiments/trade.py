@@ -16,9 +16,9 @@ from pathlib import Path
 from experiments import figures
 from experiments.data import Dataset
 from experiments.records import save_json
-from experiments.study.jobs import ANY_GAIN, DEFAULTS, FOR_ANY_GAIN, Job
-from experiments.study.measure import measure
-from experiments.study.problems import PROBLEMS, Problem, make_task
+from experiments.study.jobs import ANY_GAIN, DEFAULTS, FOR_ANY_GAIN
+from experiments.study.measure import measure_seeds
+from experiments.study.problems import PROBLEMS, Problem
 from experiments.study.records import Record
 from experiments.tables import format_table
 from experiments.training import TeleportSettings
@@ -70,10 +70,8 @@ def run(
     trades = []
     for lr in rates:
         for variant, teleports in variants().items():
-            records = []
-            for seed in seeds:
-                records.append(measure(Job(problem, "sgd", lr, teleports, seed), make_task(problem, dataset, seed)))
-                on_run(f"lr {lr:g}, {variant}, seed {seed}")
+            name = f"lr {lr:g}, {variant}"
+            records = measure_seeds(problem, dataset, "sgd", lr, teleports, seeds, name, on_run)
             trades.append(_trade(lr, variant, records))
     _draw(f"{dataset.name}: what a teleport gains and costs", trades, out / "trade.png")
     settings = {"data": dataset.name, "problem": problem, "teleports": DEFAULTS, "seeds": list(seeds)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +16,12 @@ from torch.optim import _muon
 
 from experiments.data import Dataset
 from experiments.records import EpochRecord, Run, TeleportRecord
+from symtele_cuda.methods.published import Published
 from symtele_cuda.objectives import Objective
 from symtele_cuda.objectives.next_step import orthogonalized
 from symtele_cuda.report import TeleportReport
-from symtele_cuda.teleporter import MAX_SENSITIVITY, MAX_WEIGHT_CHANGE, Schedule, Teleporter
+from symtele_cuda.settings import Ascent, Guards
+from symtele_cuda.teleporter import Schedule, Teleporter
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -51,6 +53,12 @@ class Task:
     weight_range: tuple[float, float] | None = None
     negative_slope: float = 0.1
 
+    def make_model(self, generator: torch.Generator) -> nn.Sequential:
+        """On the CPU, with the weights that `generator` draws."""
+        return make_mlp(
+            self.dims, lambda: nn.LeakyReLU(self.negative_slope), generator, weight_range=self.weight_range
+        )
+
     def to(self, device: str) -> Task:
         validation = None if self.validation is None else self.validation.to(device)
         moved = (self.train.to(device), validation)
@@ -68,7 +76,8 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TeleportSettings:
-    """When and how a run teleports; the options are those of `Teleporter` and `teleport_mlp`.
+    """When and how a run teleports; the options are those of `Teleporter`, `Ascent` and `Guards`, or of `Published`
+    where `step_size` is a number.
 
     Without bounds on the weights and on noise, as `Teleporter` was when the study was run.
     """
@@ -102,31 +111,45 @@ class TeleportSettings:
         optimizer: torch.optim.Optimizer,
         loss_fn: Loss,
         kind: type[Teleporter] = Teleporter,
+        holdout: tuple[Tensor, Tensor] | None = None,
     ) -> Teleporter:
         max_weight_change, max_sensitivity = self.bounds
         return kind(
             model,
             optimizer,
             loss_fn,
+            method=self.method,
             schedule=Schedule(self.epochs, self.teleports_per_epoch),
             batch_size=self.batch_size,
-            optimizer_state=self.optimizer_state,
-            objective=self.objective,
             holdout_size=self.holdout_size,
-            holdout_tol=self.holdout_tol,
-            min_gain=self.min_gain,
-            lr=self.lr,
-            margin=self.margin,
-            action=self.action,
-            inverse=self.inverse,
-            group=self.group,
             layers=self.layers,
-            steps=self.steps,
-            step_size=self.step_size,
-            first_radius=self.first_radius,
-            max_weight_change=max_weight_change,
-            max_sensitivity=max_sensitivity,
+            optimizer_state=self.optimizer_state,
+            guards=Guards(
+                holdout=holdout,
+                holdout_tol=self.holdout_tol,
+                min_gain=self.min_gain,
+                max_weight_change=max_weight_change,
+                max_sensitivity=max_sensitivity,
+            ),
         )
+
+    @property
+    def method(self) -> Ascent | Published:
+        """The published rule where there is a rate of the ascent, else the search of this library.
+
+        Raises:
+            ValueError: an action or an inverse that this search does not have, or another objective for the rule.
+        """
+        if not isinstance(self.step_size, str):
+            if self.objective != "grad_norm":
+                raise ValueError(f'objective must be "grad_norm" for the published rule, got {self.objective!r}')
+            return Published(self.step_size, self.steps, self.inverse, self.action)
+        if (self.action, self.inverse) != ("least_change", "exact"):
+            raise ValueError(
+                f"action and inverse are choices of the published rule, got {self.action!r} and {self.inverse!r} "
+                "without a step size"
+            )
+        return Ascent(self.objective, self.lr, self.margin, self.steps, self.first_radius, group=self.group)
 
 
 @dataclass(frozen=True)
@@ -135,8 +158,8 @@ class BoundedTeleports(TeleportSettings):
 
     steps: int = 4
     first_radius: float = 0.1
-    max_weight_change: float = MAX_WEIGHT_CHANGE
-    max_sensitivity: float = MAX_SENSITIVITY
+    max_weight_change: float = Guards.max_weight_change
+    max_sensitivity: float = Guards.max_sensitivity
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -154,14 +177,22 @@ def make_optimizer(name: str, parameters: list[nn.Parameter] | list[Tensor], lr:
     return OPTIMIZERS[name](parameters, lr=lr)
 
 
-def make_mlp(task: Task, generator: torch.Generator) -> nn.Sequential:
-    """The MLP of `task` on the CPU, its weights drawn from `generator`."""
+def make_mlp(
+    dims: Sequence[int],
+    make_activation: Callable[[], nn.Module],
+    generator: torch.Generator,
+    *,
+    bias: bool = False,
+    weight_range: tuple[float, float] | None = None,
+) -> nn.Sequential:
+    """An MLP on the CPU whose parameters `generator` draws: uniform in `weight_range`, or in ±1/√fan_in without one."""
     layers: list[nn.Module] = []
-    for d_in, d_out in pairwise(task.dims):
-        linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=False)
-        low, high = task.weight_range or (-1 / math.sqrt(d_in), 1 / math.sqrt(d_in))
-        nn.init.uniform_(linear.weight, low, high, generator=generator)
-        layers += [linear, nn.LeakyReLU(task.negative_slope)]
+    for d_in, d_out in pairwise(dims):
+        linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=bias)
+        low, high = weight_range or (-1 / math.sqrt(d_in), 1 / math.sqrt(d_in))
+        for parameter in linear.parameters():
+            nn.init.uniform_(parameter, low, high, generator=generator)
+        layers += [linear, make_activation()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -243,7 +274,7 @@ def start(
 ) -> Trainee:
     """The beginning of the run of `seed`, whose teleporter is one of `kind`."""
     generator = torch.Generator().manual_seed(seed)
-    model = make_mlp(task, generator).to(training.device)
+    model = task.make_model(generator).to(training.device)
     optimizer = make_optimizer(training.optimizer, list(model.parameters()), training.lr)
     teleporter = None if teleports is None else teleports.teleporter(model, optimizer, task.loss_fn, kind)
     return Trainee(task, training.batch_size, model, optimizer, teleporter, generator)

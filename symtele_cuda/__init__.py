@@ -2,30 +2,42 @@
 
 from ._version import __version__
 from .errors import TeleportError
+from .methods.published import Published
+from .model.objective import Objective
 from .model.samples import matched_samples
-from .objectives import GradNorm, Lookahead, Objective
+from .model.sites import LinearPair, Scales, Site, find_sites
+from .objectives import GradNorm, Lookahead
 from .objectives.generalization import Curvature, Sharpness
 from .objectives.next_step import OptimizerLookahead, read_step
 from .operator.teleport_layer import teleport_layer
 from .report import LayerReport, TeleportReport
-from .teleport import teleport_mlp
+from .settings import Ascent, Guards
+from .teleport import teleport, teleport_mlp
 from .teleporter import Schedule, Teleporter
 
 __all__ = [
+    "Ascent",
     "Curvature",
     "GradNorm",
+    "Guards",
     "LayerReport",
+    "LinearPair",
     "Lookahead",
     "Objective",
     "OptimizerLookahead",
+    "Published",
+    "Scales",
     "Schedule",
     "Sharpness",
+    "Site",
     "TeleportError",
     "TeleportReport",
     "Teleporter",
     "__version__",
+    "find_sites",
     "matched_samples",
     "read_step",
+    "teleport",
     "teleport_layer",
     "teleport_mlp",
 ]

@@ -5,21 +5,23 @@ of the search uses σ' and σ''. The derivatives of the inverse follow from them
 (σ⁻¹)'(b) = 1 / σ'(y) and (σ⁻¹)''(b) = −σ''(y) / σ'(y)³.
 
 Every formula is written with differentiable torch operations, so that the reference can be differentiated by autograd.
+
+A new activation is one class here, or anywhere, which `register` makes known, and one place in csrc/activation.cuh.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_TINY = torch.finfo(torch.float32).tiny
+from .checks import check_invertible
+from .spelling import Spelling
 
 Sigma = tuple[str, tuple[float, ...]]
 """An activation as the operators take it: its name and its five numbers, see `Activation.sigma`."""
@@ -29,11 +31,13 @@ Sigma = tuple[str, tuple[float, ...]]
 class Activation:
     """An activation σ, applied elementwise; `parameter` is its one real parameter where it has one.
 
-    invertible: whether σ⁻¹ exists. positively_homogeneous: whether σ(cz) = c σ(z) for every c > 0.
-    piecewise_linear: whether σ'' is zero everywhere.
+    name: what the operators call it. domain: the open interval on which σ⁻¹ lives. invertible: whether σ⁻¹ exists.
+    positively_homogeneous: whether σ(cz) = c σ(z) for every c > 0. piecewise_linear: whether σ'' is zero everywhere.
+    spellings: how models write it.
     """
 
     name = "abstract"
+    spellings: ClassVar[tuple[Spelling, ...]] = ()
     parameter = 0.0
     domain = (-math.inf, math.inf)
     invertible = True
@@ -74,19 +78,47 @@ class Activation:
         """Whether every element of b is finite and lies in the open interval `domain`."""
         if b.numel() == 0:
             return True
-        low, high = self.domain
         least, largest = torch.aminmax(b)  # both NaN if any element is
-        return bool(low < least) and bool(largest < high)
+        return bool(self.domain[0] < least) and bool(largest < self.domain[1])
 
     def __str__(self) -> str:
         return self.name
 
 
+ACTIVATIONS: dict[str, type[Activation]] = {}
+"""The activations by their names. The kernels know those of them that have an inverse."""
+
+_A = TypeVar("_A", bound="Activation")
+
+
+def register(cls: type[_A]) -> type[_A]:
+    """Make an activation known: models may contain it, and the operators take it by its name.
+
+    Raises:
+        ValueError: its name is taken.
+    """
+    if cls.name in ACTIVATIONS:
+        raise ValueError(f"name must be that of no other activation, got {cls.name!r}, of {ACTIVATIONS[cls.name]!r}")
+    ACTIVATIONS[cls.name] = cls
+    return cls
+
+
+def plain(name: str) -> Callable[..., Activation]:
+    """Reads calls of one argument, or of `inplace` as well, as the activation of this name with its own parameter."""
+
+    def read(input: None, inplace: bool = False) -> Activation:
+        return ACTIVATIONS[name]()
+
+    return read
+
+
+@register
 @dataclass(frozen=True)
 class Identity(Activation):
     """σ(z) = z."""
 
     name = "identity"
+    spellings = (Spelling((nn.Identity,), (), plain("identity")),)
     positively_homogeneous = True
     piecewise_linear = True
 
@@ -106,6 +138,22 @@ class Identity(Activation):
         return b
 
 
+def _leaky_relu(input: None, negative_slope: float = 0.01, inplace: bool = False) -> Activation:
+    return LeakyReLU(float(negative_slope))
+
+
+def _prelu(input: None, weight: Tensor) -> Activation:
+    """LeakyReLU of the slope that `weight` holds now: training may change it."""
+    if weight.is_meta:
+        raise ValueError("PReLU whose weight is on the meta device and holds no data")
+    slope = float(weight.detach().flatten()[0])
+    if not bool((weight.detach() == slope).all()):
+        raise ValueError(f"PReLU whose {weight.numel()} slopes differ, where one slope for all units is understood")
+    check_invertible("PReLU's weight", slope)
+    return LeakyReLU(slope)
+
+
+@register
 @dataclass(frozen=True)
 class LeakyReLU(Activation):
     """σ(z) = max(z, 0) + s·min(z, 0) with the slope s = `parameter` > 0."""
@@ -113,11 +161,15 @@ class LeakyReLU(Activation):
     parameter: float = 0.1
 
     name = "leaky_relu"
+    spellings = (
+        Spelling((nn.LeakyReLU,), (F.leaky_relu,), _leaky_relu),
+        Spelling((nn.PReLU,), (F.prelu, torch.prelu, "prelu"), _prelu, " (one slope)"),
+    )
     positively_homogeneous = True
     piecewise_linear = True
 
     def __post_init__(self) -> None:
-        _require_invertible("negative_slope", self.parameter)
+        check_invertible("negative_slope", self.parameter)
 
     def forward(self, z: Tensor) -> Tensor:
         return F.leaky_relu(z, self.parameter)
@@ -136,11 +188,13 @@ class LeakyReLU(Activation):
         return F.leaky_relu(b, 1.0 / self.parameter)
 
 
+@register
 @dataclass(frozen=True)
 class ReLU(Activation):
     """σ(z) = max(z, 0), which has no inverse."""
 
     name = "relu"
+    spellings = (Spelling((nn.ReLU,), (F.relu, torch.relu, "relu"), plain("relu")),)
     invertible = False
     positively_homogeneous = True
     piecewise_linear = True
@@ -155,11 +209,13 @@ class ReLU(Activation):
         return None
 
 
+@register
 @dataclass(frozen=True)
 class Tanh(Activation):
     """σ(z) = tanh z, onto (−1, 1)."""
 
     name = "tanh"
+    spellings = (Spelling((nn.Tanh,), (F.tanh, torch.tanh, "tanh"), plain("tanh")),)
     domain = (-1.0, 1.0)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -176,11 +232,13 @@ class Tanh(Activation):
         return torch.atanh(b)
 
 
+@register
 @dataclass(frozen=True)
 class Sigmoid(Activation):
     """σ(z) = 1 / (1 + e⁻ᶻ), onto (0, 1)."""
 
     name = "sigmoid"
+    spellings = (Spelling((nn.Sigmoid,), (F.sigmoid, torch.sigmoid, "sigmoid"), plain("sigmoid")),)
     domain = (0.0, 1.0)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -197,6 +255,13 @@ class Sigmoid(Activation):
         return torch.log(b) - torch.log1p(-b)
 
 
+def _softplus(input: None, beta: float = 1.0, threshold: float = 20.0) -> Activation:
+    if threshold != Softplus.threshold:
+        raise ValueError(f"Softplus with threshold {threshold}")
+    return Softplus(float(beta))
+
+
+@register
 @dataclass(frozen=True)
 class Softplus(Activation):
     """σ(z) = log(1 + e^{βz}) / β with β = `parameter`, onto (0, ∞); like torch, the identity where βz > 20."""
@@ -204,11 +269,12 @@ class Softplus(Activation):
     parameter: float = 1.0
 
     name = "softplus"
+    spellings = (Spelling((nn.Softplus,), (F.softplus,), _softplus, " (threshold 20)"),)
     domain = (0.0, math.inf)
     threshold = 20.0
 
     def __post_init__(self) -> None:
-        _require_invertible("beta", self.parameter)
+        check_invertible("beta", self.parameter)
 
     def forward(self, z: Tensor) -> Tensor:
         return F.softplus(z, self.parameter, self.threshold)
@@ -228,6 +294,22 @@ class Softplus(Activation):
         return torch.where(scaled > self.threshold, b, curved)
 
 
+def _elu(input: None, alpha: float = 1.0, inplace: bool = False) -> Activation:
+    return ELU(float(alpha))
+
+
+def _selu(input: None, inplace: bool = False) -> Activation:
+    """λ·ELU with the λ and α of Klambauer et al. 2017, as torch has them."""
+    return scaled(ELU(1.6732632423543772848170429916717), gain=1.0507009873554804934193349852946)
+
+
+def _celu(input: None, alpha: float = 1.0, inplace: bool = False) -> Activation:
+    """max(z, 0) + min(0, α(e^{z/α} − 1)) = α ELU₁(z/α)."""
+    check_invertible("alpha", alpha)
+    return scaled(ELU(), rate=1 / alpha, gain=alpha)
+
+
+@register
 @dataclass(frozen=True)
 class ELU(Activation):
     """σ(z) = z for z > 0, α(eᶻ − 1) otherwise, with α = `parameter` > 0, onto (−α, ∞)."""
@@ -235,9 +317,14 @@ class ELU(Activation):
     parameter: float = 1.0
 
     name = "elu"
+    spellings = (
+        Spelling((nn.ELU,), (F.elu,), _elu),
+        Spelling((nn.SELU,), (F.selu, torch.selu), _selu),
+        Spelling((nn.CELU,), (F.celu, torch.celu), _celu),
+    )
 
     def __post_init__(self) -> None:
-        _require_invertible("alpha", self.parameter)
+        check_invertible("alpha", self.parameter)
 
     @property
     def domain(self) -> tuple[float, float]:  # type: ignore[override]
@@ -257,11 +344,13 @@ class ELU(Activation):
         return torch.where(b > 0, b, torch.log1p(b.clamp(max=0) / self.parameter))
 
 
+@register
 @dataclass(frozen=True)
 class Softsign(Activation):
     """σ(z) = z / (1 + |z|), onto (−1, 1)."""
 
     name = "softsign"
+    spellings = (Spelling((nn.Softsign,), (F.softsign,), plain("softsign")),)
     domain = (-1.0, 1.0)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -278,11 +367,13 @@ class Softsign(Activation):
         return torch.where(left > 0, b / left, math.nan)
 
 
+@register
 @dataclass(frozen=True)
 class LogSigmoid(Activation):
     """σ(z) = −log(1 + e⁻ᶻ), onto (−∞, 0)."""
 
     name = "log_sigmoid"
+    spellings = (Spelling((nn.LogSigmoid,), (F.logsigmoid,), plain("log_sigmoid")),)
     domain = (-math.inf, 0.0)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -314,8 +405,8 @@ class Scaled(Activation):
     offset: float
 
     def __post_init__(self) -> None:
-        _require_invertible("the size of a factor", abs(self.rate))
-        _require_invertible("the size of a factor", abs(self.gain))
+        check_invertible("the size of a factor", abs(self.rate))
+        check_invertible("the size of a factor", abs(self.gain))
         for constant in (self.shift, self.offset):
             if not math.isfinite(constant):
                 raise ValueError(f"a constant that is added must be finite, got {constant!r}")
@@ -388,18 +479,13 @@ def scaled(
     return base if numbers == UNSCALED else Scaled(base, *numbers)
 
 
-ACTIVATIONS: dict[str, type[Activation]] = {
-    cls.name: cls for cls in (LeakyReLU, Tanh, Sigmoid, Softplus, ELU, Identity, Softsign, LogSigmoid)
-}
-"""The invertible activations by their names, each of which the kernels know."""
-
-
 def make_activation(name: str, parameter: float | None = None) -> Activation:
     """The invertible activation called `name`; `parameter` is the slope of leaky_relu, β of softplus or α of elu."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {name!r}")
-    cls = ACTIVATIONS[name]
-    takes_parameter = any(field.name == "parameter" for field in dataclasses.fields(cls))
+    invertible = {own: cls for own, cls in ACTIVATIONS.items() if cls.invertible}
+    if name not in invertible:
+        raise ValueError(f"activation must be one of {sorted(invertible)}, got {name!r}")
+    cls = invertible[name]
+    takes_parameter = any(field.name == "parameter" for field in fields(cls))
     return cls() if parameter is None or not takes_parameter else cls(**{"parameter": float(parameter)})
 
 
@@ -409,105 +495,6 @@ def activation_of(name: str, numbers: Sequence[float]) -> Activation:
     return scaled(make_activation(name, parameter), *scales)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# how torch spells them
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """How torch writes one operation of a model, and what reads it.
-
-    module: its module, None where it has none. calls: its functions, and the names of its methods.
-    read: returns what the operation is. It has the signature of the calls; None stands for the value that is worked on.
-    It raises ValueError where a chain may not have the operation.
-    attributes: the arguments of `read` that a module has as attributes. remark: what lists say behind its name.
-    """
-
-    module: type[nn.Module] | tuple[type[nn.Module], ...] | None
-    calls: tuple[object, ...]
-    read: Callable[..., Any]
-    attributes: tuple[str, ...] = ()
-    remark: str = ""
-
-    @property
-    def title(self) -> str:
-        """What a list of the modules calls this one."""
-        first = self.module[0] if isinstance(self.module, tuple) else self.module
-        return ("" if first is None else first.__name__) + self.remark
-
-    def read_module(self, module: nn.Module) -> Any:
-        """What `module`, one of its modules, is."""
-        return self.read(None, **{name: getattr(module, name) for name in self.attributes})
-
-
-def _leaky_relu(input: None, negative_slope: float = 0.01, inplace: bool = False) -> Activation:
-    return LeakyReLU(float(negative_slope))
-
-
-def _elu(input: None, alpha: float = 1.0, inplace: bool = False) -> Activation:
-    return ELU(float(alpha))
-
-
-def _softplus(input: None, beta: float = 1.0, threshold: float = Softplus.threshold) -> Activation:
-    if threshold != Softplus.threshold:
-        raise ValueError(f"Softplus with threshold {threshold}")
-    return Softplus(float(beta))
-
-
-def _selu(input: None, inplace: bool = False) -> Activation:
-    """λ·ELU with the λ and α of Klambauer et al. 2017, as torch has them."""
-    return scaled(ELU(1.6732632423543772848170429916717), gain=1.0507009873554804934193349852946)
-
-
-def _celu(input: None, alpha: float = 1.0, inplace: bool = False) -> Activation:
-    """max(z, 0) + min(0, α(e^{z/α} − 1)) = α ELU₁(z/α)."""
-    _require_invertible("alpha", alpha)
-    return scaled(ELU(), rate=1 / alpha, gain=alpha)
-
-
-def _prelu(input: None, weight: Tensor) -> Activation:
-    """LeakyReLU of the slope that `weight` holds now: training may change it."""
-    if weight.is_meta:
-        raise ValueError("PReLU whose weight is on the meta device and holds no data")
-    slope = float(weight.detach().flatten()[0])
-    if not bool((weight.detach() == slope).all()):
-        raise ValueError(f"PReLU whose {weight.numel()} slopes differ, where one slope for all units is understood")
-    _require_invertible("PReLU's weight", slope)
-    return LeakyReLU(slope)
-
-
-def _of(cls: type[Activation]) -> Callable[..., Activation]:
-    """Reads calls of one argument, or of `inplace` as well, as cls()."""
-
-    def read(input: None, inplace: bool = False) -> Activation:
-        return cls()
-
-    return read
-
-
-SPELLINGS = (
-    Spelling(nn.ReLU, (F.relu, torch.relu, "relu"), _of(ReLU)),
-    Spelling(nn.LeakyReLU, (F.leaky_relu,), _leaky_relu, ("negative_slope",)),
-    Spelling(nn.ELU, (F.elu,), _elu, ("alpha",)),
-    Spelling(nn.Softplus, (F.softplus,), _softplus, ("beta", "threshold"), " (threshold 20)"),
-    Spelling(nn.Tanh, (F.tanh, torch.tanh, "tanh"), _of(Tanh)),
-    Spelling(nn.Sigmoid, (F.sigmoid, torch.sigmoid, "sigmoid"), _of(Sigmoid)),
-    Spelling(nn.Softsign, (F.softsign,), _of(Softsign)),
-    Spelling(nn.LogSigmoid, (F.logsigmoid,), _of(LogSigmoid)),
-    Spelling(nn.SELU, (F.selu, torch.selu), _selu),
-    Spelling(nn.CELU, (F.celu, torch.celu), _celu, ("alpha",)),
-    Spelling(nn.PReLU, (F.prelu, torch.prelu, "prelu"), _prelu, ("weight",), " (one slope)"),
-    Spelling(nn.Identity, (), _of(Identity)),  # no activation: a place where two Linears may meet
-)
-"""The activations as modules and calls of torch."""
-
-
-def _require_invertible(argument: str, value: float) -> None:
-    """Neither a slope or scale nor its inverse, which σ⁻¹ needs, may overflow or lose digits in float32."""
-    least, largest = _TINY, 1 / _TINY
-    if not least <= value <= largest:
-        raise ValueError(
-            f"{argument} must be a finite number > 0 that leaves the activation invertible in float32, "
-            f"from {least:.1e} to {largest:.1e}, got {value!r}"
-        )
+def spellings() -> Iterator[Spelling]:
+    """How models may write activations."""
+    return (spelling for cls in ACTIVATIONS.values() for spelling in cls.spellings)

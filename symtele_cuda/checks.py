@@ -6,6 +6,8 @@ import math
 import numbers
 from collections.abc import Collection
 
+import torch
+
 
 def check_name(argument: str, value: object, known: Collection[str]) -> None:
     """Raise unless `value` is one of the `known` names."""
@@ -46,3 +48,13 @@ def check_number(
         bound = f"> {above:g}" if above > -math.inf else f">= {at_least:g}"
         raise ValueError(f"{argument} must be a {'finite ' if finite else ''}number {bound}, got {value!r}")
     return number
+
+
+def check_invertible(argument: str, value: float) -> None:
+    """Raise ValueError where a slope or scale or its inverse, which σ⁻¹ needs, overflows or loses digits in float32."""
+    least = torch.finfo(torch.float32).tiny
+    if not least <= value <= 1 / least:
+        raise ValueError(
+            f"{argument} must be a finite number > 0 that leaves the activation invertible in float32, "
+            f"from {least:.1e} to {1 / least:.1e}, got {value!r}"
+        )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.torch_kernels import dot
-from .model.network import Network
+from .model.loss import BatchLoss
+from .model.network import Network, kernel
+from .model.objective import LooksAhead, Objective, has_fast_path
 from .model.problem import Problem, layer_inputs
-from .objectives import Lookahead, LooksAhead, Objective, has_fast_path
-from .orbits.action import kernel
-from .surroundings import Surroundings
+from .model.surroundings import Surroundings
 
 # ⟨δ, K δ⟩ below this share of ‖K‖ ‖δ‖² has lost more than three of float32's seven digits.
 CANCELLED = 1e-3
@@ -44,6 +45,57 @@ class Measurement:
         return all(map(math.isfinite, (self.loss, self.data_loss, self.objective, self.gradient_norm)))
 
 
+@dataclass(frozen=True)
+class WeightsOnBatch:
+    """Formed weights on a batch: the inputs B_l and pre-activations Y_l of the layers, δ_l, and K_0.
+
+    loss: that of the batch. sample_gram: K_0, which no weights change.
+    """
+
+    network: Network
+    loss: BatchLoss
+    inputs: list[Tensor]
+    outputs: Sequence[Tensor]
+    deltas: list[Tensor]
+    sample_gram: Tensor
+
+    @cached_property
+    def squared_gradient_norm(self) -> Tensor:
+        """‖∇L‖² = Σ_l ‖δ_lᵀ [B_l, 1]‖², on a CPU for large layers as ⟨δ_l, K_l δ_l⟩ unless that sum cancels."""
+        products, gradients = self.network.products, list[Tensor]()
+        total = torch.zeros((), dtype=torch.float64, device=self.deltas[0].device)
+        known = [self.sample_gram, *[None] * len(self.inputs[1:])]
+        for batch, gram, bias, delta in zip(self.inputs, known, self.network.biases, self.deltas, strict=True):
+            on_cpu = batch.device.type == "cpu"
+            square = _square_through_gram(batch, gram, bias is not None, delta) if on_cpu else None
+            if square is not None:
+                total = total + square
+                continue
+            gradients.append(products.linear(delta.T, batch))
+            if bias is not None:
+                gradients.append(delta.sum(0))
+        return total + products.dot_sum(gradients, gradients) if gradients else total
+
+    def loss_after(self, steps: Sequence[Tensor]) -> Tensor:
+        """The loss of the batch after the `steps`, as in `logits_after`: a scalar."""
+        return self.loss.value(self.logits_after(steps, self.outputs[0], self.sample_gram))
+
+    def logits_after(self, steps: Sequence[Tensor], first_output: Tensor, overlap: Tensor) -> Tensor:
+        """The logits of samples Q after W_l ← W_l + s_lᵀ B_l, b_l ← b_l + Σ s_l with `steps` s_l, without forming them.
+
+        z_l = q_l W_lᵀ + b_l + (q_l B_lᵀ + 1) s_l, q_{l+1} = σ_l(z_l), q_0 = Q; the `first_output` is Q W_0ᵀ + b_0 and
+        the `overlap` Q Xᵀ + 1, with the batch X = B_0, which may be Q itself.
+        """
+        network = self.network
+        output = network.products.linear(overlap, steps[0], source=first_output)
+        behind_the_first = (network.weights[1:], network.biases[1:], self.inputs[1:], steps[1:])
+        for sigma, weight, bias, batch, step in zip(network.activations, *behind_the_first, strict=True):
+            hidden = sigma.forward(output)
+            source = F.linear(hidden, weight, bias)
+            output = network.products.linear(kernel(hidden, batch, bias is not None), step, source=source)
+        return output
+
+
 def measure(
     problem: Problem,
     objective: Objective,
@@ -58,26 +110,24 @@ def measure(
     The values of a `Measurement`, in its order, as one float64 tensor on the device: `read` makes numbers of it.
     """
     data_loss, output_delta = problem.loss.value_and_gradient(outputs[-1])
+    logits_ahead: Tensor | None = None  # those of the holdout
     if around is not None:
         others = around.others
         other_outputs = network.forward(others.inputs, others.outputs[: network.layers_in_common(problem.network)])
-    logits_ahead: Tensor | None = None  # of the holdout
-    if not (problem.sees_logits_alone and has_fast_path(objective)):
-        loss, squared, value, ahead = _measure_with_autograd(problem, objective, network)
-        if around is not None and ahead is not None and around.held > 0:
-            logits_ahead = network.with_parameters(ahead).forward(others.inputs[: around.held])[-1]
-    else:
+    if problem.sees_logits_alone and has_fast_path(objective):
         inputs = layer_inputs(network, problem.samples, outputs)
         deltas = _backpropagate(network, outputs, output_delta)
         first_kernel = sample_gram.to(problem.samples.dtype)
-        loss = data_loss
-        value = squared = _squared_gradient_norm(network, inputs, deltas, first_kernel)
-        if isinstance(objective, Lookahead):
-            steps = [delta * -objective.rate for delta in deltas]
-            value = problem.loss.value(_logits_after_step(network, inputs, steps, outputs[0], first_kernel))
-            if around is not None and around.held > 0:
-                first_output, overlap = other_outputs[0][: around.held], others.overlap[: around.held]
-                logits_ahead = _logits_after_step(network, inputs, steps, first_output, overlap)
+        weights = WeightsOnBatch(network, problem.loss, inputs, outputs, deltas, first_kernel)
+        loss, squared = data_loss, weights.squared_gradient_norm
+        value, steps = objective.measure(weights)
+        if steps is not None and around is not None and around.held > 0:
+            first_output, overlap = other_outputs[0][: around.held], others.overlap[: around.held]
+            logits_ahead = weights.logits_after(steps, first_output, overlap)
+    else:
+        loss, squared, value, ahead = _measure_with_autograd(problem, objective, network)
+        if around is not None and ahead is not None and around.held > 0:
+            logits_ahead = network.with_parameters(ahead).forward(others.inputs[: around.held])[-1]
     values = [loss, data_loss, value, squared.sqrt()]
     if around is not None:
         values.append(around.sensitivity(other_outputs[-1], outputs[-1]))
@@ -126,29 +176,10 @@ def _square_sums(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
 def _backpropagate(network: Network, outputs: Sequence[Tensor], output_delta: Tensor) -> list[Tensor]:
     """δ_l = ∂L/∂Y_l of every layer, δ_{l−1} = (δ_l W_l) ⊙ σ'(Y_{l−1})."""
     deltas = [output_delta]
-    for layer in range(len(network) - 1, 0, -1):
-        back = deltas[-1] @ network.weights[layer]
-        deltas.append(network.activations[layer - 1].pull_back(back, outputs[layer - 1]))
+    behind_the_first = (network.weights[:0:-1], network.activations[::-1], outputs[-2::-1])
+    for weight, sigma, before in zip(*behind_the_first, strict=True):
+        deltas.append(sigma.pull_back(deltas[-1] @ weight, before))
     return deltas[::-1]
-
-
-def _squared_gradient_norm(
-    network: Network, inputs: Sequence[Tensor], deltas: Sequence[Tensor], first_kernel: Tensor
-) -> Tensor:
-    """‖∇L‖² = Σ_l ‖δ_lᵀ [B_l, 1]‖², on a CPU for large layers as ⟨δ_l, K_l δ_l⟩ unless that sum cancels."""
-    gradients: list[Tensor] = []
-    total = torch.zeros((), dtype=torch.float64, device=deltas[0].device)
-    for layer, (batch, bias, delta) in enumerate(zip(inputs, network.biases, deltas, strict=True)):
-        known = first_kernel if layer == 0 else None
-        on_cpu = batch.device.type == "cpu"
-        square = _square_through_gram(batch, known, bias is not None, delta) if on_cpu else None
-        if square is not None:
-            total = total + square
-            continue
-        gradients.append(network.products.linear(delta.T, batch))
-        if bias is not None:
-            gradients.append(delta.sum(0))
-    return total + network.products.dot_sum(gradients, gradients) if gradients else total
 
 
 def _square_through_gram(batch: Tensor, known: Tensor | None, bias: bool, delta: Tensor) -> Tensor | None:
@@ -160,24 +191,6 @@ def _square_through_gram(batch: Tensor, known: Tensor | None, bias: bool, delta:
     square = dot(delta, gram_matrix @ delta)
     trusted = CANCELLED * dot(gram_matrix, gram_matrix).sqrt() * dot(delta, delta)
     return square if bool(square > trusted) else None
-
-
-def _logits_after_step(
-    network: Network, inputs: Sequence[Tensor], steps: Sequence[Tensor], first_output: Tensor, first_kernel: Tensor
-) -> Tensor:
-    """The logits of samples Q after W_l ← W_l + s_lᵀ B_l, b_l ← b_l + Σ s_l with `steps` s_l = −η δ_l, without forming
-    them.
-
-    z_l = q_l W_lᵀ + b_l + (q_l B_lᵀ + 1) s_l, q_{l+1} = σ_l(z_l), q_0 = Q; the `first_output` is Q W_0ᵀ + b_0 and the
-    `first_kernel` Q Xᵀ + 1, with the batch X = B_0, which may be Q itself.
-    """
-    linear = network.products.linear
-    output = linear(first_kernel, steps[0], source=first_output)
-    for layer in range(1, len(network)):
-        hidden, bias = network.activations[layer - 1].forward(output), network.biases[layer]
-        overlap = kernel(hidden, inputs[layer], bias is not None)
-        output = linear(overlap, steps[layer], source=F.linear(hidden, network.weights[layer], bias))
-    return output
 
 
 def _measure_with_autograd(

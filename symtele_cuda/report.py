@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 LONGEST_LINE = 120
+
+# What a report says of a hidden layer.
+TELEPORTED = "teleported"
+NOT_ASKED_FOR = "not asked for"
+NOT_LOOKED_AT = "no search"
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,8 @@ class TeleportReport:
     that has them held at the old weights.
     grad_norm_*: ‖∇L‖ (not squared) over the weights and biases of all layers; objective_*: the objective's own value.
     holdout_*: the loss on the holdout batch, None without one.
-    weight_changes: ‖[W', b'] − [W, b]‖_F / ‖[W, b]‖_F of every weight layer; weight_change: of all of them together.
+    weight_changes: ‖[W', b'] − [W, b]‖_F / ‖[W, b]‖_F of every weight layer, of every module that has trainable
+    parameters for `teleport`; weight_change: of all of them together.
     sensitivity_*: √(1/N Σ ‖z(x + ε) − z(x)‖²), by how much noise ε in the inputs moves the logits z. The samples x are
     those of the holdout, or of the batch without one. ε has 0.1 times the standard deviation of all elements of x. None
     where it was not measured.
@@ -93,6 +104,10 @@ class TeleportReport:
 
     __repr__ = __str__
 
+    def timed(self, started: float) -> TeleportReport:
+        """The same with the seconds since `started`, a time of `time.perf_counter`."""
+        return replace(self, seconds=time.perf_counter() - started)
+
     def describe(self) -> str:
         """The outcome in several lines: figures before and after, the layers, and every step tried."""
         figures = [
@@ -125,3 +140,52 @@ class TeleportReport:
 def _shortened(line: str) -> str:
     """At most `LONGEST_LINE` characters of it."""
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…"
+
+
+def restore_report(values: object) -> TeleportReport:
+    """The inverse of dataclasses.asdict for a report; raise unless `values` is what that gives."""
+    entries = _check_entries(TeleportReport, values)
+    layers = (_restore(LayerReport, layer) for layer in check_list("state: report's layers", entries["layers"]))
+    trace = (_restore(StepRecord, step) for step in check_list("state: report's trace", entries["trace"]))
+    changes = tuple(check_list("state: report's weight_changes", entries["weight_changes"]))
+    return _restore(TeleportReport, entries | {"layers": (*layers,), "trace": (*trace,), "weight_changes": changes})
+
+
+Record = TypeVar("Record", TeleportReport, LayerReport, StepRecord)
+
+
+def _restore(record: type[Record], values: object) -> Record:
+    entries = _check_entries(record, values)
+    for name, expected in typing.get_type_hints(record).items():
+        if not _is_of(entries[name], expected):
+            kind = getattr(expected, "__name__", expected)
+            raise TypeError(f"state: {name} of a {record.__name__} must be of type {kind}, got {entries[name]!r}")
+    return record(**entries)
+
+
+def _check_entries(record: type[Record], values: object) -> dict[str, Any]:
+    names = set(typing.get_type_hints(record))
+    if not isinstance(values, Mapping) or set(values) != names:
+        got = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+        raise ValueError(f"state: a {record.__name__} must have the entries {sorted(names)}, got {got}")
+    return dict(values)
+
+
+def _is_of(value: object, expected: Any) -> bool:
+    """Whether a value is of the type that a field of a record is annotated with."""
+    arguments = typing.get_args(expected)
+    if isinstance(expected, types.UnionType):
+        return any(_is_of(value, one) for one in arguments)
+    if typing.get_origin(expected) is tuple:  # of any length, of one kind
+        return isinstance(value, tuple) and all(_is_of(one, arguments[0]) for one in value)
+    if expected is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, expected)
+
+
+def check_list(argument: str, value: object) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{argument} must be a list, got {type(value).__name__}")
+    return value

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import math
-import types
-import typing
+import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checks import check_int, check_name
+from .kernels.library import check_backend
 from .measure import measure_own
-from .model.chain import Chain, as_constant, check_batch, check_same_structure, mark_of, read_chain
+from .methods.published import Published
+from .model.chain import Chain, as_constant, check_batch, check_layers, check_same_structure, mark_of
 from .model.loss import LossFunction
-from .model.problem import Problem, begin
-from .model.samples import input_columns, layers_to_match, samples_of_chain
-from .momentum import check_first_moment_known, with_momentum
-from .objectives import GradNorm, Objective
-from .objectives.next_step import OptimizerLookahead, muon_length, read_step, sgd_rate
-from .optimizers import PendingGradients, check_holds, groups_of, kind_of, unwrap
-from .orbits.batch_plan import check_possible
-from .report import LayerReport, StepRecord, TeleportReport
-from .settings import GL, Options, make_options
-from .teleport import refuse_futile, teleport_chain, teleport_mlp
+from .model.problem import Problem
+from .model.reader import read_chain
+from .model.samples import choose_samples, layers_to_match
+from .objectives import GradNorm
+from .objectives.next_step import OptimizerLookahead
+from .objectives.own_steps import OwnSteps
+from .optimizers import PendingGradients, check_holds, unwrap
+from .report import TeleportReport, check_list, restore_report
+from .settings import GL, LOOKAHEAD, NEXT_STEP, Ascent, Guards
+from .teleport import Reading, check_possible, check_settings, refuse_futile, teleport_problem
 from .transaction import Transaction
 
 AUTO_BATCH_SIZE = 200  # the most samples that batch_size="auto" gathers
 AUTO_HOLDOUT_SIZE = 200  # so many tell a change of the loss by a few percent from chance
-# The bounds of a teleport by default, found by `python -m experiments noise`.
-MAX_WEIGHT_CHANGE, MAX_SENSITIVITY = 2.0, 1.5
-OPTIMIZER_STATES = ("keep", "reset", "transport")
+OPTIMIZER_STATES = ("keep", "reset")
 ON_ERROR = ("raise", "warn")
 
 Batch = tuple[Tensor, Tensor]
@@ -61,9 +58,9 @@ class Schedule:
 
 
 EARLY = Schedule(epochs=(0,), teleports_per_epoch=3)
+LOOK_AHEAD = Ascent(LOOKAHEAD, margin=8.0, steps=4, first_radius=0.1)
+CAREFUL = Guards(holdout_tol=0.03, min_gain=2.0)
 LAST = "last"
-NEXT_STEP = "next_step"
-LOOKAHEADS = ("lookahead", NEXT_STEP)
 
 
 @dataclass(frozen=True)
@@ -102,41 +99,37 @@ class Teleporter:
         optimizer: holds all trainable parameters of the model: a torch.optim.Optimizer, a wrapper that holds one in
             `.optimizer`, or a sequence of these (Muon for the matrices and AdamW for the biases, say).
         loss_fn: loss_fn(outputs, y) → scalar; default as for `teleport_mlp`.
+        method: how a teleport finds its point. "lookahead" without `lr` looks `margin` times the optimizer's own steps
+            ahead, read at each teleport (schedulers are followed). For torch.optim.SGD it is a gradient step of the
+            rate that its steps come to with momentum, lr (1 − dampening)/(1 − momentum), the largest over the groups
+            that hold parameters of the model. For Muon, whose steps are of one length whatever the gradient, it is a
+            gradient step of that length, at the rate that it takes before the teleport on the samples gathered. For
+            Adagrad, RMSprop, Adam and AdamW, and for several optimizers of different kinds, it is their next step,
+            `OptimizerLookahead`, weight decay included. While the lr of all these groups is 0, as at the start of a
+            warm-up, `step` does nothing: there is no step to look ahead to. With `lr` it is the gradient step of that
+            rate, for any optimizer. "next_step" is `OptimizerLookahead` for all: with momentum it sees little of what
+            the new gradient will do, since the buffer stays as it is. The default takes few and large steps, since
+            several teleports follow one another.
         schedule: a Schedule; the default is three teleports at the start of epoch 0.
         batch_size: samples of one teleport. "auto" gathers the smaller of 200 and the number of columns of the inputs
             of the layers that GL is to move (the bias' column included), and teleports on those of them that all these
             layers can tell apart well, `matched_samples`; `report.layers[0].n` says how many. Where the step ahead does
             not lower the loss of all that is gathered, `min_gain` refuses the teleport before any are chosen. With
-            group="positive_diagonal" there are no such layers, with "auto" those with a positively homogeneous
-            activation and an input of fewer than 50 columns are none; without any it is 200 samples as they come.
-        optimizer_state: what an accepted teleport does to the optimizer's state of the model's parameters: "keep"
-            leaves it, "reset" empties it, "transport" moves the first moments as the gradients move, see
-            `momentum.with_momentum`.
-        objective: as for `teleport_mlp`. "lookahead" looks `margin` times the optimizer's own steps ahead, read at each
-            teleport (schedulers are followed). For torch.optim.SGD it is a gradient step of the rate that its steps
-            come to with momentum, lr (1 − dampening)/(1 − momentum), the largest over the groups that hold parameters
-            of the model. For Muon, whose steps are of one length whatever the gradient, it is a gradient step of that
-            length, at the rate that it takes before the teleport on the samples gathered. For Adagrad, RMSprop, Adam
-            and AdamW, and for several optimizers of different kinds, it is their next step, `OptimizerLookahead`,
-            weight decay included. While the lr of all these
-            groups is 0, as at the start of a warm-up, `step` does nothing: there is no step to look ahead to. With `lr`
-            it is the gradient step of that rate, for any optimizer. "next_step" is `OptimizerLookahead` for all: with
-            momentum it sees little of what the new gradient will do, since the buffer stays as it is.
+            group="positive_diagonal" it is 200 samples as they come.
         holdout_size: so many further samples of the stream, those behind the teleport's own, are gathered as its
-            `holdout`, the guard on samples that the search does not see. "auto" is 200 (none where a `holdout` is
-            given), 0 is none.
+            holdout, the guard on samples that the search does not see. "auto" is 200 (none where `guards` have a
+            holdout), 0 is none.
         layers: as for `teleport_mlp`, or "last": with group="gl" the last hidden layer that has an invertible
-            activation, with the other groups all. One layer costs less than all, and mostly gains more: the narrow
+            activation, with the other group all. One layer costs less than all, and mostly gains more: the narrow
             inputs of the others do not limit the batch, and they keep their effect on samples outside it.
-        steps, first_radius, margin, holdout_tol: as for `teleport_mlp`; few and large steps, since several teleports
-            follow one another.
-        min_gain: as for `teleport_mlp`. Where the rate suits the weights well, the steps ahead do not gain twice as
-            much anywhere on the level set, and the run goes on as it would have without the teleporter.
-        max_weight_change, max_sensitivity: as for `teleport_mlp`. Without bounds an accepted teleport can make hidden
-            weights, and with them the effect of noise in the inputs, many times as large.
+        optimizer_state: what an accepted teleport does to the optimizer's state of the model's parameters: "keep"
+            leaves it, "reset" empties it.
+        guards: as for `teleport_mlp`. By default the loss of the holdout may rise by 3 %, and the step ahead must lower
+            the loss twice as much: where the rate suits the weights well, no point of the level set gives that, and
+            the run goes on as it would have without the teleporter.
         on_error: "raise", or "warn": a teleport that fails is a warning, its samples are dropped, it counts as made,
             and training goes on.
-        **options: the other keyword arguments of `teleport_mlp`.
+        backend: as for `teleport_mlp`.
 
     Attributes:
         reports: the TeleportReports so far, part of the state_dict.
@@ -145,8 +138,8 @@ class Teleporter:
     equals the uninterrupted one bit for bit on the CPU.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said above, or the model is no such chain, or one that these
-            options can never teleport, or the process is one of several ranks of torch.distributed.
+        TypeError, ValueError: an argument is not what is said above, or the model is no such chain, or one that this
+            method can never teleport, or the process is one of several ranks of torch.distributed.
     """
 
     def __init__(
@@ -154,21 +147,16 @@ class Teleporter:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         loss_fn: LossFunction | None = None,
+        *,
+        method: Ascent | Published = LOOK_AHEAD,
         schedule: Schedule = EARLY,
         batch_size: int | str = "auto",
-        optimizer_state: str = "keep",
-        objective: str | Objective = "lookahead",
         holdout_size: int | str = "auto",
         layers: Sequence[int] | str | None = LAST,
-        steps: int = 4,
-        first_radius: float = 0.1,
-        margin: float = 8.0,
-        holdout_tol: float = 0.03,
-        min_gain: float = 2.0,
-        max_weight_change: float = MAX_WEIGHT_CHANGE,
-        max_sensitivity: float = MAX_SENSITIVITY,
+        optimizer_state: str = "keep",
+        guards: Guards = CAREFUL,
         on_error: str = "raise",
-        **options: Any,
+        backend: str = "auto",
     ) -> None:
         _check_alone()
         chain = Transaction().run(lambda: read_chain(model))
@@ -176,57 +164,35 @@ class Teleporter:
         check_holds(model, optimizers)
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}")
+        check_settings(method, guards)
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
         check_name("optimizer_state", optimizer_state, OPTIMIZER_STATES)
         check_name("on_error", on_error, ON_ERROR)
-        if optimizer_state == "transport":
-            for one in optimizers:
-                check_first_moment_known(one)
-        if isinstance(objective, str):
-            check_name("objective", objective, ("grad_norm", *LOOKAHEADS))
-        ahead = objective in LOOKAHEADS
-        if ahead:
-            _check_minimises(optimizers, model)
-        if objective == NEXT_STEP and options.get("lr") is not None:
-            raise ValueError(f'lr must not be given for objective "{NEXT_STEP}", got {options["lr"]!r}')
-        options |= {
-            "objective": "lookahead" if ahead else objective,
-            "layers": _choose_layers(chain, layers, options.get("group", _OPTION_DEFAULTS["group"])),
-            "steps": steps,
-            "first_radius": first_radius,
-            "margin": margin,
-            "holdout_tol": holdout_tol,
-            "min_gain": min_gain,
-            "max_weight_change": max_weight_change,
-            "max_sensitivity": max_sensitivity,
-        }
-        self._reads_step = ahead and options.get("lr") is None
-        self._along_next_step = objective == NEXT_STEP
-        # A scheduler may start at lr = 0: an lr that is read counts at the teleports only.
-        checked = _check_options(options | {"lr": 1.0} if self._reads_step else options, chain)
-        if self._reads_step:
-            read_step(optimizers, _parameters(chain))
-            if not self._along_next_step:
-                _check_rate_known(optimizers, model)
+        check_backend(backend)
+        self._own_steps = OwnSteps(optimizers, model)
+        if method.reads_step:
+            self._own_steps.check(chain, one_step=method.objective == NEXT_STEP)
+        elif method.objective == LOOKAHEAD:
+            self._own_steps.check_minimises()
         self.model, self.optimizer, self.loss_fn, self.schedule = model, optimizer, loss_fn, schedule
-        self.optimizer_state = optimizer_state
+        self.method, self.guards, self.optimizer_state = method, guards, optimizer_state
         self.reports: list[TeleportReport] = []
-        self._options = options
+        self._layers = _choose_layers(chain, layers, method.group)
         automatic = batch_size == "auto"
-        self._matched_layers = layers_to_match(chain, checked.layers, checked.group) if automatic else []
+        by_gl = method.group == GL
+        self._matched_layers = layers_to_match(chain, self._layers) if automatic and by_gl else []
         self._wanted = _most_matched(chain, self._matched_layers) if automatic else _check_batch_size(batch_size)
-        self._holdout_size = _check_holdout_size(holdout_size, options)
-        check_possible(chain, checked.layers, checked.group, self._wanted)
-        self.on_error = on_error
+        self._holdout_size = _check_holdout_size(holdout_size, guards)
+        check_possible(chain, self._layers, self._wanted, by_gl)
+        self.on_error, self.backend = on_error, backend
         self._optimizers, self._chain, self._mark = optimizers, chain, mark_of(model)
         self._pending_gradients = PendingGradients(model, optimizers)
         self._progress = _Progress()
 
     def __repr__(self) -> str:
         epochs = ", ".join(map(str, self.schedule.epochs))
-        layers = self._options["layers"]
-        which = "all hidden layers" if layers is None else f"hidden layers {list(layers)}"
+        which = "all hidden layers" if self._layers is None else f"hidden layers {list(self._layers)}"
         accepted = sum(report.accepted for report in self.reports)
         return (
             f"Teleporter({self.schedule.teleports_per_epoch} × in epochs [{epochs}]: {which} of "
@@ -295,7 +261,7 @@ class Teleporter:
             done=check_int("state: done", state["done"], at_least=0),
             gathered=_restore_batches(state["gathered"], chain),
         )
-        reports = [_restore_report(values) for values in _check_list("state: reports", state["reports"])]
+        reports = [restore_report(values) for values in check_list("state: reports", state["reports"])]
         self._progress, self.reports[:] = progress, reports
 
     def _keep(self, transaction: Transaction) -> None:
@@ -325,7 +291,7 @@ class Teleporter:
         """Whether the schedule wants one more teleport, and the optimizer takes steps to look ahead to."""
         if progress.epoch not in self.schedule.epochs or progress.done >= self.schedule.teleports_per_epoch:
             return False
-        return not self._reads_step or _largest_lr(self._optimizers, self.model) > 0
+        return not self.method.reads_step or self._own_steps.largest_lr > 0
 
     def _read_model(self) -> Chain:
         """The chain, read again only where something of the model has changed that it depends on."""
@@ -358,51 +324,48 @@ class Teleporter:
 
     def _teleport(self, transaction: Transaction, chain: Chain, inputs: Tensor, targets: Tensor) -> TeleportReport:
         """Teleport on the first of the samples, with those behind them as the holdout if one is wanted."""
+        started = time.perf_counter()
         own, held = slice(self._wanted), slice(self._wanted, self._wanted + self._holdout_size)
-        batch = inputs[own], targets[own]
-        own_lookahead = self._own_lookahead(transaction, chain, batch) if self._reads_step else {}
-        options = _check_options(self._options | own_lookahead, chain)
-        if self._matched_layers:
-            arguments = transaction, self.model, chain, batch, self.loss_fn, options
-            if options.wants_gain and (refusal := refuse_futile(*arguments)) is not None:
-                return refusal  # choosing among the samples would take several times as long
-            chosen = samples_of_chain(transaction, chain, batch[0], self._matched_layers)
-            batch = batch[0][chosen], batch[1][chosen]
-        holdout = (inputs[held], targets[held]) if self._holdout_size > 0 else self._options.get("holdout")
-
-        def teleport() -> TeleportReport:
-            return teleport_chain(transaction, self.model, chain, batch, self.loss_fn, options, holdout)
-
-        if self.optimizer_state == "transport":
-            return with_momentum(transaction, chain, self._optimizers, batch[0], teleport)
-        report = teleport()
+        reading = Reading(transaction, self.model, chain, self.loss_fn, self.backend)
+        problem = reading.problem((inputs[own], targets[own]))
+        method, guards = self._method_for(problem), self.guards
+        if self._holdout_size > 0:
+            guards = replace(guards, holdout=(inputs[held], targets[held]))
+        report = None
+        if self._matched_layers and isinstance(method, Ascent) and method.looks_ahead and guards.min_gain > 0:
+            report = refuse_futile(problem, method, guards)  # choosing samples would take several times as long
+        if report is None:
+            if self._matched_layers:
+                chosen = choose_samples(problem.network, problem.samples, problem.outputs, self._matched_layers)
+                if len(chosen) < self._wanted:
+                    problem = reading.problem((inputs[chosen], targets[chosen]))
+            report = teleport_problem(reading, problem, method, self._layers, guards)
         if report.accepted and self.optimizer_state == "reset":
             for optimizer in self._optimizers:
                 transaction.keep_state(optimizer)
                 for parameter in self.model.parameters():
                     optimizer.state.pop(parameter, None)
-        return report
+        return report.timed(started)
 
-    def _own_lookahead(self, transaction: Transaction, chain: Chain, batch: Batch) -> dict[str, Any]:
-        """The options for a lookahead along the optimizers' own steps, of `batch` where they depend on it."""
-        groups = groups_of(self.model, self._optimizers)
-        kinds = {kind_of(optimizer, (torch.optim.SGD, torch.optim.Muon)) for optimizer in self._optimizers}
-        if not self._along_next_step and kinds == {torch.optim.SGD}:
-            return {"lr": max(map(sgd_rate, groups))}
-        if not self._along_next_step and kinds == {torch.optim.Muon}:
-            begin(transaction, chain)
-            norm = measure_own(Problem.make(self.model, chain, batch, self.loss_fn), GradNorm()).gradient_norm
-            length = _muon_length(groups, chain)
-            return {"lr": length / norm if norm > 0 else length}  # a gradient of 0 steps nowhere at any rate
-        step = read_step(self._optimizers, _parameters(chain))
-        return {"objective": OptimizerLookahead(step, self._options["margin"])}
+    def _method_for(self, problem: Problem) -> Ascent | Published:
+        """The method with what it reads off the optimizers, for a problem where it depends on that."""
+        method, steps = self.method, self._own_steps
+        if isinstance(method, Published) or not method.reads_step:
+            return method
+        if method.objective == LOOKAHEAD:
+            if (rate := steps.gradient_rate()) is not None:
+                return replace(method, lr=rate)
+            if (length := steps.fixed_length(self._chain)) is not None:
+                norm = measure_own(problem, GradNorm()).gradient_norm
+                return replace(method, lr=length / norm if norm > 0 else length)  # 0 steps nowhere at any rate
+        return replace(method, objective=OptimizerLookahead(steps.next_step(self._chain), method.margin))
 
 
 def _restore_batches(batches: object, chain: Chain) -> tuple[Batch, ...]:
     """Gathered batches on the model's device, in memory of their own; raise unless they are batches for the model."""
     device = chain.linears[0].weight.device
     restored: tuple[Batch, ...] = ()
-    for batch in _check_list("state: gathered", batches):
+    for batch in check_list("state: gathered", batches):
         try:
             if not isinstance(batch, (tuple, list)) or not all(isinstance(t, Tensor) and not t.is_meta for t in batch):
                 raise TypeError("batch must be a pair (inputs, targets) of tensors that hold data")
@@ -413,84 +376,6 @@ def _restore_batches(batches: object, chain: Chain) -> tuple[Batch, ...]:
         except (TypeError, ValueError) as error:
             raise type(error)(f"state: gathered: {error}") from error
     return restored
-
-
-def _restore_report(values: object) -> TeleportReport:
-    """The inverse of dataclasses.asdict for a report; raise unless `values` is what that gives."""
-    entries = _check_entries(TeleportReport, values)
-    layers = (_restore(LayerReport, layer) for layer in _check_list("state: report's layers", entries["layers"]))
-    trace = (_restore(StepRecord, step) for step in _check_list("state: report's trace", entries["trace"]))
-    changes = tuple(_check_list("state: report's weight_changes", entries["weight_changes"]))
-    return _restore(TeleportReport, entries | {"layers": (*layers,), "trace": (*trace,), "weight_changes": changes})
-
-
-Record = TypeVar("Record", TeleportReport, LayerReport, StepRecord)
-
-
-def _restore(record: type[Record], values: object) -> Record:
-    entries = _check_entries(record, values)
-    for name, expected in typing.get_type_hints(record).items():
-        if not _is_of(entries[name], expected):
-            kind = getattr(expected, "__name__", expected)
-            raise TypeError(f"state: {name} of a {record.__name__} must be of type {kind}, got {entries[name]!r}")
-    return record(**entries)
-
-
-def _check_entries(record: type[Record], values: object) -> dict[str, Any]:
-    names = set(typing.get_type_hints(record))
-    if not isinstance(values, Mapping) or set(values) != names:
-        got = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-        raise ValueError(f"state: a {record.__name__} must have the entries {sorted(names)}, got {got}")
-    return dict(values)
-
-
-def _is_of(value: object, expected: Any) -> bool:
-    """Whether a value is of the type that a field of a record is annotated with."""
-    arguments = typing.get_args(expected)
-    if isinstance(expected, types.UnionType):
-        return any(_is_of(value, one) for one in arguments)
-    if typing.get_origin(expected) is tuple:  # of any length, of one kind
-        return isinstance(value, tuple) and all(_is_of(one, arguments[0]) for one in value)
-    if expected is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, expected)
-
-
-def _check_list(argument: str, value: object) -> Sequence[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{argument} must be a list, got {type(value).__name__}")
-    return value
-
-
-def _parameters(chain: Chain) -> list[nn.Parameter]:
-    """Those that the optimizers move."""
-    return [parameter for _, parameter in chain.named_parameters() if parameter.requires_grad]
-
-
-def _muon_length(groups: Sequence[Mapping[str, Any]], chain: Chain) -> float:
-    """The norm of a step of Muon for all parameters of the chain."""
-    own = set(map(id, _parameters(chain)))
-    shapes = [[p.shape for p in group["params"] if id(p) in own] for group in groups]
-    return math.hypot(*map(muon_length, groups, shapes))
-
-
-def _largest_lr(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> float:
-    """The largest lr of the groups that hold parameters of the model; infinite where none does, which is an error."""
-    return max((float(group["lr"]) for group in groups_of(model, optimizers)), default=math.inf)
-
-
-def _check_rate_known(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
-    """Raise ValueError unless the steps of optimizers that are all SGD come to gradient steps."""
-    if all(kind_of(optimizer, (torch.optim.SGD,)) is not None for optimizer in optimizers):
-        for group in groups_of(model, optimizers):
-            sgd_rate(group)
-
-
-def _check_minimises(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
-    if any(group.get("maximize", False) for group in groups_of(model, optimizers)):
-        raise ValueError('optimizer must minimise the loss for objective "lookahead", got one with maximize=True')
 
 
 def _check_alone() -> None:
@@ -504,35 +389,18 @@ def _check_alone() -> None:
         )
 
 
-def _choose_layers(chain: Chain, layers: Sequence[int] | str | None, group: object) -> Sequence[int] | None:
+def _choose_layers(chain: Chain, layers: Sequence[int] | str | None, group: str) -> Sequence[int] | None:
     """The hidden layers (1..m) that `layers` stands for; None is all."""
     if not isinstance(layers, str):
-        return layers
+        return None if layers is None else check_layers(layers, len(chain.activations))
     if layers != LAST:
         raise ValueError(f'layers must be "last", a sequence of hidden layer numbers or None, got {layers!r}')
-    return layers_to_match(chain, None, GL)[-1:] or None if group == GL else None
+    return layers_to_match(chain, None)[-1:] or None if group == GL else None
 
 
 def _most_matched(chain: Chain, layers: Sequence[int]) -> int:
     """The most samples that can be independent in the inputs of the hidden layers `layers` (1..m), at most 200."""
-    return min([AUTO_BATCH_SIZE, *(input_columns(chain, layer) for layer in layers)])
-
-
-_OPTION_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(teleport_mlp).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-}
-
-
-def _check_options(options: Mapping[str, Any], chain: Chain) -> Options:
-    """Raise unless `options` are right for `teleport_mlp`; what they are."""
-    unknown = sorted(set(options) - set(_OPTION_DEFAULTS))
-    if unknown:
-        raise TypeError(f"options must be among {sorted(_OPTION_DEFAULTS)}, got {unknown}")
-    values = {**_OPTION_DEFAULTS, **options}
-    values.pop("holdout")  # data: checked with the model at each teleport
-    return make_options(**values, hidden_layers=len(chain.activations))
+    return min([AUTO_BATCH_SIZE, *map(chain.columns, layers)])
 
 
 def _check_batch_size(batch_size: object) -> int:
@@ -541,8 +409,8 @@ def _check_batch_size(batch_size: object) -> int:
     return check_int("batch_size", batch_size, at_least=1)
 
 
-def _check_holdout_size(holdout_size: object, options: Mapping[str, Any]) -> int:
-    given = options.get("holdout") is not None
+def _check_holdout_size(holdout_size: object, guards: Guards) -> int:
+    given = guards.holdout is not None
     if isinstance(holdout_size, str):
         if holdout_size != "auto":
             raise ValueError(f'holdout_size must be an int >= 0 or "auto", got {holdout_size!r}')

@@ -6,6 +6,7 @@ emulator (tests/harness/cuda_on_cpu.h) find. They read one binary file and write
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -25,7 +26,11 @@ from symtele_cuda.activations import Activation
 CSRC = Path(__file__).parent.parent / "csrc"
 HARNESS = Path(__file__).parent / "harness"
 
-FLAGS = ("-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# Compiled once and shared by the processes of a run and by later runs; of the older ones some are thrown away.
+OBJECTS = CSRC.parent / "build" / "cpu_harness"
+MOST_OBJECTS = 500
+
+FLAGS = ("-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 # The orders in which the threads between two barriers, and the blocks, run; a number is the seed of a shuffle.
 ORDERS = ("ascending", "descending", "1")
@@ -42,15 +47,43 @@ def missing_compiler() -> str | None:
 
 
 def build(name: str, folder: Path, csrc: Path = CSRC, sources: Sequence[str] = ()) -> Path:
-    """The program tests/harness/`name`.cpp, compiled into `folder` with these files of `csrc`; skips without g++."""
+    """The program tests/harness/`name`.cpp in `folder`, linked with these files of `csrc`; skips without g++."""
     if reason := missing_compiler():
         pytest.skip(reason)
-    program = folder / name
     files = [HARNESS / f"{name}.cpp", *(csrc / source for source in sources)]
-    command = ["g++", *FLAGS, f"-I{csrc}", f"-I{HARNESS}", *map(str, files), "-o", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    program = folder / name
+    output_of_gcc([*FLAGS, *(str(compile_object(file, csrc=csrc)) for file in files), "-o", str(program)])
     return program
+
+
+def compile_object(source: Path, flags: Sequence[str] = FLAGS, csrc: Path = CSRC) -> Path:
+    """The object of `source`, kept in `OBJECTS` under the hash of all that goes into it."""
+    options = [*flags, f"-I{csrc}", f"-I{HARNESS}"]
+    text = output_of_gcc([*options, "-x", "c++", "-E", str(source)]).replace(str(csrc), "csrc")
+    key = hashlib.sha256("\n".join([compiler(), *flags, text]).encode()).hexdigest()
+    target = OBJECTS / f"{source.stem}-{key[:32]}.o"
+    if target.exists():
+        target.touch()  # one of the last used, which stay
+    else:
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        made = target.with_suffix(f".{os.getpid()}")  # another process may make the same one now
+        output_of_gcc([*flags, "-x", "c++-cpp-output", "-c", "-", "-o", str(made)], text)
+        made.replace(target)
+        for old in sorted(OBJECTS.glob("*.o"), key=lambda path: path.stat().st_mtime)[:-MOST_OBJECTS]:
+            old.unlink(missing_ok=True)
+    return target
+
+
+@lru_cache
+def compiler() -> str:
+    """What tells one g++ from another."""
+    return output_of_gcc(["--version"])
+
+
+def output_of_gcc(arguments: Sequence[str], text: str | None = None) -> str:
+    done = subprocess.run(["g++", *arguments], input=text, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def plant_fault(folder: Path, file: str, right: str, wrong: str) -> Path:
@@ -79,7 +112,7 @@ def output_of(program: Path, content: bytes, *arguments: str) -> bytes:
     return program.with_suffix(".out").read_bytes()
 
 
-KINDS = re.search(r"enum class ActivationKind \{ (.*?) \};", (CSRC / "kernels.h").read_text())[1].split(", ")
+KINDS = re.findall(r'ACT\("(\w+)", \w+\)', (CSRC / "activation.cuh").read_text())
 
 
 def activation_items(activation: Activation) -> list[int | float]:

@@ -24,7 +24,6 @@ from experiments.training import (
     TeleportSettings,
     TrainingSettings,
     compare,
-    make_mlp,
     start,
     train,
 )
@@ -228,7 +227,7 @@ def test_impossible_schedules_are_refused() -> None:
 
 
 def test_the_mlp_is_the_one_of_the_task() -> None:
-    model = make_mlp(small_task(0), torch.Generator().manual_seed(0))
+    model = small_task(0).make_model(torch.Generator().manual_seed(0))
     layers = [module for module in model if isinstance(module, torch.nn.Linear)]
     assert [tuple(layer.weight.shape) for layer in layers] == [(16, 12), (16, 16), (3, 16)]
     assert all(layer.bias is None and layer.weight.abs().max() <= layer.in_features**-0.5 for layer in layers)
@@ -268,7 +267,7 @@ def test_regression_data_follow_the_weights_in_one_stream() -> None:
     task = regression.make_task(12345)
     torch_stream = torch.Generator().manual_seed(12345)
     weights = [torch.rand(out, size, generator=torch_stream) for size, out in ((5, 6), (6, 7), (7, 8))]
-    model = make_mlp(task, torch.Generator().manual_seed(12345))
+    model = task.make_model(torch.Generator().manual_seed(12345))
     for ours, expected in zip(model.parameters(), weights, strict=True):
         assert torch.equal(ours, expected)
     assert torch.equal(task.train.inputs, torch.rand(5, 4, generator=torch_stream).T)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import make_batch, make_mlp, snapshot, unchanged
+from teleports import teleport_mlp
 from torch import Tensor
 
 import symtele_cuda as st
@@ -180,7 +181,7 @@ def test_a_teleport_moves_the_objective_the_right_way_and_keeps_the_loss(objecti
     wanted = OBJECTIVES[objective](maximise=maximise)
     loss_of, parameters = loss_on(dims, bias=True, n=n), list(model.parameters())
     before, loss = wanted.value(loss_of, parameters).item(), loss_of(parameters).item()
-    report = st.teleport_mlp(model, batch, objective=wanted, group=group)
+    report = teleport_mlp(model, batch, objective=wanted, group=group)
     after = wanted.value(loss_of, parameters).item()
     assert report.accepted and report.drift <= 1e-12
     assert after > before if maximise else after < before
@@ -194,7 +195,7 @@ def test_a_teleport_is_deterministic(objective):
     models = [make_mlp(WIDE, dtype=torch.float32) for _ in range(2)]
     for model in models:
         batch = make_batch(20, WIDE[0], WIDE[-1], dtype=torch.float32)
-        assert st.teleport_mlp(model, batch, objective=OBJECTIVES[objective](maximise=True), steps=3).accepted
+        assert teleport_mlp(model, batch, objective=OBJECTIVES[objective](maximise=True), steps=3).accepted
     assert unchanged(models[0], snapshot(models[1]))
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_device_search import assert_same, make_task
+from climbs import make_climb
+from test_device_search import assert_same
 
 from symtele_cuda.kernels import graphs, pinv
-from symtele_cuda.model.network import parameter_list
-from symtele_cuda.orbits import action
-from symtele_cuda.search import device as device_search
-from symtele_cuda.search.device import Program, read_back, run_program
-from symtele_cuda.task import Task
+from symtele_cuda.orbits import batch_weights
+from symtele_cuda.search.device import Climb, Program, read_back, run_program
 
 DIMS = [20, 24, 22, 5]
 
@@ -30,11 +28,11 @@ class Recorder:
         self.captured = 0
 
     def __call__(
-        self, task: Task, program: Callable[[Task], Program], tensors: Sequence[torch.Tensor]
+        self, work: Climb, program: Callable[[Climb], Program], tensors: Sequence[torch.Tensor]
     ) -> graphs.Captured[list[Program]]:
         self.captured += 1
         inputs = [tensor.clone() for tensor in tensors]
-        still, outcome = task.with_tensors(inputs), list[Program]()
+        still, outcome = graphs.with_tensors(work, iter(inputs)), list[Program]()
 
         def replay() -> None:
             outcome[:] = [program(still)]
@@ -49,14 +47,14 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(graphs, "_capture", recorder)
     monkeypatch.setattr(graphs, "CAPTURED_CALL", 1)
     monkeypatch.setattr(graphs, "_lane", lambda: "the only one")
-    monkeypatch.setattr(graphs, "_obstacle", lambda work, tensors: None if isinstance(work, Task) else "only searches")
+    monkeypatch.setattr(graphs, "_obstacle", lambda tensors: None)
     yield recorder
     graphs.clear()
 
 
 @torch.no_grad()
-def replayed(task: Task) -> Program:
-    outcome, how = graphs.run(task, run_program)
+def replayed(work: Climb) -> Program:
+    outcome, how = graphs.run(work, run_program, None)
     assert how == "in a CUDA graph"
     return outcome[0]
 
@@ -65,11 +63,12 @@ def replayed(task: Task) -> Program:
 @torch.no_grad()
 def test_one_graph_serves_all_tasks_of_a_kind_and_reads_each_one_s_tensors(recorder, objective):
     for seed, lr in ((0, 0.1), (5, 0.3), (9, 0.02)):
-        task = make_task(DIMS, seed=seed, objective=objective, lr=lr, holdout=True)
-        got, expected = (read_back(task, program, "") for program in (replayed(task), run_program(task)))
-        assert_same(expected.result, got.result, rel=1e-12)
-        assert got.before == expected.before
-        assert torch.equal(got.last.measured, expected.last.measured)
+        work = make_climb(DIMS, seed=seed, objective=objective, lr=lr, holdout=True)
+        programs = replayed(work), run_program(work)
+        (before, result, last), (wanted_before, wanted, wanted_last) = (read_back(work.guards, one) for one in programs)
+        assert_same(wanted, result, rel=1e-12)
+        assert before == wanted_before
+        assert torch.equal(last.measured, wanted_last.measured)
     assert recorder.captured == 1
 
 
@@ -82,26 +81,25 @@ def test_one_graph_serves_all_tasks_of_a_kind_and_reads_each_one_s_tensors(recor
         dict(bias=False),
         dict(steps=3),
         dict(max_growth=3.0),
-        dict(action="paper"),
         dict(objective="lookahead"),
         dict(layers=[1]),
         dict(holdout=True),
-        dict(step_size=1e-3),
+        dict(max_sensitivity=1.1),
     ],
     ids=str,
 )
 def test_another_kind_of_task_has_a_graph_of_its_own(recorder, change):
-    replayed(make_task(DIMS))
-    replayed(make_task(DIMS, **change))
+    replayed(make_climb(DIMS))
+    replayed(make_climb(DIMS, **change))
     assert recorder.captured == 2
 
 
 def test_the_matmul_precision_is_part_of_the_kind(recorder):
-    replayed(make_task(DIMS))
+    replayed(make_climb(DIMS))
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        replayed(make_task(DIMS))
+        replayed(make_climb(DIMS))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert recorder.captured == 2
@@ -109,11 +107,11 @@ def test_the_matmul_precision_is_part_of_the_kind(recorder):
 
 def test_the_first_of_a_kind_is_not_captured(recorder, monkeypatch):
     monkeypatch.setattr(graphs, "CAPTURED_CALL", 2)
-    task = make_task(DIMS)
+    work = make_climb(DIMS)
     with torch.no_grad():
-        assert graphs.run(task, run_program)[1] == "no CUDA graph: the first of its kind is not captured"
+        assert graphs.run(work, run_program, None)[1] == "no CUDA graph: the first of its kind is not captured"
     assert recorder.captured == 0
-    replayed(task)
+    replayed(work)
     assert recorder.captured == 1
 
 
@@ -126,13 +124,11 @@ def test_the_first_of_a_kind_is_not_captured(recorder, monkeypatch):
     ids=str,
 )
 def test_what_goes_through_solver_libraries_is_not_captured(changes, reason):
-    assert reason in make_task(DIMS, **changes).obstacle()
+    assert reason in make_climb(DIMS, **changes).obstacle()
 
 
-def test_narrow_layers_with_the_exact_inverse_are_not_captured():
-    narrow = dict(n=15, dtype=torch.float32)
-    assert "the exact inverse of g" in make_task([20, 9, 11, 5], **narrow).obstacle()
-    assert "the exact inverse" not in make_task([20, 9, 11, 5], inverse="first_order", **narrow).obstacle()
+def test_narrow_layers_that_carry_are_not_captured():
+    assert "the inverse of g" in make_climb([20, 9, 11, 5], n=15, dtype=torch.float32).obstacle()
 
 
 def test_own_kernels_factorize_up_to_a_size():
@@ -141,9 +137,9 @@ def test_own_kernels_factorize_up_to_a_size():
 
 
 def test_only_the_graphs_used_last_are_kept(recorder):
-    kinds = [make_task(DIMS, steps=steps) for steps in range(1, graphs.LARGEST_CACHE + 2)]
-    for task in kinds[:-1]:
-        replayed(task)
+    kinds = [make_climb(DIMS, steps=steps) for steps in range(1, graphs.LARGEST_CACHE + 2)]
+    for work in kinds[:-1]:
+        replayed(work)
     replayed(kinds[0])
     replayed(kinds[-1])  # the second kind makes room for it
     assert recorder.captured == len(kinds)
@@ -155,11 +151,10 @@ def test_only_the_graphs_used_last_are_kept(recorder):
 
 @torch.no_grad()
 def test_weights_formed_after_a_graph_s_search_keep_the_layers_that_it_kept(recorder, monkeypatch):
-    """The state at the start is the graph's, with copies of the weights: the layers before the first that moves are
-    not computed again, and that one has the factor of its input already."""
-    task = make_task(DIMS, layers=[2], dtype=torch.float32, steps=3)
-    program = replayed(task)
-    result = read_back(task, program, "").result
+    """The waypoints are the graph's, with copies of the weights: the layers before the first that moves are not
+    computed again, and that one has the factor of its input already."""
+    work = make_climb(DIMS, layers=[2], dtype=torch.float32, steps=3)
+    _, result, _ = read_back(work.guards, replayed(work))
     assert len(result.waypoints) > 1
     factorized: list[torch.Tensor] = []
 
@@ -167,20 +162,13 @@ def test_weights_formed_after_a_graph_s_search_keep_the_layers_that_it_kept(reco
         factorized.append(inputs)
         return pinv.factorize(inputs, *others)
 
-    monkeypatch.setattr(action, "factorize", counted)
-    network = task.problem.network
-    for goal in result.waypoints[1:]:
+    monkeypatch.setattr(batch_weights, "factorize", counted)
+    orbit = work.orbit
+    for waypoint in result.waypoints[1:]:
         factorized.clear()
-        formed, outputs, _ = action.form_weights(network, task.plan, program.start, goal, task.matches)
-        assert formed.layers_in_common(network) == 1 and outputs[0] is program.start.targets[0]
-        assert [inputs.shape[1] for inputs in factorized] == [DIMS[2]]  # of the last layer alone
-        own_goal = replace(goal, references=network.weights, offsets=network.biases)
-        for one, other in zip(
-            parameter_list(formed),
-            parameter_list(action.form_weights(network, task.plan, task.start(), own_goal, task.matches)[0]),
-            strict=True,
-        ):
-            assert torch.equal(one, other)
+        formed, outputs, _ = batch_weights.form_weights(orbit.problem, orbit.plans, orbit.matches, waypoint)
+        assert formed.layers_in_common(orbit.network) == 1 and outputs[0] is orbit.problem.outputs[0]
+        assert [inputs.shape[1] for inputs in factorized] == [DIMS[2]]  # the last layer alone
 
 
 @torch.no_grad()
@@ -188,19 +176,19 @@ def test_a_capture_that_fails_is_not_tried_again_and_its_reason_is_told(monkeypa
     graphs.clear()
     tries = []
 
-    def fail(task: Task, program: object, tensors: object) -> str:
-        tries.append(task)
+    def fail(work: Climb, program: object, tensors: object) -> str:
+        tries.append(work)
         return "its capture failed (operation not permitted)"
 
     monkeypatch.setattr(graphs, "_capture", fail)
     monkeypatch.setattr(graphs, "CAPTURED_CALL", 1)
     monkeypatch.setattr(graphs, "_lane", lambda: 0)
-    monkeypatch.setattr(graphs, "_obstacle", lambda work, tensors: None if isinstance(work, Task) else "only searches")
-    task = make_task(DIMS)
+    monkeypatch.setattr(graphs, "_obstacle", lambda tensors: None)
+    work = make_climb(DIMS)
     for _ in range(2):
-        program, how = graphs.run(task, run_program)
+        program, how = graphs.run(work, run_program, None)
         assert how == "no CUDA graph: its capture failed (operation not permitted)"
-        assert program.rows.shape[0] == task.options.steps
+        assert program.rows.shape[0] == work.ascent.steps
     assert len(tries) == 1
     graphs.clear()
 
@@ -290,7 +278,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", device.end, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", device.release, raising=False)
     monkeypatch.setattr(graphs, "_stream", lambda device: stream)
-    monkeypatch.setattr(graphs, "_obstacle", lambda work, tensors: None)
+    monkeypatch.setattr(graphs, "_obstacle", lambda tensors: None)
     monkeypatch.setattr(graphs, "_lane", lambda: "the only one")
     monkeypatch.setattr(graphs, "CAPTURED_CALL", 1)
     monkeypatch.setattr(graphs, "_broken", [])
@@ -306,25 +294,13 @@ class Doubling:
     numbers: torch.Tensor
     kind: int = 0
 
-    def tensors(self) -> list[torch.Tensor]:
-        return [self.numbers]
-
-    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Doubling:
-        return Doubling(*tensors, self.kind)
-
-    def signature(self) -> int:
-        return self.kind
-
-    def obstacle(self) -> None:
-        return None
-
 
 def double(work: Doubling) -> torch.Tensor:
     return 2 * work.numbers
 
 
 def run_kind(kind: int) -> str:
-    return graphs.run(Doubling(torch.ones(3), kind), double)[1]
+    return graphs.run(Doubling(torch.ones(3), kind), double, None)[1]
 
 
 def test_a_graph_has_memory_of_its_own_and_gives_it_back_when_it_goes(device: Device) -> None:
@@ -348,12 +324,12 @@ def test_a_capture_that_fails_leaves_torch_as_it_was(device: Device, error: type
         return double(work)
 
     if error is RuntimeError:
-        total, how = graphs.run(Doubling(torch.ones(3)), fails)
+        total, how = graphs.run(Doubling(torch.ones(3)), fails, None)
         assert how == "no CUDA graph: its capture failed (operation not permitted)"
         assert total.tolist() == [2, 2, 2]
     else:
         with pytest.raises(error):
-            graphs.run(Doubling(torch.ones(3)), fails)
+            graphs.run(Doubling(torch.ones(3)), fails, None)
     assert not device.allocating and device.references == {1: 0}
     device.failed = False
     assert run_kind(1) == graphs.GRAPH
@@ -374,13 +350,37 @@ def test_a_graph_that_is_too_large_to_keep_is_not_captured_again(device: Device)
     assert device.captures == 1 and device.references == {1: 0}
 
 
-@torch.no_grad()
-def test_where_there_is_no_gpu_the_report_says_so():
-    found = device_search.find(make_task(DIMS))
-    assert found.backend == "torch on cpu, no CUDA graph: there is none on this device"
+def test_where_there_is_no_gpu_nothing_is_captured():
+    assert run_kind(0) == "no CUDA graph: there is none on this device"
 
 
 def test_a_loss_of_the_caller_s_own_is_never_captured():
-    task = make_task(DIMS)
-    own = replace(task.problem, loss=replace(task.problem.loss, default=False))
-    assert replace(task, problem=own).obstacle().startswith("loss_fn is the caller's own")
+    work = make_climb(DIMS)
+    problem = replace(work.orbit.problem, loss=replace(work.orbit.problem.loss, default=False))
+    own = replace(work, orbit=replace(work.orbit, problem=problem))
+    assert own.obstacle().startswith("loss_fn is the caller's own")
+
+
+@dataclass(frozen=True)
+class Inner:
+    weights: tuple[torch.Tensor | None, ...]
+    name: str
+    memory: object = field(compare=False)
+
+
+def test_the_tensors_of_any_work_are_found_and_replaced_in_their_order():
+    one, two, three = (torch.full((size,), float(size)) for size in (1, 2, 3))
+    work = (Inner((one, None), "a", memory=three), [two])
+    assert [len(tensor) for tensor in graphs.tensors_of(work)] == [1, 2]
+    (inner, others) = graphs.with_tensors(work, iter([10 * one, 20 * two]))
+    assert inner.weights[0].tolist() == [10] and inner.weights[1] is None and inner.memory is three
+    assert [tensor.tolist() for tensor in others] == [[40, 40]]
+
+
+def test_another_structure_is_another_signature_and_other_numbers_are_not():
+    tensor = torch.ones(2)
+    work = Inner((tensor, None), "a", None)
+    assert graphs.signature_of(work) == graphs.signature_of(Inner((2 * tensor, None), "a", tensor))
+    for other in (Inner((tensor, tensor), "a", None), Inner((tensor,), "a", None), Inner((tensor, None), "b", None)):
+        assert graphs.signature_of(work) != graphs.signature_of(other)
+    assert graphs.signature_of(SimpleNamespace()) != graphs.signature_of(SimpleNamespace())  # by identity

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import make_mlp, snapshot, unchanged
+from teleports import make_teleporter
 from torch import Tensor
 
 from experiments import guards
@@ -69,10 +70,11 @@ def test_a_teleport_into_a_place_too_curved_for_the_rate_is_undone(momentum: flo
     for lr in (0.03, 0.3, 1.0, 3.0, 10.0):
         own, other = make_mlp([30, 40, 36, 5]), make_mlp([30, 40, 36, 5])
         free, guarded = (
-            kind(
+            make_teleporter(
                 model,
                 torch.optim.SGD(model.parameters(), lr, momentum=momentum),
                 torch.nn.functional.cross_entropy,
+                kind=kind,
                 schedule=Schedule((0,), 1),
                 batch_size=30,
                 holdout_size=30,

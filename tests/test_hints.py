@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from teleports import teleport_mlp
 from torch import Tensor, nn
 
-import symtele_cuda as st
 from symtele_cuda.model import hints
-from symtele_cuda.model.chain import read_chain
+from symtele_cuda.model.reader import read_chain
 
 WHOLE = r"{} is such a chain: pass it, with the same batch$"
 PART = r"{} is such a chain: pass it, and as the batch's inputs what the model gives it$"
@@ -87,7 +87,7 @@ def test_the_hint_is_one_to_follow() -> None:
     x, y = torch.randn(6, 1, 4, 4), torch.arange(6) % 3
     with torch.no_grad():
         features, outputs = model[:2](x), model(x)
-    report = st.teleport_mlp(model[2:], (features, y), steps=2)
+    report = teleport_mlp(model[2:], (features, y), steps=2)
     assert report.accepted
     torch.testing.assert_close(model(x), outputs, rtol=1e-3, atol=1e-4)
 

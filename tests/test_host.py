@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from teleports import teleport_mlp
 from torch import nn
 
 from bench import host, layer
 from bench.harness import UNIT
-from symtele_cuda import teleport_mlp
 from symtele_cuda.kernels import torch_kernels as products
 from symtele_cuda.search import device as device_search
 

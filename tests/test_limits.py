@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from models import CASES, Model, behind_tanh
+from teleports import make_teleporter, teleport_mlp
 from torch import Tensor, nn
-
-import symtele_cuda as st
 
 BATCH = CASES["SELU"].batch()
 
@@ -15,7 +14,7 @@ def teleported(model: nn.Module, part: nn.Module | None = None) -> None:
     """Teleport the model, or a part that gets the same input, and see that its outputs on the batch stay."""
     moved = part or model
     before = moved(BATCH[0]).detach()
-    assert st.teleport_mlp(moved, BATCH, steps=3).accepted
+    assert teleport_mlp(moved, BATCH, steps=3).accepted
     torch.testing.assert_close(moved(BATCH[0]).detach(), before, rtol=1e-8, atol=1e-8)
 
 
@@ -66,7 +65,7 @@ def test_lbfgs_takes_a_rate_and_a_reset() -> None:
         return loss
 
     options = {"batch_size": len(x), "holdout_size": 0, "optimizer_state": "reset", "min_gain": 0.0}
-    teleporter = st.Teleporter(model, optimizer, lr=0.1, **options)
+    teleporter = make_teleporter(model, optimizer, lr=0.1, **options)
     optimizer.step(closure)
     assert any("old_dirs" in state for state in optimizer.state.values())
     report = teleporter.step((x, y), epoch=0)
@@ -83,7 +82,7 @@ def test_the_slope_of_a_prelu_is_not_moved_and_not_counted() -> None:
     loss = nn.functional.cross_entropy(model(x), y)
     own = [parameter for name, parameter in model.named_parameters() if name != "act.weight"]
     gradients = torch.autograd.grad(loss, own)
-    report = st.teleport_mlp(model, (x, y), steps=2)
+    report = teleport_mlp(model, (x, y), steps=2)
     whole = sum(float(gradient.square().sum()) for gradient in gradients) ** 0.5
     assert abs(report.grad_norm_before - whole) < 1e-12 * whole
     assert model.act.weight.tolist() == [0.25]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from symtele_cuda.activations import ELU, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh, scaled
-from symtele_cuda.model.chain import check_batch, check_inputs, check_parameters, read_chain
+from symtele_cuda.model.chain import check_batch, check_inputs, check_parameters
+from symtele_cuda.model.reader import read_chain
 
 
 def plain(hidden: nn.Module | None = None) -> nn.Sequential:
@@ -248,8 +249,8 @@ def discarding(m: Custom, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "relu6": (lambda: plain(nn.ReLU6()), r"at '1' expected .*LeakyReLU, ELU.* got ReLU6"),
-    "gelu": (lambda: plain(nn.GELU()), r"at '1' expected .*LeakyReLU, ELU.* got GELU"),
+    "relu6": (lambda: plain(nn.ReLU6()), r"at '1' expected .*LeakyReLU, .*ELU.* got ReLU6"),
+    "gelu": (lambda: plain(nn.GELU()), r"at '1' expected .*LeakyReLU, .*ELU.* got GELU"),
     "functional relu6": (
         lambda: Custom(lambda m, x: m.c(F.relu6(m.a(x)))),
         r"at 'relu6' expected .*LeakyReLU.* got relu6",

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import CASES, SAMPLES, Case, Model, asserting_either, asserting_in_place, deciding, run_chain
+from teleports import make_teleporter, teleport_mlp
 from torch import Tensor, nn
 
-import symtele_cuda as st
-from symtele_cuda.model.chain import read_chain
 from symtele_cuda.model.loss import default_loss
+from symtele_cuda.model.reader import read_chain
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -92,7 +92,7 @@ def test_a_teleport_keeps_the_outputs_and_reports_the_gradient_of_the_module(cas
     x, _ = batch
     outputs = model(x).detach()
     (loss, gradients), (held, _) = (loss_and_gradients(case, model, data) for data in (batch, holdout))
-    report = st.teleport_mlp(
+    report = teleport_mlp(
         model, batch, case.loss_fn, steps=4, group=case.group, holdout=holdout, holdout_tol=math.inf
     )
     assert report.accepted and report.grad_norm_after > 1.05 * report.grad_norm_before, str(report)
@@ -110,7 +110,7 @@ def test_a_teleport_keeps_the_outputs_and_reports_the_gradient_of_the_module(cas
 def test_the_lookahead_is_the_loss_after_a_step_of_sgd(case: Case) -> None:
     model, batch = case.make(), case.batch()
     before = copy.deepcopy(model)
-    report = st.teleport_mlp(
+    report = teleport_mlp(
         model, batch, case.loss_fn, objective="lookahead", lr=0.01, margin=2.0, steps=4, group=case.group
     )
     assert report.accepted and report.objective_after < report.objective_before, str(report)
@@ -129,7 +129,7 @@ def test_a_loss_with_weight_terms_goes_through_the_module(case: Case) -> None:
     x, y = batch
     outputs = model(x).detach()
     gradients = torch.autograd.grad(decayed(model(x), y), parameters_of(model))
-    report = st.teleport_mlp(model, batch, decayed, steps=3, group=case.group)
+    report = teleport_mlp(model, batch, decayed, steps=3, group=case.group)
     assert report.accepted, str(report)
     assert report.grad_norm_before == pytest.approx(norm(list(gradients)), rel=1e-10)
     torch.testing.assert_close(model(x).detach(), outputs, rtol=1e-8, atol=1e-8)
@@ -142,27 +142,26 @@ def test_a_float32_model_keeps_its_outputs_to_rounding(case: Case) -> None:
     model, (x, y) = case.make().float(), case.batch()
     batch = x.float(), y.float() if y.is_floating_point() else y
     outputs = model(batch[0]).detach()
-    report = st.teleport_mlp(model, batch, case.loss_fn, steps=2, group=case.group, drift_tol=1e-3)
+    report = teleport_mlp(model, batch, case.loss_fn, steps=2, group=case.group, drift_tol=1e-3)
     assert report.accepted, str(report)
     torch.testing.assert_close(model(batch[0]).detach(), outputs, rtol=1e-3, atol=1e-3)
 
 
 @every_case
 def test_a_teleporter_trains_the_model(case: Case) -> None:
-    """From gathered batches, with the momentum moved along, to the same outputs on the samples of the teleport."""
+    """From gathered batches to the same outputs on the samples of the teleport."""
     model, (x, y) = case.make(), case.batch(24)
     chain = parameters_of(model)
     slopes = [p for p in model.parameters() if all(p is not one for one in chain)]  # of PReLU: they stay as they are
     optimizer = torch.optim.SGD([{"params": chain}, {"params": slopes, "lr": 0.0}], lr=1e-3, momentum=0.9)
     loss_of(case, y)(model(x), y).backward()
     optimizer.step()
-    teleporter = st.Teleporter(
+    teleporter = make_teleporter(
         model,
         optimizer,
         case.loss_fn,
         batch_size="auto" if case.group == "gl" else SAMPLES,
         holdout_size=4,
-        optimizer_state="transport",
         group=case.group,
         holdout_tol=math.inf,
         min_gain=0.0,
@@ -180,13 +179,13 @@ def test_targets_of_squeezed_outputs_have_their_shape() -> None:
     case = CASES["squeeze"]
     model, (x, y) = case.make(), case.batch()
     with pytest.raises(ValueError, match=r"have the shape of the outputs \(10,\), got \(10, 1\)"):
-        st.teleport_mlp(model, (x, y[:, None]))
+        teleport_mlp(model, (x, y[:, None]))
     with pytest.raises(ValueError, match=r"holdout: targets .* shape of the outputs \(10,\), got \(10, 1\)"):
-        st.teleport_mlp(model, (x, y), holdout=(x, y[:, None]))
+        teleport_mlp(model, (x, y), holdout=(x, y[:, None]))
     with pytest.raises(
         ValueError, match=r"outputs of shape \(10,\), one number a sample, got class indices; pass a loss"
     ):
-        st.teleport_mlp(model, (x, torch.zeros(10, dtype=torch.int64)))
+        teleport_mlp(model, (x, torch.zeros(10, dtype=torch.int64)))
 
 
 def test_the_slope_of_a_prelu_stays_and_a_teleport_reads_the_one_of_now() -> None:
@@ -195,6 +194,6 @@ def test_the_slope_of_a_prelu_stays_and_a_teleport_reads_the_one_of_now() -> Non
     with torch.no_grad():
         model.act.weight.fill_(0.6)
     outputs = model(batch[0]).detach()
-    assert st.teleport_mlp(model, batch, steps=2).accepted
+    assert teleport_mlp(model, batch, steps=2).accepted
     assert model.act.weight.tolist() == [0.6]
     torch.testing.assert_close(model(batch[0]).detach(), outputs, rtol=1e-9, atol=1e-9)

@@ -228,7 +228,7 @@ def test_sums_that_must_be_float64_are(kernels: list[Kernel], name: str) -> None
 
 @pytest.mark.parametrize("name", ["sum_products", "sum_each_squared", "sum_squares"])
 def test_sums_request_several_packs_before_they_wait_for_one(kernels: list[Kernel], name: str) -> None:
-    """packs_at_once of csrc/reduce.cuh: without them the blocks that there are do not use the memory's bandwidth."""
+    """packs_at_once of csrc/reduce.cu: without them the blocks that there are do not use the memory's bandwidth."""
     named = [kernel for kernel in kernels if name in kernel.name]
     assert named
     assert not [f"{kernel}, {loads_in_flight(kernel)}" for kernel in named if loads_in_flight(kernel) < 4]

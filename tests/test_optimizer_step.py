@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from teleports import teleport_mlp
 from torch import Tensor, nn
 
 import symtele_cuda as st
@@ -291,8 +292,8 @@ def make_batch() -> tuple[Tensor, Tensor]:
 def test_along_plain_gradient_steps_it_is_the_lookahead() -> None:
     model, twin = make_model(), make_model()
     step = st.read_step(torch.optim.SGD(model.parameters(), lr=0.1), list(model.parameters()))
-    report = st.teleport_mlp(model, make_batch(), objective=st.OptimizerLookahead(step, margin=2.0))
-    wanted = st.teleport_mlp(twin, make_batch(), objective="lookahead", lr=0.1, margin=2.0)
+    report = teleport_mlp(model, make_batch(), objective=st.OptimizerLookahead(step, margin=2.0))
+    wanted = teleport_mlp(twin, make_batch(), objective="lookahead", lr=0.1, margin=2.0)
     assert report.accepted
     assert report.objective_after == pytest.approx(wanted.objective_after, rel=1e-8)
     assert [record.accepted for record in report.trace] == [record.accepted for record in wanted.trace]
@@ -309,7 +310,7 @@ def test_models_of_fewer_bits_are_teleported_along_their_optimizers_step(dtype: 
         nn.functional.cross_entropy(model(batch[0]), y).backward()
         optimizer.step()
     objective = st.OptimizerLookahead(st.read_step(optimizer, list(model.parameters())), margin=1.0)
-    report = st.teleport_mlp(model, batch, objective=objective, drift_tol=0.1)
+    report = teleport_mlp(model, batch, objective=objective, drift_tol=0.1)
     assert report.accepted
     assert report.objective_after < report.objective_before
 

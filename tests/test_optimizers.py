@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import make_batch, make_mlp, snapshot, unchanged
+from teleports import make_teleporter
 from torch import Tensor, nn
 
-import symtele_cuda as st
 from symtele_cuda.optimizers import PendingGradients, kind_of, unwrap
 
 KNOWN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -74,7 +74,7 @@ def test_several_optimizers_train_and_teleport_a_model_with_biases():
     matrices = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-3, weight_decay=0.0)
     biases = torch.optim.AdamW([p for p in model.parameters() if p.ndim == 1], lr=1e-3)
     options = dict(batch_size=6, holdout_size=6, min_gain=0.0, holdout_tol=math.inf)
-    teleporter = st.Teleporter(model, [matrices, biases], **options)
+    teleporter = make_teleporter(model, [matrices, biases], **options)
     report = teleporter.step(batch, epoch=0)
     assert report is not None and report.accepted and report.objective_after < report.objective_before
     backward(model, batch)
@@ -86,14 +86,14 @@ def test_each_parameter_is_held_once():
     everything = torch.optim.SGD(model.parameters(), lr=0.1)
     biases = torch.optim.SGD([p for p in model.parameters() if p.ndim == 1], lr=0.1)
     with pytest.raises(ValueError, match=r"got several optimizers that hold \['0.bias', '2.bias', '4.bias'\]"):
-        st.Teleporter(model, [everything, biases])
+        make_teleporter(model, [everything, biases])
 
 
 @pytest.mark.parametrize("change", ["assign", "emptied", "added"])
 def test_parameters_that_the_optimizer_no_longer_holds_are_named(change):
     model, batch = make_model(), make_batch(12, 6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    teleporter = st.Teleporter(model, optimizer, batch_size=6, holdout_size=6)
+    teleporter = make_teleporter(model, optimizer, batch_size=6, holdout_size=6)
     if change == "assign":
         model.load_state_dict(make_model(1).state_dict(), assign=True)
     elif change == "emptied":
@@ -137,7 +137,7 @@ def test_gradients_from_before_it_was_made_are_used_ones():
 def test_hooks_go_with_the_teleporter():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    teleporter = st.Teleporter(model, optimizer)
+    teleporter = make_teleporter(model, optimizer)
     assert len(optimizer._optimizer_step_post_hooks) == 1
     del teleporter
     gc.collect()
@@ -147,7 +147,7 @@ def test_hooks_go_with_the_teleporter():
 def test_under_accumulation_a_teleport_waits_for_the_next_boundary():
     model, batches = make_model(), [make_batch(4, 6, 3, seed=seed) for seed in range(12)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    teleporter = st.Teleporter(model, optimizer, batch_size=4, holdout_size=2, min_gain=0.0)
+    teleporter = make_teleporter(model, optimizer, batch_size=4, holdout_size=2, min_gain=0.0)
     teleported = []
     for number, batch in enumerate(batches):
         before = snapshot(model)
@@ -165,7 +165,7 @@ def test_under_accumulation_a_teleport_waits_for_the_next_boundary():
 def test_a_skipped_step_of_a_grad_scaler_leaves_gradients_pending():
     model, batch = make_model(), make_batch(12, 6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    teleporter = st.Teleporter(model, optimizer, batch_size=6, holdout_size=6, min_gain=0.0)
+    teleporter = make_teleporter(model, optimizer, batch_size=6, holdout_size=6, min_gain=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(F.cross_entropy(model(batch[0]), batch[1])).backward()
     model[0].weight.grad[0, 0] = torch.inf
@@ -179,7 +179,7 @@ def test_a_skipped_step_of_a_grad_scaler_leaves_gradients_pending():
 
 def test_an_epoch_without_a_boundary_is_a_warning():
     model, batch = make_model(), make_batch(12, 6, 3)
-    teleporter = st.Teleporter(model, torch.optim.SGD(model.parameters(), lr=0.1), batch_size=6, holdout_size=6)
+    teleporter = make_teleporter(model, torch.optim.SGD(model.parameters(), lr=0.1), batch_size=6, holdout_size=6)
     backward(model, batch)
     assert teleporter.step(batch, epoch=0) is None
     with pytest.warns(UserWarning, match="epoch 0 had gradients that no optimizer step had used"):

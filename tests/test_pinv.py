@@ -195,7 +195,7 @@ def test_twice_the_same(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_gram_and_its_inverse(dtype: torch.dtype, bias: bool) -> None:
     inputs = normal(12, 20, dtype=dtype)
-    (matrix,), (rounded,) = grams([inputs], [bias])
+    (matrix,), (rounded,) = grams([inputs], [bias], True)
     exact = append_ones(inputs.double()) if bias else inputs.double()
     assert matrix.dtype == torch.float64 and torch.equal(rounded, matrix.to(dtype))
     torch.testing.assert_close(matrix, exact @ exact.T, rtol=1e-13, atol=1e-13)

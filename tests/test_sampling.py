@@ -7,13 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from networks import make_batch, make_mlp, snapshot, unchanged
+from teleports import teleport_mlp
 from torch import Tensor, nn
 
-from symtele_cuda import TeleportError, teleport_mlp
+from symtele_cuda import TeleportError
 from symtele_cuda.kernels.pinv import condition_from_gram
 from symtele_cuda.kernels.torch_kernels import grams, invert_grams
-from symtele_cuda.model.chain import read_chain
 from symtele_cuda.model.problem import layer_inputs, read_network
+from symtele_cuda.model.reader import read_chain
 from symtele_cuda.model.samples import GOOD_CONDITION, matched_samples
 
 DIMS = [30, 40, 36, 5]

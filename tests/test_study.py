@@ -39,7 +39,7 @@ from experiments.study.records import Check, Line, Record, Teleport, Validation,
 from experiments.study.store import Store
 from experiments.study.summary import load_summaries, save_summaries, summarise
 from experiments.training import OPTIMIZERS, BoundedTeleports, TeleportSettings, start, train
-from symtele_cuda import Schedule, Teleporter, TeleportError, teleport_mlp
+from symtele_cuda import Schedule, Teleporter, TeleportError, teleporter
 
 EXTRAS = ("matplotlib", "sklearn", "tqdm")
 needs_extras = pytest.mark.skipif(
@@ -85,15 +85,13 @@ def test_a_key_depends_on_every_setting() -> None:
 
 
 def test_the_bounded_teleports_have_the_defaults_of_the_library_and_the_study_s_have_no_bounds() -> None:
-    defaults = {
-        name: parameter.default
-        for function in (teleport_mlp, Teleporter.__init__)
-        for name, parameter in inspect.signature(function).parameters.items()
-    }
+    own = {name: parameter.default for name, parameter in inspect.signature(Teleporter).parameters.items()}
+    defaults = own | vars(teleporter.LOOK_AHEAD) | vars(teleporter.CAREFUL)
     bounded, names = BoundedTeleports(), {field.name for field in fields(BoundedTeleports)}
     assert Schedule(bounded.epochs, bounded.teleports_per_epoch) == defaults["schedule"]
-    for name in names - {"epochs", "teleports_per_epoch"}:
+    for name in names - {"epochs", "teleports_per_epoch", "action", "inverse", "step_size"}:
         assert getattr(bounded, name) == defaults[name], name
+    assert bounded.method == teleporter.LOOK_AHEAD
     assert bounded.bounds == (defaults["max_weight_change"], defaults["max_sensitivity"])
     assert DEFAULTS.bounds == (math.inf, math.inf)
     others = {field.name for field in fields(TeleportSettings)} - {"steps", "first_radius"}
@@ -366,15 +364,14 @@ def test_states_are_compared_at_the_rates_in_the_middle() -> None:
     study = replace(LADDER, rates={"momentum": (0.1, 0.2, 0.3)}, state_seeds=(1, 2))
     records = all_records(study, made_up([2.0, 1.0]), made_up([2.0, 0.5]))
     for seed in (1, 2):
-        settings = replace(DEFAULTS, optimizer_state="transport")
+        settings = replace(DEFAULTS, optimizer_state="reset")
         records[Job(TINY, "momentum", 0.2, settings, seed)] = made_up([2.0, 0.25])
     (entry,) = results.states(study, records)
     assert (entry.optimizer, entry.lr) == ("momentum", 0.2)
     assert {arm: spread.mean for arm, spread in entry.losses.items()} == {
         PLAIN: 1.0,
         "keep": 0.5,
-        "reset": 0.5,
-        "transport": 0.25,
+        "reset": 0.25,
         "any gain": 0.5,
         "next step": 0.5,
     }

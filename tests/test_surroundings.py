@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 from networks import make_batch, make_mlp, snapshot, unchanged
+from teleports import teleport_mlp
 from torch import Tensor, nn
 
-import symtele_cuda as st
-from symtele_cuda.surroundings import NOISE, with_noise
+from symtele_cuda.model.surroundings import NOISE, with_noise
 
 DIMS = [20, 24, 22, 5]
 ACTIVATIONS = ["leaky_relu", "tanh", "softplus"]
@@ -39,7 +39,7 @@ def changes_of(before: nn.Sequential, after: nn.Sequential) -> list[float]:
 def test_the_report_tells_what_noise_does_and_how_far_the_weights_moved(activation, bias, holdout):
     model = make_mlp(DIMS, activation, bias=bias)
     before, batch, other = copy.deepcopy(model), make_batch(12, 20, 5), make_batch(30, 20, 5, seed=7)
-    report = st.teleport_mlp(model, batch, holdout=other if holdout else None, holdout_tol=math.inf)
+    report = teleport_mlp(model, batch, holdout=other if holdout else None, holdout_tol=math.inf)
     x = other[0] if holdout else batch[0]
     assert report.accepted
     assert report.sensitivity_before == pytest.approx(sensitivity(before, x), rel=1e-9)
@@ -66,8 +66,8 @@ def test_no_teleport_makes_the_model_more_sensitive_than_it_may(most, activation
     options = dict(objective=objective, lr=0.5, holdout=held, holdout_tol=math.inf, max_growth=math.inf, steps=8)
     free, bounded = (make_mlp(DIMS, activation) for _ in range(2))
     start = sensitivity(free, held[0])
-    st.teleport_mlp(free, batch, **options)
-    report = st.teleport_mlp(bounded, batch, max_sensitivity=most, **options)
+    teleport_mlp(free, batch, **options)
+    report = teleport_mlp(bounded, batch, max_sensitivity=most, **options)
     assert sensitivity(free, held[0]) > most * start  # without the bound it would be
     assert sensitivity(bounded, held[0]) <= most * start
     assert any("more than max_sensitivity" in record.note for record in report.trace)
@@ -77,7 +77,7 @@ def test_no_teleport_makes_the_model_more_sensitive_than_it_may(most, activation
 @pytest.mark.parametrize("most", [1e-3, 0.5, 1.0])
 def test_no_weight_layer_changes_more_than_it_may(most):
     model, before = make_mlp(DIMS), make_mlp(DIMS)
-    report = st.teleport_mlp(model, make_batch(12, 20, 5), max_growth=math.inf, max_weight_change=most)
+    report = teleport_mlp(model, make_batch(12, 20, 5), max_growth=math.inf, max_weight_change=most)
     *layers, _ = changes_of(before, model)
     assert max(layers) <= most
     if most == 1e-3:
@@ -92,7 +92,7 @@ def test_no_weight_layer_changes_more_than_it_may(most):
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
 def test_a_bound_is_a_positive_number(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a number > 0, got"):
-        st.teleport_mlp(make_mlp(DIMS), make_batch(12, 20, 5), **{name: value})
+        teleport_mlp(make_mlp(DIMS), make_batch(12, 20, 5), **{name: value})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -102,7 +102,7 @@ def test_what_is_written_is_finite_in_every_dtype(activation, dtype):
     for seed in range(6):
         model = make_mlp([8, 8, 3], activation, seed=seed).to(dtype)
         x, y = make_batch(4, 8, 3, seed=seed)
-        report = st.teleport_mlp(model, ((x * 1e-4).to(dtype), y), max_growth=100.0, steps=20, drift_tol=0.1)
+        report = teleport_mlp(model, ((x * 1e-4).to(dtype), y), max_growth=100.0, steps=20, drift_tol=0.1)
         accepted += report.accepted
         assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
         assert all(map(math.isfinite, report.weight_changes))

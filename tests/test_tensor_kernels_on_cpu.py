@@ -1,4 +1,4 @@
-"""The products on tensor cores (csrc/matmul_tensor.cuh), CUTLASS's main loop and all, run on the CPU.
+"""The products on tensor cores (csrc/matmul_tensor.cu), CUTLASS's main loop and all, run on the CPU.
 
 g++ compiles CUTLASS's headers as they are but for three instructions of a warp that are assembly in them; functions of
 tests/harness/cutlass_on_cpu.h take their place. The tensor cores are modelled as they are known to be: they see 10 bits
@@ -140,7 +140,7 @@ def test_every_filling_of_the_pipeline(program: Path, a: Layout, inner: int) -> 
 
 
 def test_long_sums_keep_the_accuracy_of_float32(program: Path) -> None:
-    """The tensor cores' bias would be 4e-5 here, were the sums left on them (see matmul_tensor.cuh)."""
+    """The tensor cores' bias would be 4e-5 here, were the sums left on them (see matmul_tensor.cu)."""
     run_cases(program, [Case(SMALL, torch.float32, 8, 8, 4096, b=COLUMNS)], "ascending")
 
 
@@ -173,7 +173,7 @@ def test_what_the_kernels_do_not_take_is_refused(program: Path, case: Case) -> N
 
 # --- planted faults --------------------------------------------------------------------------------------------------
 
-# What a fault stands for: the expression of matmul_tensor.cuh that is right, what takes its place, a case to show it.
+# What a fault stands for: the expression of matmul_tensor.cu that is right, what takes its place, a case to show it.
 FAULTS: dict[str, tuple[str, str, Case]] = {
     "no barrier before the results": ("__syncthreads()", "void()", Case(SMALL, torch.float32, 64, 64, 4)),
     "one row too many": (
@@ -215,10 +215,10 @@ def faulty_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program with all faults in it, of which FAULT in the environment names the one that is to show."""
     folder = tmp_path_factory.mktemp("faults")
     shutil.copytree(CSRC, folder / "csrc")
-    file = folder / "csrc" / "matmul_tensor.cuh"
+    file = folder / "csrc" / "matmul_tensor.cu"
     text = file.read_text()
     for number, (right, wrong, _) in enumerate(FAULTS.values()):
-        assert text.count(right) == 1, f"matmul_tensor.cuh holds {text.count(right)} times: {right}"
+        assert text.count(right) == 1, f"matmul_tensor.cu holds {text.count(right)} times: {right}"
         text = text.replace(right, f'(std::atoi(std::getenv("FAULT")) == {number} ? ({wrong}) : ({right}))')
     file.write_text(text)
     return build_with_cutlass(folder, folder / "csrc")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import make_batch, make_mlp, snapshot, unchanged
+from teleports import make_teleporter, teleport_mlp
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -42,7 +43,7 @@ def with_bias_first(how: str) -> nn.Sequential:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-@pytest.mark.parametrize("state", ["keep", "reset", "transport"])
+@pytest.mark.parametrize("state", ["keep", "reset"])
 @pytest.mark.parametrize("how", ["prune", "parametrization", "old weight norm", "set again"])
 def test_weights_and_biases_are_paired_by_name(how, state):
     model, (x, y) = with_bias_first(how), make_batch(14, 8, 3)
@@ -55,7 +56,7 @@ def test_weights_and_biases_are_paired_by_name(how, state):
         optimizer.step()
         options = dict(batch_size=6, holdout_size=8, min_gain=0.0, optimizer_state=state, layers=None)
         options |= dict(max_sensitivity=math.inf, max_weight_change=math.inf, holdout_tol=math.inf)
-        reports.append(st.Teleporter(one, optimizer, objective="grad_norm", **options).step((x, y), epoch=0))
+        reports.append(make_teleporter(one, optimizer, objective="grad_norm", **options).step((x, y), epoch=0))
     assert reports[0].accepted
     assert reports[0].objective_after == pytest.approx(reports[1].objective_after, rel=1e-9)
     for name, parameter in expected.named_parameters():
@@ -70,7 +71,7 @@ def test_floating_targets_of_any_dtype(model_dtype, target_dtype):
     held = make_batch(20, 20, 5, seed=4)[0].to(model_dtype), torch.rand(20, 5).to(target_dtype)
     wide = copy.deepcopy(model).double()
     loss = F.mse_loss(wide(x.double()), y.double())
-    report = st.teleport_mlp(model, (x, y), holdout=held, holdout_tol=math.inf, drift_tol=0.1)
+    report = teleport_mlp(model, (x, y), holdout=held, holdout_tol=math.inf, drift_tol=0.1)
     tolerance = {torch.float64: 1e-9}.get(model_dtype, 1e-5)
     assert report.loss_before == pytest.approx(loss.item(), rel=tolerance)
     assert report.grad_norm_before == pytest.approx(gradient_norm(wide, loss), rel=10 * tolerance)
@@ -82,9 +83,9 @@ def test_half_precision_inside_autocast(loss_fn):
     models = [make_mlp(DIMS, "tanh").half() for _ in range(2)]
     x, y = make_batch(12, 20, 5, dtype=torch.float16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = st.teleport_mlp(models[0], (x, y), loss_fn, drift_tol=0.1)
+        inside = teleport_mlp(models[0], (x, y), loss_fn, drift_tol=0.1)
         assert torch.is_autocast_enabled("cpu")
-    outside = st.teleport_mlp(models[1], (x, y), loss_fn, drift_tol=0.1)
+    outside = teleport_mlp(models[1], (x, y), loss_fn, drift_tol=0.1)
     assert inside.accepted and inside.objective_after == outside.objective_after
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
@@ -111,7 +112,7 @@ PATHS = {
     "fast": dict(),
     "lookahead": dict(objective="lookahead", lr=0.5),
     "weight terms": dict(weighted=True),
-    "published": dict(action="paper", step_size=1e-4),
+    "published": dict(method=st.Published(1e-6)),
 }
 
 
@@ -129,7 +130,7 @@ def test_every_path_takes_samples_that_are_views(view, path):
             return F.cross_entropy(outputs, expected) + 1e-3 * sum(p.square().sum() for p in model.parameters())
 
         held = (inputs, labels)
-        reports.append(st.teleport_mlp(model, held, loss_fn if weighted else None, holdout=held, **options))
+        reports.append(teleport_mlp(model, held, loss_fn if weighted else None, holdout=held, **options))
     assert reports[0].accepted
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
@@ -139,7 +140,7 @@ def test_a_teleporter_inside_autocast():
     x, y = make_batch(30, 20, 5, dtype=torch.float16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        teleporter = st.Teleporter(model, optimizer, batch_size="auto", holdout_size=2, min_gain=0.0)
+        teleporter = make_teleporter(model, optimizer, batch_size="auto", holdout_size=2, min_gain=0.0)
         assert teleporter.step((x, y), epoch=0) is not None
         assert torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
 
@@ -147,7 +148,7 @@ def test_a_teleporter_inside_autocast():
 def test_the_teleporter_takes_tensors_of_inference_mode():
     model = make_mlp(DIMS, "tanh")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)  # its lookahead differentiates through the samples
-    teleporter = st.Teleporter(model, optimizer, batch_size=12, holdout_size=12, min_gain=0.0, holdout_tol=math.inf)
+    teleporter = make_teleporter(model, optimizer, batch_size=12, holdout_size=12, min_gain=0.0, holdout_tol=math.inf)
     assert teleporter.step(inference(lambda: (X + 0, Y + 0)), epoch=0) is None
     assert teleporter.step(inference(lambda: (X + 1, Y + 0)), epoch=0) is not None
 
@@ -159,7 +160,7 @@ def test_parameters_of_inference_mode_are_refused_before_anything_is_written():
     model[4] = late
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"'4.weight' must be one that autograd can follow, got one made in"):
-        st.teleport_mlp(model, (X, Y))
+        teleport_mlp(model, (X, Y))
     assert unchanged(model, before)
 
 
@@ -176,7 +177,7 @@ def test_gradient_norms_far_from_one_are_reported_in_float32(weighted, n, scale)
         term = 0.0 * model[0].weight.square().sum() if weighted else 0.0
         return scale * F.cross_entropy(outputs, targets) + term
 
-    report = st.teleport_mlp(model, (x, y), loss_fn)
+    report = teleport_mlp(model, (x, y), loss_fn)
     assert report.grad_norm_before == pytest.approx(expected, rel=1e-4)
     assert math.isfinite(report.grad_norm_after) and report.grad_norm_after > 0
 
@@ -189,7 +190,7 @@ def test_swapped_loss_arguments_get_a_sentence():
     model = make_mlp(DIMS)
     before = snapshot(model)
     with pytest.raises(TypeError, match=r"loss_fn must take \(outputs, targets\) in this order, got one that fails"):
-        st.teleport_mlp(model, (X, Y), swapped)
+        teleport_mlp(model, (X, Y), swapped)
     assert unchanged(model, before)
 
 
@@ -201,7 +202,7 @@ def test_a_frozen_layer_that_the_plan_leaves_alone_is_allowed_and_counts_for_not
     model = make_mlp([20, 24, 22, 23, 5], "tanh")
     model[0].requires_grad_(False)
     before, frozen = copy.deepcopy(model), snapshot(model[0])
-    report = st.teleport_mlp(model, (X, Y), objective=objective, lr=0.2, margin=1.0)
+    report = teleport_mlp(model, (X, Y), objective=objective, lr=0.2, margin=1.0)
     assert report.accepted and unchanged(model[0], frozen)
     assert [layer.teleported for layer in report.layers] == [False, True, True]
     assert report.layers[0].reason == "it would change '0.weight', which is frozen"
@@ -222,7 +223,7 @@ def test_a_frozen_layer_that_was_asked_for_is_named():
     model = make_mlp(DIMS, "tanh")
     model[2].bias.requires_grad_(False)
     with pytest.raises(st.TeleportError, match=r"hidden layer 2: it would change '2.bias', which is frozen. Unfreeze"):
-        st.teleport_mlp(model, (X, Y), layers=[2])
+        teleport_mlp(model, (X, Y), layers=[2])
 
 
 def test_a_frozen_trunk_trains_with_a_teleporter():
@@ -230,7 +231,7 @@ def test_a_frozen_trunk_trains_with_a_teleporter():
     model[0].requires_grad_(False)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for optimizer in (torch.optim.SGD(trainable, lr=0.1), torch.optim.Adam(trainable, lr=1e-3)):
-        teleporter = st.Teleporter(model, optimizer, batch_size=12, holdout_size=0, min_gain=0.0)
+        teleporter = make_teleporter(model, optimizer, batch_size=12, holdout_size=0, min_gain=0.0)
         report = teleporter.step((X, Y), epoch=0)
         assert report is not None and report.layers[0].reason.endswith("not asked for")
 
@@ -246,4 +247,4 @@ class Scaled(nn.Linear):
 def test_a_linear_with_a_parameter_of_its_own_is_refused_at_the_start():
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Scaled(8, 3))
     with pytest.raises(ValueError, match=r"at '2' expected a Linear with weight and bias alone, got .*'temperature'"):
-        st.Teleporter(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        make_teleporter(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -13,7 +13,7 @@ from experiments.training import TeleportSettings, TrainingSettings
 
 PLAIN, TELEPORTED = "plain", "teleported"
 DEFAULTS = TeleportSettings()
-STATES = ("keep", "reset", "transport")
+STATES = ("keep", "reset")
 
 # What the least gain does where a rate is about right.
 ANY_GAIN = "any gain"
@@ -24,7 +24,7 @@ FOR_ANY_GAIN = replace(DEFAULTS, min_gain=0.0)
 NUDGE = replace(FOR_ANY_GAIN, steps=1, first_radius=1e-3)
 
 MAIN_ARMS: dict[str, TeleportSettings | None] = {PLAIN: None, TELEPORTED: DEFAULTS}
-# The optimizers with momentum, whose state has a part that can be transported.
+# The optimizers whose state a teleport may leave behind.
 STATE_OPTIMIZERS = ("momentum", "adam", "muon")
 # Those of them for which "lookahead" is a gradient step: for the others it is their next step anyway.
 NEXT_STEP = "next step"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -13,9 +13,20 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from experiments.data import Dataset
 from experiments.study.jobs import Job
+from experiments.study.problems import Problem, make_task
 from experiments.study.records import Check, Record, Teleport, Validation
-from experiments.training import Task, Trainee, noisy_accuracy, norm_of, start, validate, warm_up
+from experiments.training import (
+    Task,
+    TeleportSettings,
+    Trainee,
+    noisy_accuracy,
+    norm_of,
+    start,
+    validate,
+    warm_up,
+)
 from symtele_cuda.errors import TeleportError
 from symtele_cuda.teleporter import Teleporter
 
@@ -45,6 +56,26 @@ def measure(job: Job, task: Task, kind: type[Teleporter] = Teleporter, in_full: 
     except Diverged:
         pass
     return run.record()
+
+
+def measure_seeds(
+    problem: Problem,
+    dataset: Dataset,
+    optimizer: str,
+    lr: float,
+    teleports: TeleportSettings | None,
+    seeds: Sequence[int],
+    name: str,
+    on_run: Callable[[str], None],
+    kind: type[Teleporter] = Teleporter,
+) -> list[Record]:
+    """One run a seed, see `measure`; `on_run` gets `name` and the seed of what has finished, for progress."""
+    records = []
+    for seed in seeds:
+        job = Job(problem, optimizer, lr, teleports, seed)
+        records.append(measure(job, make_task(problem, dataset, seed), kind))
+        on_run(f"{name}, seed {seed}")
+    return records
 
 
 def train_loss(trainee: Trainee, parameters: Mapping[str, Tensor] | None = None) -> float:

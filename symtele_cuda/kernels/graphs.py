@@ -6,13 +6,14 @@ tensors there, replays, and hands out the graph's own results, which hold until 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,25 +36,9 @@ GRAPH = "in a CUDA graph"
 LARGEST_WORK = 2**25
 
 
-class Work(Protocol):
-    """What a program is a function of: tensors, and what it depends on besides their values."""
+Work = TypeVar("Work")
+"""A frozen dataclass of tensors, plain values, and the like in tuples, lists and dataclasses; see `tensors_of`."""
 
-    def tensors(self) -> list[Tensor]: ...
-
-    def with_tensors(self: SomeWork, tensors: Sequence[Tensor]) -> SomeWork:
-        """The same work with other tensors, in the order of `tensors()`."""
-        ...
-
-    def signature(self) -> Hashable:
-        """What a program of this work depends on besides the tensors."""
-        ...
-
-    def obstacle(self) -> str | None:
-        """Why no graph can hold the program, or None."""
-        ...
-
-
-SomeWork = TypeVar("SomeWork", bound=Work)
 Outcome = TypeVar("Outcome")
 
 
@@ -79,18 +64,20 @@ _lock = threading.Lock()  # a process captures one graph at a time
 _broken: list[torch.cuda.CUDAGraph] = []
 
 
-def run(work: SomeWork, program: Callable[[SomeWork], Outcome]) -> tuple[Outcome, str]:
+def run(work: Work, program: Callable[[Work], Outcome], obstacle: str | None) -> tuple[Outcome, str]:
     """program(work) through the graph for its kind of work, and in words whether it was one.
 
     The first work of a kind runs kernel by kernel, for many come but once; the next one captures the graph. Where that
     fails, once and for all, or there should be none, the program goes on to run kernel by kernel.
+
+    obstacle: why no graph can hold the program, or None.
     """
-    tensors = work.tensors()
-    if (reason := _obstacle(work, tensors)) is not None:
+    tensors = tensors_of(work)
+    if (reason := _obstacle(tensors) or obstacle) is not None:
         return program(work), f"no CUDA graph: {reason}"
     kind = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
     with _lock:
-        key = (program, work.signature(), kind, torch.backends.cuda.matmul.fp32_precision, _lane())
+        key = (program, signature_of(work), kind, torch.backends.cuda.matmul.fp32_precision, _lane())
         entry = _find(key, work, program, tensors)
     if isinstance(entry, str):
         return program(work), f"no CUDA graph: {entry}"
@@ -106,6 +93,53 @@ def clear() -> None:
         _calls.clear()
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in a value, in the order of the fields of dataclasses and of the elements of tuples and lists.
+
+    A field with compare=False counts for nothing: a program must not depend on it.
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in _parts(value) for tensor in tensors_of(part)]
+
+
+def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same value with other tensors, in the order of `tensors_of`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, (tuple, list)):
+        return type(value)(with_tensors(part, tensors) for part in value)
+    if not tensors_of(value):
+        return value
+    return dataclasses.replace(value, **{name: with_tensors(getattr(value, name), tensors) for name in _names(value)})
+
+
+def signature_of(value: Any) -> Hashable:
+    """What a program depends on besides the values of tensors; what cannot be hashed counts by its identity."""
+    if isinstance(value, Tensor):
+        return Tensor
+    if isinstance(value, (tuple, list)) or _names(value):
+        return type(value), tuple(signature_of(part) for part in _parts(value))
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    if isinstance(value, (tuple, list)):
+        return value
+    return [getattr(value, name) for name in _names(value)]
+
+
+def _names(value: Any) -> list[str]:
+    """The fields that count of a dataclass; none of any other value."""
+    if isinstance(value, type) or not dataclasses.is_dataclass(value):
+        return []
+    return [field.name for field in dataclasses.fields(value) if field.compare]
+
+
 def solver_obstacle(products: Products, samples: int) -> str | None:
     """Why a factorization of `samples` rows is not captured: by torch it goes through libraries that may refuse."""
     if products is torch_products:
@@ -116,7 +150,7 @@ def solver_obstacle(products: Products, samples: int) -> str | None:
 
 
 def _find(
-    key: Hashable, work: SomeWork, program: Callable[[SomeWork], Outcome], tensors: Sequence[Tensor]
+    key: Hashable, work: Work, program: Callable[[Work], Outcome], tensors: Sequence[Tensor]
 ) -> Captured | str:
     """The graph for `key`, captured if this is the call for it; else why there is none."""
     if key not in _cache:
@@ -155,14 +189,14 @@ def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         torch._foreach_copy_(*group)
 
 
-def _obstacle(work: Work, tensors: Sequence[Tensor]) -> str | None:
-    """Why a graph cannot hold the work, or would not pay."""
+def _obstacle(tensors: Sequence[Tensor]) -> str | None:
+    """Why a graph cannot hold work on these tensors, or would not pay."""
     if tensors[0].device.type != "cuda":
         return "there is none on this device"
     elements = sum(tensor.numel() for tensor in tensors)
     if elements > LARGEST_WORK:
         return f"it would gain nothing at this size ({elements} elements)"
-    return work.obstacle()
+    return None
 
 
 def _lane() -> Hashable:
@@ -177,7 +211,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _capture(
-    work: SomeWork, program: Callable[[SomeWork], Outcome], tensors: Sequence[Tensor]
+    work: Work, program: Callable[[Work], Outcome], tensors: Sequence[Tensor]
 ) -> Captured[Outcome] | str:
     """The graph of the program on copies of the work's tensors, or why there is none."""
     try:
@@ -194,9 +228,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _capture_on(
-    stream: torch.cuda.Stream, inputs: list[Tensor], work: SomeWork, program: Callable[[SomeWork], Outcome]
+    stream: torch.cuda.Stream, inputs: list[Tensor], work: Work, program: Callable[[Work], Outcome]
 ) -> Captured[Outcome]:
-    still = work.with_tensors(inputs)
+    still = with_tensors(work, iter(inputs))
     # Libraries make their handles at their first call on a thread, which no graph may hold.
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

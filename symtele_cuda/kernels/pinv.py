@@ -88,14 +88,20 @@ class Factorization:
         bias: whether H̃ has a column of ones.
         products: what computes.
         gram: K (float64).
-        info: an int32 scalar, not 0 where K is not numerically positive definite: then the rest holds no meaning.
+        infos: an int32 of one element, not 0 where K is not numerically positive definite: then the rest holds no
+            meaning.
     """
 
     inputs: Tensor
     bias: bool
     products: Products
     gram: Tensor
-    info: Tensor
+    infos: Tensor
+
+    @property
+    def info(self) -> Tensor:
+        """The element of `infos`, a scalar."""
+        return self.infos.view(())
 
     def inverse(self) -> Tensor:
         """K⁻¹ (float64)."""
@@ -115,7 +121,7 @@ def factorize(inputs: Tensor, bias: bool, products: Products = torch_products) -
     (gram,), _ = products.grams([inputs], [bias])
     if inputs.dtype == torch.float32:
         inverses, infos, _ = products.invert_grams([gram])
-        return _ByInverse(inputs, bias, products, gram, infos[0], inverses[0])
+        return _ByInverse(inputs, bias, products, gram, infos, inverses[0])
     factor, info = _cholesky_qr_2(append_ones(inputs) if bias else inputs, gram, products)
     return _ByFactor(inputs, bias, products, gram, info, factor)
 
@@ -131,10 +137,11 @@ def absorb(
     products: Products, factor: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, share: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
     """ρ [W, b] + Eᵀ P for P (n×d̃), a residual E (n×d_out), W (d_out×d_in), b (d_out) or None and the share ρ."""
-    columns = weight.shape[1]
     kept = weight if share else None
-    new_weight = products.linear(residual.T, factor[:, :columns], kept, beta=share)
-    return new_weight, None if bias is None else torch.addmv(bias, residual.T, factor[:, columns], beta=share)
+    if bias is None:
+        return products.linear(residual.T, factor, kept, beta=share), None
+    new_weight = products.linear(residual.T, factor[:, :-1], kept, beta=share)
+    return new_weight, torch.addmv(bias, residual.T, factor[:, -1], beta=share)
 
 
 def is_thin(values: Tensor) -> bool:

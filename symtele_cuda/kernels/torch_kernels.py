@@ -10,6 +10,7 @@ results are new tensors; `commit` alone writes to its arguments. Deterministic.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,11 +19,15 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation, activation_of
+from . import judgement
+from .judgement import Control, Trial
+from .operands import operator
 
 # Sums of float32 products in this range have lost nothing to its limits (1e-45 and 3e38).
 LEAST_SQUARE, LARGEST_SQUARE = 1e-30, 1e30
 
 
+@operator(a="n k", b="k m", source="n m", column="n", row="m")
 def linear(
     a: Tensor,
     b: Tensor,
@@ -47,6 +52,7 @@ def linear(
     return product.add_(row if column is None else torch.outer(column, row), alpha=alpha)
 
 
+@operator(a="n k", b="k m", row="m")
 def linear_activation(
     a: Tensor, b: Tensor, row: Tensor | None, activation: str, numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +61,7 @@ def linear_activation(
     return z, _distinct(_activation(activation, tuple(numbers)).forward(z), z)
 
 
+@operator(a="n k", b="k m", origin="n m")
 def inverse_activation(
     a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -63,6 +70,7 @@ def inverse_activation(
     return y, torch.sub(y, origin, alpha=rho)
 
 
+@operator(a="n k", b="k m", column="n", row="m", at="n m")
 def over_slope(
     a: Tensor,
     b: Tensor,
@@ -77,6 +85,7 @@ def over_slope(
     return gradient, gradient / _activation(activation, tuple(numbers)).derivative(at)
 
 
+@operator(a="n k", b="k m", at="n m", source="n m")
 def times_slope(
     a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, numbers: Sequence[float]
 ) -> Tensor:
@@ -85,6 +94,7 @@ def times_slope(
     return product.add_(source, alpha=beta)
 
 
+@operator(a="n k", b="k m", sources="n m", rows="m", masks="n m")
 def grouped_linear(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -103,37 +113,52 @@ def grouped_linear(
     return results
 
 
-def grams(rows: Sequence[Tensor], biases: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+@operator(rows="N d")
+def grams(rows: Sequence[Tensor], biases: Sequence[bool], rounds: bool = False) -> tuple[list[Tensor], list[Tensor]]:
     """K = H Hᵀ, plus 1 in every element with bias, summed in float64, of every one of several H (n×d, one n for all):
-    itself (float64), and in the dtype of H."""
-    products = [times_own_transpose(matrix.double()) for matrix in rows]
-    exact = [product.add_(1.0) if bias else product for product, bias in zip(products, biases, strict=True)]
-    return exact, [one.to(matrix.dtype, copy=True) for one, matrix in zip(exact, rows, strict=True)]
+    itself (float64), and in the dtype of H, an empty list unless it `rounds`."""
+    exact: list[Tensor] = []
+    for matrix, bias in zip(rows, biases, strict=True):
+        gram = times_own_transpose(matrix.double())
+        exact.append(gram.add_(1.0) if bias else gram)
+    if not rounds:
+        return exact, []
+    return exact, [gram.to(matrix.dtype, copy=True) for gram, matrix in zip(exact, rows, strict=True)]
 
 
+@operator(grams="N N float64")
 def invert_grams(grams: Sequence[Tensor], rounds: bool = False) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """K⁻¹ of every one of several symmetric matrices K (n×n, float64), an int32 vector that is 0 where K is numerically
     positive definite, and K⁻¹ in float32, an empty list unless it `rounds`.
 
     Elsewhere K⁻¹ holds no meaning.
     """
-    inverses, infos = zip(*map(_invert_gram, grams), strict=True)
-    return list(inverses), torch.stack(infos), [inverse.float() for inverse in inverses if rounds]
+    inverses: list[Tensor] = []
+    infos: list[Tensor] = []
+    for gram in grams:
+        inverse, info = _invert_gram(gram)
+        inverses.append(inverse)
+        infos.append(info)
+    found = infos[0].unsqueeze(0) if len(infos) == 1 else torch.stack(infos)
+    return inverses, found, [inverse.float() for inverse in inverses] if rounds else []
 
 
+@operator(rows="n d", inverse="n n float64")
 def pseudo_inverse(inverse: Tensor, rows: Tensor, bias: bool) -> Tensor:
     """P = K⁻¹ [H, 1], or K⁻¹ H without bias, from a float64 K⁻¹ (n×n), summed in float64: in the dtype of H (n×d).
 
     It lies in `padded_memory`.
     """
     n, columns = rows.shape
-    result = padded_memory(rows, n, columns + int(bias))
-    result[:, :columns] = inverse @ rows.double()
-    if bias:
-        result[:, columns] = inverse.sum(1)
+    result, product = padded_memory(rows, n, columns + int(bias)), torch.mm(inverse, rows.double())
+    if not bias:
+        return result.copy_(product)
+    result[:, :columns] = product
+    result[:, columns] = inverse.sum(1)
     return result
 
 
+@operator(grams="* float64", inverses="* float64", infos="int32")
 def near_dependence(
     grams: Sequence[Tensor], inverses: Sequence[Tensor], infos: Sequence[Tensor], largest: float
 ) -> Tensor:
@@ -144,6 +169,7 @@ def near_dependence(
     return beyond.logical_or_(torch.stack([*infos]).bool()).any()
 
 
+@operator(bases="*", changes="*", size="float64")
 def take_steps(
     bases: Sequence[Tensor],
     changes: Sequence[Tensor],
@@ -170,15 +196,18 @@ def take_steps(
     return moved_all, targets_all, slopes_all
 
 
+@operator(left="*", right="*", at="*", source="*")
 def times_curvature(
     left: Tensor, right: Tensor, at: Tensor, source: Tensor | None, activation: str, numbers: Sequence[float]
 ) -> Tensor:
     """L ⊙ R ⊙ σ''(Y) + C, with `at` Y and `source` C or None; all of one shape."""
     curvature = _activation(activation, tuple(numbers)).second_derivative(at)
     product = torch.zeros_like(left) if curvature is None else left * right * curvature
+    product = product.contiguous()
     return product if source is None else product.add_(source)
 
 
+@operator(left="*", right="*")
 def dot_sum(left: Sequence[Tensor], right: Sequence[Tensor], scale: float = 1.0, root: bool = False) -> Tensor:
     """s Σ_i ⟨left_i, right_i⟩, s = `scale`, over the pairs of equal shape, or its square `root`: a float64 scalar.
 
@@ -195,7 +224,8 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
     On a CPU the sum of float32 tensors is one of float32, several times faster. Where it has left the range in which
     float32 keeps the digits of all squares, it is summed again in float64; so is every sum on other devices.
     """
-    a, b = left.reshape(-1), right.reshape(-1)
+    a = left.reshape(-1)
+    b = a if right is left else right.reshape(-1)
     if a.dtype == torch.float32 and a.device.type == "cpu":
         total = torch.dot(a, b).double()
         if LEAST_SQUARE <= abs(total.item()) <= LARGEST_SQUARE:
@@ -203,6 +233,7 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
     return torch.dot(a.double(), b.double())
 
 
+@operator(tensors="* float32 float64 int32")
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """‖t‖² of every tensor t, of any shape, float32, float64 or int32: a float64 vector.
 
@@ -211,24 +242,22 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([dot(t, t) for t in tensors])
 
 
-def identity_remainder(g: Tensor, vectors: int, rounds: int) -> Tensor:
-    """R = V (Tᵀ T)^rounds (vectors×d) with T = g − I (d×d) and the rows of V as `probe_vectors` has them.
-
-    What V holds along a right singular vector of T, R holds σ^(2 rounds) times, with its σ: a singular g has a σ ≥ 1,
-    so that the part of V along that vector is left in R.
-    """
-    remainder = probe_vectors(vectors, g)
-    for _ in range(rounds):
-        remainder = multiply_remainder(remainder, g)
-    return remainder
-
-
+@operator(current="* any", trial="* any", accept="bool")
 def commit(accept: Tensor, current: Sequence[Tensor], trial: Sequence[Tensor]) -> None:
     """Copy every tensor of `trial` over its partner in `current` if the bool scalar `accept` holds, on the device."""
     for old, new in zip(current, trial, strict=True):
         torch.where(accept, new, old, out=old)
 
 
+@operator(
+    control="5 float64",
+    size="float64",
+    norm="float64",
+    value="float64",
+    cap="float64",
+    hindered="h bool",
+    broken="b bool",
+)
 def judge(
     control: Tensor,
     size: Tensor,
@@ -240,64 +269,34 @@ def judge(
     maximise: bool,
     rules: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """Whether the trust region takes a step, a bool scalar, and the row of figures that says why; updates `control`.
+    """`judgement.judge` on tensors: whether the step is taken, a bool scalar, and the row of figures that says why.
 
-    The arithmetic of `search.ascend`, in float64. `control` holds (value, radius, failed, ended, first radius) of the
-    search; `size`, `norm` and `value` are the step's ε, the norm of its direction and the objective it reached;
-    `hindered` and `broken` the flags of its hindrances and of its loss bounds; `rules` the constants (growth, later
-    growth, shrinkage, smallest radius, cap share, cap aim, least share, largest share, shortened below).
-
-    The row is (value, size, accepted, shortened, note, end). note: 0, or the place, counted from 1, of the first that
-    holds of: the hindrances, not finite, no improvement, above the cap, the bounds. end: 0 while the search goes on, 1
-    after its end, 2 and 3 for a direction that is zero or not finite, 4 at the cap, 5 for too small a radius.
+    `control` holds the fields of `Control`, float64, and is updated; `size`, `norm`, `value` and `cap` are those of the
+    `Trial`, `hindered` and `broken` its flags; `rules` those of `Rules`, in their order. The row is (value, size) and
+    the `Verdict`. This twin reads them back; the kernel does not.
     """
-    growth, later, shrinkage, smallest, cap_share, aim, least, largest, shortened_below = rules
-    before, radius, failed, ended, first_radius = control.unbind()
-    sign = 1.0 if maximise else -1.0
-    length = size.abs() * norm
-    flags = torch.cat(
-        [
-            hindered,
-            torch.stack([torch.isfinite(value).logical_not(), (sign * value <= sign * before), value > cap]),
-            broken,
-        ]
-    )
-    any_flag = flags.any()
-    note = torch.where(any_flag, flags.double().argmax() + 1, 0)
-    stuck = torch.where(norm == 0, 2.0, torch.where(torch.isfinite(norm), 0.0, 3.0))
-    running = (ended == 0) & (stuck == 0)
-    accept = running & any_flag.logical_not()
-
-    share = (aim * torch.log(cap / before) / torch.log(value / before)).clamp(least, largest)
-    cut = (note == len(hindered) + 3) & (before > 0) & (before < cap)
-    grown = torch.where(failed > 0, torch.full_like(value, later), growth)  # two plain numbers would make a float32
-    next_radius = length * torch.where(accept, grown, torch.where(cut, share, shrinkage))
-    reached = accept & (value >= cap_share * cap)
-    end = torch.where(reached, 4.0, torch.where(next_radius < smallest * first_radius, 5.0, 0.0))
-    end = torch.where(ended > 0, 1.0, torch.where(stuck > 0, stuck, end))
-
-    shortened = length < shortened_below * radius
-    row = torch.stack([value, size, accept.double(), shortened.double(), note.double(), end])
-    after = [torch.where(accept, value, before), next_radius, torch.where(accept, failed, 1.0), end, first_radius]
-    control.copy_(torch.stack(after))
-    return accept, row
+    wanted = len(judgement.Rules._fields)
+    torch._check_value(len(rules) == wanted, lambda: f"rules must have {wanted} numbers, got {len(rules)}")
+    if control.is_meta:
+        return control.new_empty((), dtype=torch.bool), control.new_empty(2 + len(judgement.Verdict._fields))
+    known = Control(*control.tolist())
+    known.failed, known.ended = bool(known.failed), int(known.ended)
+    bounds = broken.tolist()
+    trial = Trial(float(size), float(norm), float(value), hindered.tolist(), lambda: bounds, float(cap), maximise)
+    verdict = judgement.judge(known, trial, judgement.Rules(*rules))
+    control.copy_(control.new_tensor(list(map(float, dataclasses.astuple(known)))))
+    row = control.new_tensor([trial.value, trial.size, *map(float, verdict)])
+    return torch.tensor(verdict.accepted, device=control.device), row
 
 
 def times_own_transpose(rows: Tensor) -> Tensor:
     """A Aᵀ, for large A with the block off the diagonal computed once."""
     half = len(rows) // 2
     if half < 64:
-        return rows @ rows.T
+        return torch.mm(rows, rows.T)
     upper, lower = rows[:half], rows[half:]
     across = lower @ upper.T
     return torch.cat([torch.cat([upper @ upper.T, across.T], 1), torch.cat([across, lower @ lower.T], 1)])
-
-
-def multiply_remainder(remainder: Tensor, g: Tensor) -> Tensor:
-    """R Tᵀ T with T = g − I."""
-    for matrix in (g.T, g):
-        remainder = torch.addmm(remainder, remainder, matrix, beta=-1)
-    return remainder
 
 
 def padded_memory(like: Tensor, rows: int, columns: int) -> Tensor:
@@ -325,7 +324,7 @@ _LOW_BITS = 2**32 - 1
 
 def _invert_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     triangle, info = torch.linalg.cholesky_ex(gram)
-    if gram.device.type == "cpu":
+    if gram.is_cpu:
         return (torch.cholesky_inverse(triangle) if info.item() == 0 else torch.full_like(gram, math.nan)), info
     # `cholesky_inverse` reads its own info back from the device.
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

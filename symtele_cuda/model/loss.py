@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .pieces import Piece
 
@@ -17,6 +17,28 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 LossOfParameters = Callable[[Sequence[Tensor]], Tensor]
 """The loss on the batch as a function of a network's weights and biases."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses as functions of a list of parameters: on the batch; the same with its weight terms, if it has any, held at
+    the model's own weights (`data`); and on the holdout, if there is one."""
+
+    batch: LossOfParameters
+    data: LossOfParameters
+    holdout: LossOfParameters | None
+    weight_terms: bool
+
+
+class LossModule(nn.Module):
+    """The user's loss of the user's model, so that weights can be swapped in for both at once."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.loss_fn(self.model(x), y)
 
 
 @dataclass(frozen=True)

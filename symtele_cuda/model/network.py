@@ -34,12 +34,17 @@ class Network:
         pairs = [(next(tensors), None if bias is None else next(tensors)) for bias in self.biases]
         return replace(self, weights=tuple(weight for weight, _ in pairs), biases=tuple(bias for _, bias in pairs))
 
+    @property
+    def befores(self) -> tuple[Activation | None, ...]:
+        """The activation before each weight layer, None before the first."""
+        return None, *self.activations
+
     def forward(self, inputs: Tensor, known: Sequence[Tensor] = ()) -> list[Tensor]:
         """The pre-activations Y_0, …, Y_{M−1} of `inputs` (n×d_0); `known` are the first of them."""
         outputs = list(known)
-        for layer in range(len(known), len(self)):
-            batch = inputs if layer == 0 else self.activations[layer - 1].forward(outputs[-1])
-            outputs.append(F.linear(batch, self.weights[layer], self.biases[layer]))
+        layers = list(zip(self.befores, self.weights, self.biases, strict=True))
+        for before, weight, bias in layers[len(known) :]:
+            outputs.append(F.linear(inputs if before is None else before.forward(outputs[-1]), weight, bias))
         return outputs
 
     def layers_in_common(self, other: Network) -> int:
@@ -54,3 +59,9 @@ def parameter_list(network: Network, requires_grad: bool = False) -> list[Tensor
     pairs = zip(network.weights, network.biases, strict=True)
     tensors = [tensor for pair in pairs for tensor in pair if tensor is not None]
     return [tensor.detach().clone().requires_grad_() for tensor in tensors] if requires_grad else tensors
+
+
+def kernel(left: Tensor, right: Tensor, bias: bool) -> Tensor:
+    """left rightᵀ + 1, the +1 only with bias: how two samples' gradients of one layer overlap."""
+    product = left @ right.T
+    return product.add_(1) if bias else product

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activations import Spelling
+from ..spelling import Spelling
 
 Constant = float | Tensor
 """A number, or a tensor that broadcasts over the samples."""
@@ -211,12 +211,12 @@ def _log_softmax(
 
 
 SPELLINGS = (
-    Spelling(nn.LogSoftmax, (F.log_softmax, torch.log_softmax, "log_softmax"), _log_softmax, ("dim",), " (at the end)"),
-    Spelling(None, (torch.squeeze, "squeeze"), _squeeze),
-    Spelling(None, (operator.add, torch.add, "add"), _add),
-    Spelling(None, (operator.sub, torch.sub, torch.subtract, "sub", "subtract"), _subtract),
-    Spelling(None, (operator.mul, torch.mul, torch.multiply, "mul", "multiply"), _multiply),
-    Spelling(None, (operator.truediv, torch.div, torch.divide, torch.true_divide, "div", "divide"), _divide),
-    Spelling(None, (operator.neg, torch.neg, torch.negative, "neg", "negative"), _negate),
+    Spelling((nn.LogSoftmax,), (F.log_softmax, torch.log_softmax, "log_softmax"), _log_softmax, " (at the end)"),
+    Spelling((), (torch.squeeze, "squeeze"), _squeeze),
+    Spelling((), (operator.add, torch.add, "add"), _add),
+    Spelling((), (operator.sub, torch.sub, torch.subtract, "sub", "subtract"), _subtract),
+    Spelling((), (operator.mul, torch.mul, torch.multiply, "mul", "multiply"), _multiply),
+    Spelling((), (operator.truediv, torch.div, torch.divide, torch.true_divide, "div", "divide"), _divide),
+    Spelling((), (operator.neg, torch.neg, torch.negative, "neg", "negative"), _negate),
 )
 """The pieces as modules and calls of torch; flattening is read where shapes are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,16 @@ from ..kernels import torch_kernels as torch_products
 from ..kernels.library import Products
 from ..transaction import Transaction
 from .chain import Chain, as_constant, check_batch, check_parameters
-from .loss import BatchLoss, LossFunction, LossOfParameters, check_default_targets, default_loss, examine
+from .loss import (
+    BatchLoss,
+    Losses,
+    LossFunction,
+    LossModule,
+    LossOfParameters,
+    check_default_targets,
+    default_loss,
+    examine,
+)
 from .network import Network, parameter_list
 
 
@@ -35,7 +44,7 @@ class Problem:
     output_delta: Tensor
     trainable: tuple[bool, ...]
     frozen: tuple[str | None, ...]
-    loss_of: LossOfParameters
+    loss_of: LossOfParameters = field(compare=False)
     weight_terms: bool
     parameter_dtype: torch.dtype
 
@@ -85,6 +94,10 @@ class Problem:
         """Whether loss and gradient follow from the logits, for all weights: what activation space can do."""
         return not self.weight_terms and all(self.trainable)
 
+    def frozen_beside(self, index: int) -> list[str]:
+        """The names of frozen parameters in the weight layers on both sides of hidden layer `index` (1..m)."""
+        return [name for name in self.frozen[index - 1 : index + 1] if name is not None]
+
     def leaves(self, network: Network) -> list[Tensor]:
         """The trainable ones of the `parameter_list` of `network`, as leaves of their own memory."""
         pairs = zip(parameter_list(network), self.trainable, strict=True)
@@ -95,6 +108,27 @@ class Problem:
         replacements = iter(leaves)
         pairs = zip(parameter_list(network), self.trainable, strict=True)
         return [next(replacements) if trainable else tensor for tensor, trainable in pairs]
+
+    def losses(self, holdout: tuple[Tensor, BatchLoss] | None) -> Losses:
+        """The losses as functions of the trainable parameters. holdout: its samples and its loss, if there is one."""
+
+        def logits(leaves: Sequence[Tensor], samples: Tensor) -> Tensor:
+            return self.network.with_parameters(self.merge(self.network, leaves)).forward(samples)[-1]
+
+        def on(samples: Tensor, loss: BatchLoss) -> LossOfParameters:
+            return lambda leaves: loss.value(logits(leaves, samples))
+
+        on_batch = self.loss_of_trainable(self.network)
+        on_holdout = None if holdout is None else on(*holdout)
+        return Losses(on_batch, on(self.samples, self.loss), on_holdout, self.weight_terms)
+
+    def rounded(self, network: Network, outputs: Sequence[Tensor]) -> tuple[Network, Sequence[Tensor]]:
+        """A network rounded to the dtype of the model's parameters, held in its own dtype, and its pre-activations."""
+        if self.parameter_dtype == self.samples.dtype:
+            return network, outputs
+        rounded = [tensor.to(self.parameter_dtype).to(tensor.dtype) for tensor in parameter_list(network)]
+        network = network.with_parameters(rounded)
+        return network, network.forward(self.samples)
 
     def loss_of_trainable(self, network: Network) -> LossOfParameters:
         """The loss as a function of the trainable ones alone, the others being those of `network`."""
@@ -139,17 +173,6 @@ def read_network(chain: Chain) -> Network:
     )
 
 
-class _LossModule(nn.Module):
-    """The user's loss of the user's model, so that weights can be swapped in for both at once."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.loss_fn(self.model(x), y)
-
-
 def _loss_of_parameters(
     model: nn.Module, chain: Chain, loss_fn: LossFunction, x: Tensor, y: Tensor
 ) -> LossOfParameters:
@@ -157,7 +180,7 @@ def _loss_of_parameters(
     names = [f"model.{name}" for name, _ in chain.named_parameters()]
 
     def loss_of(parameters: Sequence[Tensor]) -> Tensor:
-        module = _LossModule(model, loss_fn)
+        module = LossModule(model, loss_fn)
         return functional_call(module, dict(zip(names, parameters, strict=True)), (x, y))
 
     return loss_of

@@ -13,18 +13,16 @@ from torch import Tensor, nn
 from ..errors import TeleportError
 from ..kernels import torch_kernels as products
 from ..kernels.pinv import condition_from_gram
-from ..settings import AUTO, POSITIVE_DIAGONAL, check_layers
 from ..transaction import Transaction
-from .chain import Chain, check_inputs, read_chain
+from .chain import Chain, check_inputs, check_layers
+from .network import Network
 from .problem import begin, layer_inputs, read_network
+from .reader import read_chain
 
 # Float32 would bear more, the data outside the batch would not: the nearer the samples are to dependence, the larger
 # the weights that tell them apart. With less the batch shrinks at the second of several teleports, for they bring its
 # activations nearer to dependence.
 GOOD_CONDITION = 1000.0
-# With group="auto", a layer that tells fewer samples apart is left to the diagonal group: 50 samples do most of what
-# 200 do, and the fewer they are, the less the other layers gain.
-LEAST_MATCHED = 50
 
 
 def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = None) -> Tensor:
@@ -58,19 +56,24 @@ def matched_samples(model: nn.Module, x: Tensor, layers: Sequence[int] | None = 
             `teleport_mlp` asks for (NaN or Inf in it, frozen, ...).
         TeleportError: no sample can be taken, because all are zero in the input of a layer without bias, or not finite.
     """
+
+    def work() -> Tensor:
+        chain = read_chain(model)
+        named = range(1, len(chain.linears)) if layers is None else check_layers(layers, len(chain.linears) - 1)
+        begin(transaction, chain)
+        network = read_network(chain)
+        samples = check_inputs(chain, x, "x").to(network.weights[0].dtype)
+        return choose_samples(network, samples, network.forward(samples), named)
+
     transaction = Transaction()
-    return transaction.run(lambda: samples_of_chain(transaction, read_chain(model), x, layers))
+    return transaction.run(work)
 
 
-def samples_of_chain(
-    transaction: Transaction, chain: Chain, x: Tensor, layers: Sequence[int] | None = None
+def choose_samples(
+    network: Network, samples: Tensor, outputs: Sequence[Tensor], named: Sequence[int]
 ) -> Tensor:
-    """`matched_samples` of a model that is read as `chain`, as part of a transaction."""
-    named = range(1, len(chain.linears)) if layers is None else check_layers(layers, len(chain.linears) - 1)
-    begin(transaction, chain)
-    network = read_network(chain)
-    samples = check_inputs(chain, x, "x").to(network.weights[0].dtype)
-    inputs = layer_inputs(network, samples, network.forward(samples))
+    """`matched_samples` of a network for the hidden layers `named` (1..m); `outputs` are its pre-activations."""
+    inputs = layer_inputs(network, samples, outputs)
     biased = [bias is not None for bias in network.biases]
     exact, _ = products.grams([inputs[k - 1] for k in named], [biased[k - 1] for k in named])
     grams = torch.stack(exact).cpu()  # row by row is slow on a GPU
@@ -83,34 +86,16 @@ def samples_of_chain(
         )
     columns = min(inputs[k - 1].shape[1] + biased[k - 1] for k in named)
     if len(usable) <= columns and _well_conditioned(_restrict(grams, usable)):  # then none would be skipped
-        return usable.to(x.device)
+        return usable.to(samples.device)
     taken = usable[_independent_rows(_restrict(grams, usable).numpy(), columns)]
-    return taken[: _well_conditioned_rows(_restrict(grams, taken))].to(x.device)
+    return taken[: _well_conditioned_rows(_restrict(grams, taken))].to(samples.device)
 
 
-def layers_to_match(chain: Chain, layers: Sequence[int] | None, group: str) -> list[int]:
-    """The hidden layers, of `layers` (1..m; None: all), in whose inputs a batch for a teleport by `group` is to match.
-
-    "gl": those with an invertible activation and nothing frozen in the weight layers beside them. "positive_diagonal":
-    none. "auto": as for "gl", but for layers with a positively homogeneous activation and an input of fewer than 50
-    columns (the bias' included), which scale instead.
-    """
+def layers_to_match(chain: Chain, layers: Sequence[int] | None) -> list[int]:
+    """The hidden layers, of `layers` (1..m; None: all), in whose inputs a batch for a teleport by GL is to match: those
+    with an invertible activation and nothing frozen in the weight layers beside them."""
     hidden = range(1, len(chain.linears)) if layers is None else layers
-    return [k for k in hidden if group != POSITIVE_DIAGONAL and _counts(chain, k, group)]
-
-
-def _counts(chain: Chain, layer: int, group: str) -> bool:
-    """Whether hidden layer `layer` is one for GL to move."""
-    activation = chain.activations[layer - 1]
-    narrow = input_columns(chain, layer) < LEAST_MATCHED
-    free = chain.frozen(layer - 1) is None and chain.frozen(layer) is None
-    return free and activation.invertible and not (group == AUTO and activation.positively_homogeneous and narrow)
-
-
-def input_columns(chain: Chain, layer: int) -> int:
-    """The columns of the input of hidden layer `layer` (1..m), the bias' column included."""
-    linear = chain.linears[layer - 1]
-    return linear.weight.shape[1] + (linear.bias is not None)
+    return [k for k in hidden if chain.activations[k - 1].invertible and not chain.frozen_beside(k)]
 
 
 def _restrict(grams: Tensor, rows: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def teleport_layer(
     Args:
         weight: W (d_out×d_in).
         inputs: H (n×d_in), n ≤ d_in + 1 (n ≤ d_in without bias), [H, 1] of full row rank.
-        g: d_out×d_out, invertible.
+        g: d_out×d_out.
         bias: b (d_out) or None.
         activation: σ.
         action: "least_change" or "paper".

@@ -1,10 +1,10 @@
-"""Which layers a batch can move, by which group, and why not the others."""
+"""Which layers a batch can move by GL, and why not the others: the way from a problem to its `BatchOrbit`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,13 +17,8 @@ from ..kernels.pinv import MAX_CONDITION, condition_from_gram, pinv_factor
 from ..model.chain import Chain
 from ..model.network import Network
 from ..model.problem import Problem, layer_inputs
-from ..report import LayerReport
-from ..settings import AUTO, GL, POSITIVE_DIAGONAL
-from .action import Match, Plan
-
-NOT_ASKED_FOR = "not asked for"
-TELEPORTED = "teleported"
-NOT_LOOKED_AT = "no search"
+from ..report import NOT_ASKED_FOR, NOT_LOOKED_AT, TELEPORTED, LayerReport
+from .layers import Fit, LayerPlan, Match, Move
 
 
 @dataclass(frozen=True)
@@ -35,18 +30,6 @@ class _Batches:
     biased: tuple[bool, ...]
     wanted: tuple[bool, ...]
     products: Products
-
-    def tensors(self) -> list[Tensor]:
-        return list(self.inputs)
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> _Batches:
-        return replace(self, inputs=tuple(tensors))
-
-    def signature(self) -> Hashable:
-        return self.biased, self.wanted, id(self.products)
-
-    def obstacle(self) -> str | None:
-        return graphs.solver_obstacle(self.products, len(self.inputs[0]))
 
     def fitting(self) -> list[int]:
         """The layers whose input is wanted and has no more rows than columns, the bias's among them."""
@@ -67,10 +50,11 @@ def match_inputs(problem: Problem, layers: Sequence[int] | None = None) -> list[
     (1..m; None: all)."""
     network = problem.network
     biased = tuple(bias is not None for bias in network.biases)
-    wanted = tuple(layers is None or k in layers or k + 1 in layers for k in range(len(network)))
+    wanted = tuple(layers is None or bool({k, k + 1} & {*layers}) for k in range(len(network)))
     inputs = tuple(layer_inputs(network, problem.samples, problem.outputs))
     batches = _Batches(inputs, biased, wanted, network.products)
-    factors, _ = graphs.run(batches, _factorize)
+    obstacle = graphs.solver_obstacle(network.products, len(problem.samples))
+    factors, _ = graphs.run(batches, _factorize, obstacle)
     estimates, infos = factors.figures.tolist()
     found = {
         layer: (inverse, estimate if info == 0 else math.inf)
@@ -101,13 +85,6 @@ def _factorize(batches: _Batches) -> _Factors:
     return _Factors(grams, inverses, torch.stack([conditions, infos.double()]))
 
 
-def observe_inputs(problem: Problem) -> list[Match]:
-    """The Gram matrix of every layer's input, for a group that needs no match: nothing is factorized."""
-    network, inputs = problem.network, layer_inputs(problem.network, problem.samples, problem.outputs)
-    grams, _ = network.products.grams(inputs, [bias is not None for bias in network.biases])
-    return [Match(batch, gram) for batch, gram in zip(inputs, grams, strict=True)]
-
-
 def report_unmatched(problem: Problem) -> tuple[LayerReport, ...]:
     """A report on each hidden layer of a problem whose inputs nothing has looked at."""
     widths = [output.shape[1] for output in problem.outputs[:-1]]
@@ -119,122 +96,99 @@ def report_unmatched(problem: Problem) -> tuple[LayerReport, ...]:
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """What moves the activations behind one hidden layer, "gl" or "positive_diagonal", or None and why.
+class _Refusal:
+    """Why the activations of a hidden layer do not move. frozen: whether a parameter would have to change that is."""
 
-    frozen: whether it is that a parameter is frozen which would have to change.
-    """
-
-    group: str | None
-    reason: str = TELEPORTED
+    reason: str
     frozen: bool = False
-
-    @property
-    def refused(self) -> bool:
-        """Whether the layer was asked for and cannot be moved."""
-        return self.group is None and self.reason != NOT_ASKED_FOR
 
 
 def make_plan(
-    problem: Problem,
-    matches: Sequence[Match],
-    layers: Sequence[int] | None,
-    *,
-    action: str,
-    inverse: str,
-    group_steps: bool,
-    group: str = GL,
-) -> tuple[Plan, tuple[LayerReport, ...]]:
+    problem: Problem, matches: Sequence[Match], layers: Sequence[int] | None
+) -> tuple[tuple[LayerPlan, ...], tuple[LayerReport, ...]]:
     """The plan that moves every hidden layer k of `layers` (None: all) that can be moved, and a report on each layer.
-
-    group: which group moves them; "auto" is GL where it can, and the positive diagonal group elsewhere.
 
     Raises:
         TeleportError: none can be moved, or one that `layers` names cannot.
     """
     network = problem.network
-    matched = [match.gram_inverse is not None for match in matches]
-    choices = [
-        _Choice(None, NOT_ASKED_FOR)
-        if layers is not None and index not in layers
-        else _choose_group(problem, matches, index - 1, group)
+    refusals = [
+        _Refusal(NOT_ASKED_FOR) if layers is not None and index not in layers else _refuse(problem, matches, index)
         for index in range(1, len(network))
     ]
-
-    def plan_for(choices: Sequence[_Choice]) -> Plan:
-        by_gl, scaled = ([*(choice.group == name for choice in choices), False] for name in (GL, POSITIVE_DIAGONAL))
-        return Plan.make(
-            network, by_gl, matched, scaled=scaled, action=action, inverse=inverse, group_steps=group_steps
-        )
-
-    plan = plan_for(choices)
-    for layer, choice in enumerate(choices):
-        if choice.group == GL and (reason := _why_no_step(network, plan, matches, layer)) is not None:
-            choices[layer] = _Choice(None, reason)
-    _check_enough(network, choices, layers, len(problem.samples), group)
+    plans = _plans(network, matches, refusals)
+    for place, (plan, match) in enumerate(zip(plans[1:], matches[1:], strict=True)):
+        if plan.edged and not plan.sigma.contains(match.inputs):
+            edge = f"the domain {plan.sigma.domain} of the inverse of {plan.sigma}"
+            refusals[place] = _Refusal(f"activations lie on the edge of {edge}")
+    _check_enough(network, refusals, layers, len(problem.samples))
     reports = tuple(
         LayerReport(
-            index=layer + 1,
+            index=index,
             n=len(match.inputs),
-            width=network.weights[layer].shape[0],
+            width=len(weight),
             rank=match.rank,
             condition=match.condition,
-            teleported=choice.group is not None,
-            reason=choice.reason,
-            group=choice.group,
+            teleported=refusal is None,
+            reason=TELEPORTED if refusal is None else refusal.reason,
+            group="gl" if refusal is None else None,
         )
-        for layer, (choice, match) in enumerate(zip(choices, matches, strict=False))
+        for index, (refusal, match, weight) in enumerate(zip(refusals, matches, network.weights, strict=False), start=1)
     )
-    return plan_for(choices), reports
+    return _plans(network, matches, refusals), reports
 
 
-def _choose_group(problem: Problem, matches: Sequence[Match], layer: int, group: str) -> _Choice:
-    """The first group that can move the activations behind weight layer `layer` (0-based), of those that `group` is."""
-    network, reasons = problem.network, []
-    for name in problem.frozen[layer : layer + 2]:
-        if name is not None:
-            return _Choice(None, _frozen(name), frozen=True)
-    for name in _groups(group):
-        by_gl = name == GL
-        reason = _why_not_gl(network, matches, layer) if by_gl else _why_not_scaled(network.activations[layer])
-        if reason is None:
-            return _Choice(name)
-        reasons.append(reason)
-    return _Choice(None, ", and ".join(reasons))
+def _plans(
+    network: Network, matches: Sequence[Match], refusals: Sequence[_Refusal | None]
+) -> tuple[LayerPlan, ...]:
+    """The plan that moves the activations of the hidden layers that nothing refuses.
+
+    A layer absorbs if the activations in front of it or behind it move, and its input is matched; where only those in
+    front of it move, and it is not, it is carried.
+    """
+    in_front = [False, *(refusal is None for refusal in refusals)]
+    behind = [*in_front[1:], False]
+    matched = [match.gram_inverse is not None for match in matches]
+    plans = []
+    for before, moved, moves, has_match in zip(network.befores, in_front, behind, matched, strict=True):
+        fit = Fit.ABSORBED if moves or (moved and has_match) else Fit.CARRIED if moved else Fit.KEPT
+        move = Move.STILL
+        if moved and before is not None:
+            move = Move.TARGETS if before.bounded and fit is not Fit.CARRIED else Move.ACTIVATIONS
+        plans.append(LayerPlan(fit, move, before))
+    return tuple(plans)
 
 
-def check_possible(chain: Chain, layers: Sequence[int] | None, group: str, n: int) -> None:
-    """Raise ValueError if no batch of `n` samples lets `group` move the hidden `layers` (1..m; None: any) of `chain`.
+def _refuse(problem: Problem, matches: Sequence[Match], index: int) -> _Refusal | None:
+    """Why GL cannot move the activations of hidden layer `index` (1..m), or None."""
+    for name in problem.frozen_beside(index):
+        return _Refusal(frozen_text(name), frozen=True)
+    reason = _why_not(problem.network, matches, index - 1)
+    return None if reason is None else _Refusal(reason)
+
+
+def check_matchable(chain: Chain, layers: Sequence[int] | None, n: int) -> None:
+    """Raise ValueError if no batch of `n` samples lets GL move the hidden `layers` (1..m; None: any) of `chain`.
 
     It sees what needs no batch: frozen parameters, activations without inverse, layers too narrow.
     """
     hidden = range(1, len(chain.linears)) if layers is None else layers
-    reasons = {index: _why_never(chain, index - 1, group, n) for index in hidden}
+    reasons = {index: _why_never(chain, index, n) for index in hidden}
     impossible = {index: reason for index, reason in reasons.items() if reason is not None}
     if not impossible or (layers is None and len(impossible) < len(reasons)):
         return
     details = "; ".join(f"hidden layer {index}: {reason}" for index, reason in impossible.items())
-    raise ValueError(f"model can never be teleported by group={group!r} with {n} samples: {details}")
+    raise ValueError(f"model can never be teleported by group='gl' with {n} samples: {details}")
 
 
-def _why_never(chain: Chain, layer: int, group: str, n: int) -> str | None:
-    """Why `group` moves the activations behind weight layer `layer` with no batch of n samples, or None."""
-    for name in (chain.frozen(layer), chain.frozen(layer + 1)):
-        if name is not None:
-            return _frozen(name)
-    activation, linear = chain.activations[layer], chain.linears[layer]
-    by_gl = _why_never_gl(activation, linear.weight.shape[1] + (linear.bias is not None), n)
-    found = {GL: by_gl, POSITIVE_DIAGONAL: _why_not_scaled(activation)}
-    reasons = [found[name] for name in _groups(group)]
-    return None if None in reasons else ", and ".join(reason for reason in reasons if reason is not None)
+def _why_never(chain: Chain, index: int, n: int) -> str | None:
+    """Why GL moves the activations of hidden layer `index` (1..m) with no batch of n samples, or None."""
+    for name in chain.frozen_beside(index):
+        return frozen_text(name)
+    return _why_never_gl(chain.activations[index - 1], chain.columns(index), n)
 
 
-def _groups(group: str) -> tuple[str, ...]:
-    """The groups that `group` stands for, in the order in which they are tried."""
-    return (GL, POSITIVE_DIAGONAL) if group == AUTO else (group,)
-
-
-def _frozen(name: str) -> str:
+def frozen_text(name: str) -> str:
     return f"it would change {name!r}, which is frozen"
 
 
@@ -247,8 +201,8 @@ def _why_never_gl(activation: Activation, columns: int, n: int) -> str | None:
     return None
 
 
-def _why_not_gl(network: Network, matches: Sequence[Match], layer: int) -> str | None:
-    """Why GL cannot move the activations behind weight layer `layer`, or None."""
+def _why_not(network: Network, matches: Sequence[Match], layer: int) -> str | None:
+    """Why GL cannot move the activations behind weight layer `layer` (0-based), or None."""
     match = matches[layer]
     n, width = match.inputs.shape
     never = _why_never_gl(network.activations[layer], width + (network.biases[layer] is not None), n)
@@ -261,46 +215,30 @@ def _why_not_gl(network: Network, matches: Sequence[Match], layer: int) -> str |
     return None
 
 
-def _why_not_scaled(activation: Activation) -> str | None:
-    """Why the positive diagonal group does not act on the activations behind a layer with `activation`, or None."""
-    return None if activation.positively_homogeneous else f"{activation} is not positively homogeneous"
-
-
-def _why_no_step(network: Network, plan: Plan, matches: Sequence[Match], layer: int) -> str | None:
-    """Why GL cannot move the activations behind `layer` though its input is matched, or None."""
-    activation = network.activations[layer]
-    if plan.along_targets[layer] or not activation.bounded or activation.contains(matches[layer + 1].inputs):
-        return None
-    return f"activations lie on the edge of the domain {activation.domain} of the inverse of {activation}"
-
-
-# What `teleport_mlp`'s `group` expects of a batch and a model.
-_EXPECTED = {
-    GL: "samples that the layers' inputs can tell apart, and activations that have an inverse",
-    POSITIVE_DIAGONAL: "positively homogeneous activations (ReLU, LeakyReLU or none)",
-    AUTO: "samples that the layers' inputs can tell apart, or positively homogeneous activations",
-}
-
-
 def _check_enough(
-    network: Network, choices: Sequence[_Choice], layers: Sequence[int] | None, n: int, group: str
+    network: Network, refusals: Sequence[_Refusal | None], layers: Sequence[int] | None, n: int
 ) -> None:
-    refused = [(index, choice) for index, choice in enumerate(choices, start=1) if choice.refused]
-    if any(choice.group is not None for choice in choices) and not (layers is not None and refused):
+    refused = {
+        index: refusal
+        for index, refusal in enumerate(refusals, start=1)
+        if refusal is not None and refusal.reason != NOT_ASKED_FOR
+    }
+    if None in refusals and not (layers is not None and refused):
         return
-    argument = "layers" if layers is not None else "group" if group == POSITIVE_DIAGONAL else "batch"
-    details = "; ".join(f"hidden layer {index}: {choice.reason}" for index, choice in refused)
-    advice = _advise([network.activations[index - 1] for index, choice in refused if not choice.frozen], group)
-    raise TeleportError(f"{argument}: expected {_EXPECTED[group]}, got a batch of n = {n} with {details}. {advice}.")
+    argument = "batch" if layers is None else "layers"
+    details = "; ".join(f"hidden layer {index}: {refusal.reason}" for index, refusal in refused.items())
+    advice = _advise([network.activations[index - 1] for index, refusal in refused.items() if not refusal.frozen])
+    raise TeleportError(
+        f"{argument}: expected samples that the layers' inputs can tell apart, and activations that have an inverse, "
+        f"got a batch of n = {n} with {details}. {advice}."
+    )
 
 
-def _advise(refused: Sequence[Activation], group: str) -> str:
-    """What may help where layers with these activations, and none that is frozen, cannot be moved by `group`."""
+def _advise(refused: Sequence[Activation]) -> str:
+    """What may help where layers with these activations, and none that is frozen, cannot be moved."""
     if not refused:
         return "Unfreeze it, or name other hidden layers in layers"
-    if group == POSITIVE_DIAGONAL:
-        return 'Use group="gl"'
     advice = ["Use fewer or more varied samples"] if any(activation.invertible for activation in refused) else []
-    if group == GL and any(activation.positively_homogeneous for activation in refused):
+    if any(activation.positively_homogeneous for activation in refused):
         advice.append('group="positive_diagonal" moves ReLU, LeakyReLU and layers without activation on any batch')
     return "; ".join(advice)

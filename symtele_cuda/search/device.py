@@ -1,197 +1,183 @@
-"""The search of `search`, with every decision taken on the device: nothing is read back before it has ended.
+"""The search of `trust_region` with every decision taken on the device: nothing is read back before it has ended.
 
-Acceptance, radius, growth cap and bounds are arithmetic on scalar tensors; a refused step is computed like any other
-and not committed. The whole program, from the state at g = I to the new weights and what is measured on them, is one
-function of tensors, which a CUDA graph can hold (`graphs`); the host reads its numbers once, at the end.
-
-The steps taken are those of `search.ascend` and `search.ascend_fixed`, to rounding.
+The rule is the kernel `judge`, csrc/judge.cuh; a refused step is computed like any other and not committed. The whole
+program, from the point at g = I to the new weights and what is measured on them, is one function of tensors, which a
+CUDA graph can hold (`kernels.graphs`). The host reads its numbers once, at the end. The steps taken are those of
+`trust_region.ascend`, to rounding.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..guards import ALL_STEPS, STEPS_LONG_ENOUGH, Bounds
 from ..kernels import graphs
-from ..measure import read
-from ..objectives import has_fast_path
-from ..orbits.action import Direction, Hindrance, State, Waypoint
-from ..orbits.activation_space import Evaluation
+from ..kernels import torch_kernels as torch_products
+from ..kernels.judgement import AFTER_THE_END, DIRECTION_NOT_FINITE, GOES_ON, RULES, ZERO_DIRECTION, Verdict
+from ..measure import Measurement, read
+from ..model.pieces import holds_tensors
+from ..objectives import Lookahead
+from ..orbits import Candidate, Hindrance
+from ..orbits.batch import BatchDirection, BatchOrbit
+from ..orbits.layers import BatchPoint, Fit, LayerGoal
 from ..report import StepRecord
-from ..task import Candidate, Found, Task, describe_backend
-from .trust_region import (
-    ABOVE_CAP,
-    ACCEPTED,
-    ALL_STEPS,
-    CAP_AIM,
-    CAP_REACHED,
-    CAP_SHARE,
-    GRADIENT_NOT_FINITE,
-    GROWTH,
-    LARGEST_SHARE,
-    LATER_GROWTH,
-    LEAST_SHARE,
-    NO_IMPROVEMENT,
-    NO_STEP_LEFT,
-    NOT_FINITE,
-    SHORTENED,
-    SHORTENED_BELOW,
-    SHRINKAGE,
-    SMALLEST_RADIUS,
-    STEPS_LONG_ENOUGH,
-    ZERO_GRADIENT,
-    Bounds,
-    Search,
-    SearchResult,
-    not_taken,
-    why_ended,
-)
+from ..settings import Ascent, Guards
+from .trust_region import ENDS, SearchResult, record, why_ended
 
-_RULES = (
-    GROWTH,
-    LATER_GROWTH,
-    SHRINKAGE,
-    SMALLEST_RADIUS,
-    CAP_SHARE,
-    CAP_AIM,
-    LEAST_SHARE,
-    LARGEST_SHARE,
-    SHORTENED_BELOW,
-)
-# What `products.judge` says of the end of a search.
-_AFTER_THE_END, _ZERO, _NOT_FINITE, _CAP, _RADIUS = range(1, 6)
+
+@dataclass(frozen=True)
+class Climb:
+    """What the program is a function of: an orbit, how to search it, and what to keep.
+
+    futile_if_flat: whether there is nothing to search for where the objective is not below the loss, see `is_futile`.
+    """
+
+    orbit: BatchOrbit
+    ascent: Ascent
+    guards: Guards
+    futile_if_flat: bool
+
+    @classmethod
+    def make(cls, orbit: BatchOrbit, ascent: Ascent, guards: Guards) -> Climb:
+        """With all numbers of the objective as tensors, so that another rate is the same program."""
+        objective = orbit.objective
+        if isinstance(objective, Lookahead) and not isinstance(objective.rate, Tensor):
+            objective = Lookahead(orbit.problem.samples.new_full((), objective.rate))
+        plain = replace(ascent, objective="grad_norm", lr=None), replace(guards, holdout=None)
+        return cls(replace(orbit, objective=objective), *plain, ascent.looks_ahead and guards.min_gain > 0)
+
+    def obstacle(self) -> str | None:
+        """Why a CUDA graph should not hold the search, or None."""
+        problem = self.orbit.problem
+        if not problem.loss.default:
+            return "loss_fn is the caller's own, which may do anything"
+        if holds_tensors(problem.loss.output):
+            return "tensors of the model are applied to its outputs, which a graph would not read anew"
+        if problem.samples.dtype == torch.float64:
+            return "float64 weights go through a solver library, which may not be captured"
+        if any(plan.fit is Fit.CARRIED for plan in self.orbit.plans):
+            return "the inverse of g goes through a solver library, which may not be captured"
+        return graphs.solver_obstacle(problem.network.products, len(problem.samples))
 
 
 @dataclass
 class Trace:
-    """A search on the device: the state accepted last, all states tried after the start, and a row of figures for each.
+    """A search on the device: the point accepted last, the waypoints of all that were tried after the start, and a row
+    of figures for each.
 
-    hindrances: the texts of the flags that the rows count first. fixed: whether the steps were of a fixed size.
+    hindrances: the texts of the flags that the rows count first.
     """
 
-    state: State
-    waypoints: list[Waypoint]
+    point: BatchPoint
+    waypoints: list[tuple[LayerGoal, ...]]
     rows: list[Tensor]
     hindrances: tuple[str, ...]
-    fixed: bool
 
     def result(self, rows: Sequence[Sequence[float]], texts: Sequence[Callable[[float], str]]) -> SearchResult:
         """What the host's search would have said, from the rows as numbers; texts: those of the search's bounds."""
-        notes = (*self.hindrances, NOT_FINITE, NO_IMPROVEMENT, ABOVE_CAP)
         waypoints, records, reason = [self.waypoints[0]], list[StepRecord](), ALL_STEPS
-        for (value, size, accepted, shortened, note, end, *losses), tried in zip(rows, self.waypoints[1:], strict=True):
-            place = int(note)
-            if end == _AFTER_THE_END:
+        for row, tried in zip(rows, self.waypoints[1:], strict=True):
+            (value, size, *numbers), figures = row[:6], row[6:]
+            accepted, shortened, note, end = map(int, numbers)
+            verdict = Verdict(bool(accepted), bool(shortened), note, end)
+            if verdict.end == AFTER_THE_END:
                 reason = reason if records else STEPS_LONG_ENOUGH  # the one reason to begin a search as ended
                 break
-            if end in (_ZERO, _NOT_FINITE):
-                reason = ZERO_GRADIENT if end == _ZERO else GRADIENT_NOT_FINITE
+            if verdict.end not in (ZERO_DIRECTION, DIRECTION_NOT_FINITE):
+                told = partial(_told, texts, figures)
+                records.append(record(verdict, size, value, self.hindrances, told))
+                if verdict.accepted:
+                    waypoints.append(tried)
+            if verdict.end != GOES_ON:
+                reason = ENDS[verdict.end]
                 break
-            if place == 0:
-                text = SHORTENED if shortened else ACCEPTED
-            elif place <= len(notes):
-                text = notes[place - 1]
-            else:
-                broken = place - len(notes) - 1
-                text = texts[broken](losses[broken])
-            reached = math.nan if 0 < place <= len(self.hindrances) + 1 else value
-            records.append(StepRecord(reached, size, bool(accepted), text))
-            if accepted:
-                waypoints.append(tried)
-            elif self.fixed:
-                reason = not_taken(len(records), text)
-                break
-            if end in (_CAP, _RADIUS):
-                reason = CAP_REACHED if end == _CAP else NO_STEP_LEFT
-                break
-        reason = reason if self.fixed else why_ended(reason, records)
-        return SearchResult(tuple(waypoints), tuple(records), reason)
+        return SearchResult(tuple(waypoints), tuple(records), why_ended(reason, records))
+
+
+def _told(texts: Sequence[Callable[[float], str]], figures: Sequence[float], bound: int) -> str:
+    """What the figure says that has broken the bound."""
+    return texts[bound](figures[bound])
 
 
 @dataclass(frozen=True)
 class Program:
-    """What the program computes, all on the device: the search, and the weights of the state accepted last.
+    """What the program computes, all on the device: the search, and the weights of the point accepted last.
 
     before: the values of a `Measurement` at the start. rows: those of the trace, steps×figures.
     """
 
-    start: State
     before: Tensor
     trace: Trace
     rows: Tensor
     last: Candidate
 
 
-def can_find(task: Task) -> bool:
-    """Whether the task can be searched on its device: on a GPU, in activation space."""
-    fast = has_fast_path(task.options.objective) and task.problem.sees_logits_alone
-    return fast and task.problem.samples.device.type == "cuda"
+def can_climb(orbit: BatchOrbit) -> bool:
+    """Whether an orbit can be searched on its device: on a GPU with the compiled kernels, in activation space."""
+    return orbit.fast and orbit.products is not torch_products and orbit.problem.samples.device.type == "cuda"
 
 
-def find(task: Task) -> Found:
-    """Search on the device, in a CUDA graph where that can be, and read the outcome back."""
-    program, how = graphs.run(task, run_program)
-    return read_back(task, program, describe_backend(task.problem.network, how))
+def climb(orbit: BatchOrbit, ascent: Ascent, guards: Guards) -> tuple[Measurement, SearchResult, Candidate, str]:
+    """Search on the device, in a CUDA graph where that can be, and read the outcome back.
+
+    What was measured at the start, the search, the weights of its last point, and in words how it ran.
+    """
+    work = Climb.make(orbit, ascent, guards)
+    program, how = graphs.run(work, run_program, work.obstacle())
+    return *read_back(guards, program), how
 
 
-def run_program(task: Task) -> Program:
-    """The search, the weights of its last state and what is measured on them; no value is read back."""
-    start, search, step_size = task.start(), task.search(), task.options.step_size
-    evaluation = search.path.evaluate(start)
-    before = task.measure(task.problem.network, task.problem.outputs)
-    if step_size is None:
-        loss, data_loss, objective, gradient_norm, sensitivity, *holdout = before.unbind()
-        bounds = task.bounds(data_loss, sensitivity, *holdout[:1])
-        ended = (objective < loss).logical_not() if task.options.wants_gain else torch.zeros_like(loss)
-        trace = ascend(search, start, evaluation, cap=task.cap(gradient_norm), bounds=bounds, ended=ended)
-    else:
-        trace = ascend_fixed(search, start, evaluation, step_size=step_size)
-    last = task.candidate(start, trace.state.waypoint)
-    return Program(start, before, trace, torch.stack(trace.rows), last)
+def run_program(work: Climb) -> Program:
+    """The search, the weights of its last point and what is measured on them; no value is read back."""
+    orbit = work.orbit
+    before = orbit.measure_start()
+    loss, _, objective, gradient_norm, sensitivity, *holdout = before.unbind()
+    bounds = Bounds.make(work.guards, sensitivity, holdout[0] if orbit.around.held > 0 else None)
+    ended = (objective < loss).logical_not() if work.futile_if_flat else torch.zeros_like(loss)
+    trace = ascend(work, bounds, work.ascent.cap(orbit.objective, gradient_norm), ended)
+    return Program(before, trace, torch.stack(trace.rows), orbit.weights(orbit.waypoint(trace.point)))
 
 
-def read_back(task: Task, program: Program, backend: str) -> Found:
+def read_back(guards: Guards, program: Program) -> tuple[Measurement, SearchResult, Candidate]:
     """The program's numbers, in one transfer, as the host's search would have told them."""
-    flags = _flags([flag for flag, _ in program.last.hindrances], program.before).double()
-    parts = [program.before, program.rows.flatten(), program.last.measured, program.last.changes, flags]
-    before_values, row_values, measured, changes, hindered = torch.cat(parts).cpu().split([len(part) for part in parts])
+    last = program.last
+    flags = _flags([flag for flag, _ in last.hindrances], program.before).double()
+    parts = [program.before, program.rows.flatten(), last.measured, last.changes, flags]
+    values = torch.cat(parts).cpu().split([len(part) for part in parts])
+    before_values, row_values, measured, changes, hindered = values
     before = read(before_values)
-    bounds = task.bounds(before.data_loss, before.sensitivity, before.holdout)
-    result = program.trace.result(row_values.reshape(program.rows.shape).tolist(), bounds.texts)
-    texts = [text for _, text in program.last.hindrances]
-    last = Candidate(program.last.network, measured, changes, tuple(zip(hindered, texts, strict=True)))
-    return Found(program.start, before, result, last, backend)
+    assert before.sensitivity is not None
+    texts = Bounds.make(guards, before.sensitivity, before.holdout).texts
+    result = program.trace.result(row_values.reshape(program.rows.shape).tolist(), texts)
+    hindrances = tuple(zip(hindered, (text for _, text in last.hindrances), strict=True))
+    return before, result, replace(last, measured=measured, changes=changes, hindrances=hindrances)
 
 
-def ascend(
-    search: Search,
-    start: State,
-    evaluation: Evaluation,
-    *,
-    cap: float | Tensor,
-    bounds: Bounds,
-    ended: Tensor,
-) -> Trace:
-    """`search.ascend`: a step that is refused, or comes after the end, is computed and not committed.
+def ascend(work: Climb, bounds: Bounds, cap: float | Tensor, ended: Tensor) -> Trace:
+    """`trust_region.ascend`: a step that is refused, or comes after the end, is computed and not committed.
 
     ended: whether there is nothing to search for, so that all steps come after the end.
     """
-    products, trace = search.network.products, _begin(search, start, fixed=False)
-    first_radius = search.first_radius * search.moved_norm(start)
+    orbit, products, maximise = work.orbit, work.orbit.products, work.orbit.objective.maximise
+    point = orbit.start()
+    evaluation = orbit.evaluate(point)
+    trace = Trace(_with_own_memory(point), [orbit.waypoint(point)], [], ())
+    first_radius = work.ascent.first_radius * orbit.scale(point)
     nought = torch.zeros_like(first_radius)
     control = torch.stack([evaluation.value.double(), first_radius, nought, ended.double(), first_radius])
     radius = control[1]
     limit = cap if isinstance(cap, Tensor) else torch.full_like(first_radius, cap)
-    direction = search.direction(start, evaluation)
-    for step in range(search.steps):
-        size = search.limit(trace.state, direction, (radius if search.maximise else -radius) / direction.norm)
-        trial, hindrances = search.advance(trace.state, direction, size)
-        evaluation = search.path.evaluate(trial)
-        figures = bounds.figures(trial)
+    direction = orbit.direction(point, evaluation)
+    for step in range(work.ascent.steps):
+        size = orbit.limit(trace.point, direction, (radius if maximise else -radius) / direction.norm)
+        trial, hindrances = orbit.advance(trace.point, direction, size)
+        evaluation = orbit.evaluate(trial)
+        figures = orbit.figures(trial)
         accept, row = products.judge(
             control,
             size,
@@ -200,91 +186,42 @@ def ascend(
             _flags([flag for flag, _ in hindrances], control),
             _flags(bounds.broken_by(figures), control),
             limit,
-            search.maximise,
-            _RULES,
+            maximise,
+            RULES,
         )
         trace.rows.append(torch.cat([row, torch.stack(figures)]) if figures else row)
-        following = search.direction(trial, evaluation) if step < search.steps - 1 else None
-        _take(search, trace, accept, direction, trial, hindrances, following)
+        following = orbit.direction(trial, evaluation) if step < work.ascent.steps - 1 else None
+        _take(work, trace, accept, direction, (trial, hindrances, following))
     return trace
 
 
-def ascend_fixed(search: Search, start: State, evaluation: Evaluation, *, step_size: float) -> Trace:
-    """`search.ascend_fixed`, with rows of the same form: a step that cannot be taken ends the search."""
-    trace = _begin(search, start, fixed=True)
-    direction = search.direction(start, evaluation)
-    wanted = torch.full_like(direction.norm, search.sign * step_size)
-    end = torch.zeros_like(direction.norm)
-    for step in range(search.steps):
-        size = search.limit(trace.state, direction, wanted)
-        trial, hindrances = search.advance(trace.state, direction, size)
-        evaluation = search.path.evaluate(trial)
-        value = evaluation.value.double()
-        flags = _flags([*(flag for flag, _ in hindrances), torch.isfinite(value).logical_not()], value)
-        note = torch.where(flags.any(), flags.double().argmax() + 1, 0)
-        accept = (note == 0) & (end == 0)
-        shortened = size.abs() < step_size
-        trace.rows.append(torch.stack([value, size, accept.double(), shortened.double(), note.double(), end]))
-        end = torch.where(accept, end, float(_AFTER_THE_END))
-        following = search.direction(trial, evaluation) if step < search.steps - 1 else None
-        _take(search, trace, accept, direction, trial, hindrances, following)
-    return trace
-
-
-def _begin(search: Search, start: State, *, fixed: bool) -> Trace:
-    """A trace at `start`, with memory of its own for all that a commit overwrites."""
-    owned = {
-        id(tensor): tensor.clone(memory_format=torch.contiguous_format) for tensor in _state_tensors(search, start)
-    }
-    state = replace(
-        start,
-        inputs=tuple(owned.get(id(tensor), tensor) for tensor in start.inputs),
-        targets=tuple(owned.get(id(tensor), tensor) for tensor in start.targets),
-        references=tuple(None if tensor is None else owned.get(id(tensor), tensor) for tensor in start.references),
-        offsets=tuple(None if tensor is None else owned.get(id(tensor), tensor) for tensor in start.offsets),
-    )
-    return Trace(state, [start.waypoint], [], (), fixed)
+def _with_own_memory(point: BatchPoint) -> BatchPoint:
+    """The point with memory of its own for all that a commit overwrites."""
+    layers = []
+    for at in point.layers:
+        owned = {id(tensor): tensor.clone(memory_format=torch.contiguous_format) for tensor in at.moving()}
+        inputs, reference = owned.get(id(at.inputs), at.inputs), owned.get(id(at.reference), at.reference)
+        source = None if at.source is None else owned.get(id(at.source), at.source)
+        layers.append(replace(at, inputs=inputs, source=source, reference=reference))
+    return replace(point, layers=tuple(layers))
 
 
 def _take(
-    search: Search,
+    work: Climb,
     trace: Trace,
     accept: Tensor,
-    direction: Direction,
-    trial: State,
-    hindrances: Sequence[Hindrance],
-    following: Direction | None,
+    direction: BatchDirection,
+    tried: tuple[BatchPoint, tuple[Hindrance, ...], BatchDirection | None],
 ) -> None:
-    """Note the step, and where it is accepted put its state and the direction from there in place of the old ones."""
-    trace.waypoints.append(trial.waypoint)
+    """Note the step, and where it is accepted put its point and the direction from there in place of the old ones."""
+    trial, hindrances, following = tried
+    trace.waypoints.append(work.orbit.waypoint(trial))
     trace.hindrances = tuple(text for _, text in hindrances)
-    old, new = _state_tensors(search, trace.state), _state_tensors(search, trial)
+    old = [tensor for at in trace.point.layers for tensor in at.moving()]
+    new = [tensor for at in trial.layers for tensor in at.moving()]
     if following is not None:
-        old, new = old + _direction_tensors(direction), new + _direction_tensors(following)
-    search.network.products.commit(accept, old, new)
-
-
-def _state_tensors(search: Search, state: State) -> list[Tensor]:
-    """What a step changes of a state, as far as the next step and the weights depend on it."""
-    plan, tensors = search.plan, list[Tensor]()
-    drifts = plan.first_order_inverse  # then every layer behind a carried one may move
-    for layer in range(len(search.network)):
-        if layer > 0 and (plan.moved[layer - 1] or drifts):
-            tensors += [state.inputs[layer], state.targets[layer - 1]]
-        reference, offset = state.references[layer], state.offsets[layer]
-        if plan.changes_reference(layer):
-            assert reference is not None
-            tensors.append(reference)
-        if plan.changes_offset(layer) and offset is not None:
-            tensors.append(offset)
-    return [*tensors, state.logits] if drifts else tensors
-
-
-def _direction_tensors(direction: Direction) -> list[Tensor]:
-    tensors = [direction.norm, *direction.scales.values()]
-    for step in direction.steps.values():
-        tensors += [step.change, *(step.generator or ())]
-    return tensors
+        old, new = old + direction.tensors(), new + following.tensors()
+    work.orbit.products.commit(accept, old, new)
 
 
 def _flags(flags: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -1,18 +1,11 @@
 // factor ORDER INPUT OUTPUT: runs the cases that INPUT describes (tests/test_factor_kernels_on_cpu.py writes it) with
-// the kernels of csrc/gram.cuh, invert_gram.cuh, step.cuh, curvature.cuh, reduce.cuh, probes.cuh, commit.cuh and
-// judge.cuh on the CPU, the threads in ORDER (cuda_on_cpu::set_order), and writes for each the launcher's error code and the results.
+// the kernels of csrc/gram.cu, invert_gram.cu, step.cu, curvature.cu, reduce.cu, commit.cu and
+// judge.cu on the CPU, the threads in ORDER (cuda_on_cpu::set_order), and writes for each the launcher's error code and the results.
 #include <vector>
 
 #include "activations.h"
 #include "buffers.h"
-#include "commit.cu"
-#include "curvature.cu"
-#include "gram.cu"
-#include "invert_gram.cu"
-#include "judge.cu"
-#include "probes.cu"
-#include "reduce.cu"
-#include "step.cu"
+#include "kernels.h"
 
 namespace {
 
@@ -183,14 +176,6 @@ void run_squared_norms(Reader& in, Writer& out) {
   out.buffer(result);
 }
 
-void run_probes(Reader& in, Writer& out) {
-  const Dtype dtype = read_dtype(in);
-  const int64_t count = in.number();
-  const Buffer values(count * bytes_of(dtype));
-  out.number(launch_probes(dtype, count, values.get(), nullptr));
-  out.buffer(values);
-}
-
 void run_judge(Reader& in, Writer& out) {
   const Buffer control = in.buffer(), rules = in.buffer();
   const Buffer size = in.buffer(), norm = in.buffer(), value = in.buffer(), cap = in.buffer();
@@ -215,7 +200,7 @@ void run_judge(Reader& in, Writer& out) {
 
 void (*const operations[])(Reader&, Writer&) = {run_grams,  run_invert_grams,    run_steps, run_dot_sum,
                                                 run_commit, run_near_dependence, run_judge, run_squared_norms,
-                                                run_probes, run_times_curvature};
+                                                run_times_curvature};
 
 }  // namespace
 

@@ -1,5 +1,5 @@
 // matmul ORDER INPUT OUTPUT: runs the groups of products that INPUT describes (tests/test_kernels_on_cpu.py writes it) with the
-// kernels of csrc/matmul.cuh and epilogue.cuh on the CPU, the threads in ORDER (cuda_on_cpu::set_order), and writes for
+// kernels of csrc/matmul.cu and epilogue.cuh on the CPU, the threads in ORDER (cuda_on_cpu::set_order), and writes for
 // each the launcher's error code and the two results.
 #include "matmul.cu"
 #include "products.h"

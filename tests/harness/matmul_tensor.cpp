@@ -1,4 +1,4 @@
-// matmul_tensor ORDER INPUT OUTPUT: as matmul.cpp, with the kernels of csrc/matmul_tensor.cuh.
+// matmul_tensor ORDER INPUT OUTPUT: as matmul.cpp, with the kernels of csrc/matmul_tensor.cu.
 #include "cutlass_on_cpu.h"
 
 #include "matmul_tensor.cu"

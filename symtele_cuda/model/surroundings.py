@@ -8,14 +8,32 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .kernels.torch_kernels import dot
-from .model.chain import Chain
-from .model.loss import BatchLoss, check_default_targets
-from .model.problem import Problem, prepare
-from .orbits.action import OtherSamples
+from ..kernels.torch_kernels import dot
+from .chain import Chain
+from .loss import BatchLoss, check_default_targets
+from .network import Network, kernel
+from .problem import Problem, prepare
 
 NOISE = 0.1
 """The standard deviation of the noise, as a share of that of all elements of the inputs."""
+
+
+@dataclass(frozen=True)
+class OtherSamples:
+    """Samples Q (N×d_0) that are not the batch's, their pre-activations at the start, and Q Xᵀ + 1."""
+
+    inputs: Tensor
+    outputs: tuple[Tensor, ...]
+    overlap: Tensor
+
+    @classmethod
+    def make(cls, network: Network, inputs: Tensor, batch: Tensor) -> OtherSamples:
+        overlap = kernel(inputs, batch, network.biases[0] is not None)
+        return cls(inputs, tuple(network.forward(inputs)), overlap)
+
+    def first(self, count: int) -> OtherSamples:
+        """The first `count` of them."""
+        return OtherSamples(self.inputs[:count], tuple(y[:count] for y in self.outputs), self.overlap[:count])
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,11 @@ class Surroundings:
     def held(self) -> int:
         """How many samples the holdout has; 0 without one."""
         return 0 if self.loss is None else len(self.others.inputs) // 2
+
+    @property
+    def holdout(self) -> tuple[Tensor, BatchLoss] | None:
+        """The samples of the holdout and its loss; None without one."""
+        return None if self.loss is None else (self.others.inputs[: self.held], self.loss)
 
     def holdout_loss(self, logits: Tensor) -> Tensor:
         """The loss of the holdout, from the logits of its samples or of all `others`: a scalar."""

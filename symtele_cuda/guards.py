@@ -1,0 +1,140 @@
+"""Every refusal of a teleport, with its text: of a step during the search, and of the weights at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .measure import Measurement, relative_change
+from .settings import Guards
+
+# What a step of a search says of itself, and a search of its end.
+ACCEPTED = "accepted"
+SHORTENED = "accepted, shortened at the edge of where the group acts"
+NOT_FINITE, NO_IMPROVEMENT, ABOVE_CAP = "not finite", "no improvement", "above the growth cap"
+ZERO_GRADIENT, GRADIENT_NOT_FINITE = "the gradient on the group is zero", "the gradient on the group is not finite"
+CAP_REACHED, ALL_STEPS = "growth cap reached", "all steps taken"
+NO_STEP_LEFT = "no acceptable step left"
+NONE_IMPROVED = "no trial step improved the objective"
+
+# What a teleport says of its weights.
+STEPS_LONG_ENOUGH = "the step ahead does not lower the loss, so that a larger gradient is no gain"
+LATER_TAKEN_BACK = "later steps were taken back: the weights formed from them broke a guard"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a point must keep to be accepted: `limit`, the largest value of each of the `figures` of its orbit.
+
+    texts: for each figure, what a value of it has broken.
+    """
+
+    limits: tuple[float | Tensor, ...]
+    texts: tuple[Callable[[float], str], ...]
+
+    @classmethod
+    def make(cls, guards: Guards, sensitivity: float | Tensor, holdout: float | Tensor | None) -> Bounds:
+        """Those on the holdout's loss, where there is one, and on the sensitivity to noise, where it is bounded, given
+        both at the start."""
+        limits: list[float | Tensor] = []
+        texts: list[Callable[[float], str]] = []
+        if holdout is not None:
+            size = holdout.abs() if isinstance(holdout, Tensor) else abs(holdout)
+            room = math.inf if math.isinf(guards.holdout_tol) else guards.holdout_tol * size
+            limits.append(holdout + room)
+            texts.append(lambda value: on_holdout(float(holdout), value))
+        if guards.bound_noise:
+            limits.append(guards.max_sensitivity * sensitivity)
+            texts.append(lambda value: on_noise(guards, float(sensitivity), value))
+        return cls(tuple(limits), tuple(texts))
+
+    def broken_by(self, figures: Sequence[Tensor]) -> list[Tensor]:
+        """Which of the figures lie beyond their limits, or are NaN: bool scalars."""
+        return [(figure <= limit).logical_not() for figure, limit in zip(figures, self.limits, strict=True)]
+
+
+def is_futile(guards: Guards, looks_ahead: bool, before: Measurement) -> bool:
+    """Whether no search can satisfy `min_gain`: the step ahead gains nothing that could be multiplied."""
+    return looks_ahead and guards.min_gain > 0 and not before.objective < before.loss
+
+
+def refusal(
+    guards: Guards, maximise: bool, before: Measurement, after: Measurement, changes: Sequence[float]
+) -> str | None:
+    """Why weights with these figures are not acceptable, or None. changes: ‖ΔW‖/‖W‖ of the single parts."""
+    if (useless := not_finite(after, changes)) is not None:
+        return useless
+    drift = relative_change(before.data_loss, after.data_loss)
+    if drift > guards.drift_tol:
+        return f"the loss on the batch drifted by {drift:.1e}, more than drift_tol = {guards.drift_tol:g}"
+    if max(changes) > guards.max_weight_change:
+        return on_change(guards, changes)
+    return _harm_elsewhere(guards, before, after) or _no_gain(guards, maximise, before, after)
+
+
+def not_finite(after: Measurement, changes: Sequence[float]) -> str | None:
+    """What is not finite of weights with these figures, or None."""
+    if not all(map(math.isfinite, changes)):
+        return "the new weights are not finite"
+    if not math.isfinite(after.data_loss):
+        return "the loss on the batch is not finite"
+    if not after.finite:
+        return "the loss, the objective or the gradient of the new weights is not finite"
+    return None
+
+
+def too_little_gain(guards: Guards, looks_ahead: bool, before: Measurement, after: Measurement) -> str | None:
+    """Why the gain of the step ahead is less than `min_gain` asks for, or None."""
+    if not looks_ahead or guards.min_gain == 0:
+        return None
+    gain, least = before.loss - after.objective, guards.min_gain * (before.loss - before.objective)
+    if gain >= least:
+        return None
+    return f"the step ahead would lower the loss by {gain:.4g}, less than min_gain asks for, {least:.4g}"
+
+
+def on_holdout(before: float, loss: float) -> str:
+    """What a loss on the holdout says that is beyond `holdout_tol`."""
+    return f"the holdout loss rose from {before:.4g} to {loss:.4g}"  # or is NaN
+
+
+def on_noise(guards: Guards, before: float, sensitivity: float) -> str:
+    """What a sensitivity to noise says that is beyond `max_sensitivity`."""
+    times = sensitivity / before if before > 0 else math.inf
+    return (
+        f"noise in the inputs would move the logits {times:.3g} times as far, "
+        f"more than max_sensitivity = {guards.max_sensitivity:g} allows"
+    )
+
+
+def on_change(guards: Guards, changes: Sequence[float]) -> str:
+    """What the relative changes of the weight layers say of which the largest is beyond `max_weight_change`."""
+    largest = max(range(len(changes)), key=changes.__getitem__)
+    return (
+        f"weight layer {largest + 1} would change by {changes[largest]:.3g} of its norm, "
+        f"more than max_weight_change = {guards.max_weight_change:g} allows"
+    )
+
+
+def _harm_elsewhere(guards: Guards, before: Measurement, after: Measurement) -> str | None:
+    """Why the new weights are not acceptable on the holdout, or under noise in the inputs, or None."""
+    old, new = before.holdout, after.holdout
+    if old is not None and new is not None and not new <= old + guards.holdout_tol * abs(old):
+        return on_holdout(old, new)
+    calm, noisy = before.sensitivity, after.sensitivity
+    if guards.bound_noise and calm is not None and noisy is not None and not noisy <= guards.max_sensitivity * calm:
+        return on_noise(guards, calm, noisy)
+    return None
+
+
+def _no_gain(guards: Guards, maximise: bool, before: Measurement, after: Measurement) -> str | None:
+    """Why the objective on the weights formed is no reason to write them, or None."""
+    if not (after.objective > before.objective if maximise else after.objective < before.objective):
+        return "the objective did not improve"
+    ahead, otherwise = after.holdout_ahead, before.holdout_ahead
+    if ahead is None or otherwise is None or math.isinf(guards.holdout_tol) or ahead < otherwise:
+        return None
+    return f"the step ahead would take the holdout loss to {ahead:.4g}, without the teleport to {otherwise:.4g}"

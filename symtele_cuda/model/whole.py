@@ -1,0 +1,119 @@
+"""Any model and a batch, read and checked: what a symmetry that holds on every input needs of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .loss import Losses, LossFunction, LossModule, check_default_targets, default_loss
+
+DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """The trainable parameters of a model by their names, and its losses as functions of the list of them."""
+
+    parameters: dict[str, nn.Parameter]
+    losses: Losses
+
+    @classmethod
+    def make(
+        cls,
+        model: nn.Module,
+        batch: tuple[Tensor, Tensor],
+        loss_fn: LossFunction | None,
+        holdout: tuple[Tensor, Tensor] | None,
+    ) -> WholeModel:
+        """Raises TypeError or ValueError where model, batch, loss or holdout are not what `teleport` says."""
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        _check_model(model, parameters)
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}")
+        x, y = _check_pair(batch, "batch")
+        on_batch = _LossOf(model, tuple(parameters), x, y, loss_fn or default_loss(y))
+        weight_terms = on_batch.check("batch", default=loss_fn is None)
+        on_holdout = None
+        if holdout is not None:
+            on_holdout = _LossOf(model, tuple(parameters), *_check_pair(holdout, "holdout"), on_batch.function)
+            on_holdout.check("holdout", default=loss_fn is None)
+        return cls(parameters, Losses(on_batch, on_batch.with_own_weight_terms, on_holdout, weight_terms))
+
+
+@dataclass(frozen=True)
+class _LossOf:
+    """The loss on samples as a function of the list of parameters `names`; the model's buffers stay what they are."""
+
+    model: nn.Module
+    names: tuple[str, ...]
+    x: Tensor
+    y: Tensor
+    function: LossFunction
+
+    def __call__(self, parameters: Sequence[Tensor]) -> Tensor:
+        return functional_call(LossModule(self.model, self.function), self._state(parameters), (self.x, self.y))
+
+    def with_own_weight_terms(self, parameters: Sequence[Tensor]) -> Tensor:
+        return self.function(self._outputs(parameters), self.y)
+
+    def check(self, argument: str, default: bool) -> bool:
+        """Raise unless the loss is a finite scalar at the model's own parameters; whether it has weight terms."""
+        own = dict(self.model.named_parameters())
+        outputs = self._outputs([own[name].detach() for name in self.names])
+        if default:
+            check_default_targets(self.y, outputs.shape)
+        with torch.enable_grad():
+            value = self.function(outputs.detach().requires_grad_(), self.y)
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"loss_fn must return a scalar tensor (0 dimensions), got {got}")
+        if not math.isfinite(number := value.item()):
+            raise ValueError(f"{argument}: the loss must be finite, got {number}")
+        if not value.requires_grad:
+            raise ValueError("loss_fn must depend on the model's output, got a value that carries no gradient")
+        direct = torch.autograd.grad(value, [own[name] for name in self.names], allow_unused=True)
+        return any(gradient is not None for gradient in direct)
+
+    def _outputs(self, parameters: Sequence[Tensor]) -> Tensor:
+        state = {name.removeprefix("model."): tensor for name, tensor in self._state(parameters).items()}
+        return functional_call(self.model, state, (self.x,))
+
+    def _state(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Parameters and copies of the buffers, by their names in a `LossModule`."""
+        buffers = {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
+        return buffers | {f"model.{name}": tensor for name, tensor in zip(self.names, parameters, strict=True)}
+
+
+def _check_model(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    if not parameters:
+        raise ValueError("model must have a parameter that requires a gradient, got none")
+    first, *_ = parameters.values()
+    for name, parameter in parameters.items():
+        if type(parameter) is not nn.Parameter:
+            raise TypeError(f"parameter {name!r} must be a plain torch.nn.Parameter, got {type(parameter).__name__}")
+        if parameter.dtype not in DTYPES or parameter.dtype != first.dtype:
+            raise TypeError(f"parameter {name!r} must be float32 or float64 like all others, got {parameter.dtype}")
+        if parameter.is_inference():
+            raise ValueError(
+                f"parameter {name!r} must be one that autograd can follow, got one made in torch.inference_mode()"
+            )
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"parameter {name!r} must be finite, got NaN or Inf")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"model must compute the same twice, got {name!r}, a {type(module).__name__} with p = {module.p} in "
+                "training mode: teleport in eval mode, or set p = 0"
+            )
+
+
+def _check_pair(batch: object, argument: str) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
+        raise TypeError(f"{argument} must be a pair (inputs, targets) of tensors, got {type(batch).__name__}")
+    x, y = (tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in batch)
+    return x, y
