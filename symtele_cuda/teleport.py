@@ -30,7 +30,7 @@ from .model.problem import Problem, begin
 from .model.reader import read_chain
 from .model.sites import Site
 from .model.surroundings import Surroundings
-from .model.whole import WholeModel
+from .model.whole import WholeModel, begin_whole
 from .objectives import GradNorm
 from .orbits import Candidate
 from .orbits.batch import BatchOrbit
@@ -133,10 +133,8 @@ def teleport(
         check_settings(method, guards)
         if not isinstance(method, Ascent):
             raise TypeError(f"method must be an Ascent, got {type(method).__name__}")
+        begin_whole(transaction, model)
         listed = _check_sites(model, sites)
-        for parameter in model.parameters():
-            transaction.compute_on(parameter.device)
-            break
         whole = WholeModel.make(model, batch, loss_fn, guards.holdout)
         values = {name: parameter.detach() for name, parameter in whole.parameters.items()}
         dtype = next(iter(values.values())).dtype

@@ -328,6 +328,7 @@ def with_site(model: nn.Module) -> dict[str, Any]:
 
 X, Y = make_batch(8, 12, 5)
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, Any], dict[str, Any], type[Exception], str]] = {
+    "model": (lambda: "model", (X, Y), {"sites": []}, TypeError, "model must be a torch.nn.Module, got str"),
     "no site": (Blocks, (X, Y), {"sites": []}, st.TeleportError, "sites: expected at least one place"),
     "no sites": (Blocks, (X, Y), {"sites": ["first"]}, TypeError, "sites must have names and act.*, got str"),
     "one site": (Blocks, (X, Y), {"sites": Convolutions()}, TypeError, "sites must be a sequence .* got Convolutions"),
@@ -375,12 +376,41 @@ def broken(model: nn.Module) -> nn.Module:
 def test_bad_input_is_named_and_nothing_changes(name):
     make, batch, options, error, text = REFUSALS[name]
     model = make()
-    arguments = with_site(model) | options
-    before, state = snapshot(model), torch.get_rng_state()
+    arguments = options if "sites" in options else with_site(model) | options
+    before, state = snapshot(model) if isinstance(model, nn.Module) else [], torch.get_rng_state()
     with pytest.raises(error, match=text):
         st.teleport(model, batch, **arguments)
-    assert name == "NaN weights" or unchanged(model, before)
+    assert name in ("NaN weights", "model") or unchanged(model, before)
     assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+
+
+def held_by(model: nn.Module) -> list[list[int]]:
+    """Which objects the modules have as parameters and buffers."""
+    return [[*map(id, (*module._parameters.values(), *module._buffers.values()))] for module in model.modules()]
+
+
+def test_inside_inference_mode_it_refuses():
+    model = Blocks()
+    with torch.inference_mode(), pytest.raises(st.TeleportError, match="inference_mode"):
+        st.teleport(model, (X, Y), **with_site(model))
+
+
+@pytest.mark.parametrize("k", range(1, 12))
+def test_an_interrupt_in_the_model_s_forward_leaves_it_whole(k):
+    model, calls = Blocks(), []
+    objects = held_by(model)
+
+    def strike(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == k:
+            raise KeyboardInterrupt
+
+    sites, before = st.find_sites(model), snapshot(model)
+    model.head.register_forward_pre_hook(strike)
+    with pytest.raises(KeyboardInterrupt):
+        st.teleport(model, (X, Y), sites=sites, method=st.Ascent("lookahead", lr=0.1))
+    assert unchanged(model, before)
+    assert held_by(model) == objects
 
 
 # --- the teleporter -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..errors import TeleportError
+from ..transaction import Transaction
 from .loss import Losses, LossFunction, LossModule, check_default_targets, default_loss
 
 DTYPES = (torch.float32, torch.float64)
@@ -43,6 +46,26 @@ class WholeModel:
             on_holdout = _LossOf(model, tuple(parameters), *_check_pair(holdout, "holdout"), on_batch.function)
             on_holdout.check("holdout", default=loss_fn is None)
         return cls(parameters, Losses(on_batch, on_batch.with_own_weight_terms, on_holdout, weight_terms))
+
+
+def begin_whole(transaction: Transaction, model: nn.Module) -> None:
+    """Before all that computes with a model: compute on its device, without gradients and autocast.
+
+    Where the work raises, its modules hold their own parameters and buffers again: the loss with other weights swaps
+    tensors into the live model.
+
+    Raises:
+        TypeError: `model` is no module.
+        TeleportError: inside torch.inference_mode().
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if torch.is_inference_mode_enabled():
+        raise TeleportError("teleport cannot run inside torch.inference_mode(), expected torch.no_grad() or neither")
+    transaction.compute_on(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            transaction.on_failure(functools.partial(held.update, dict(held)))
 
 
 @dataclass(frozen=True)
