@@ -206,7 +206,7 @@ struct StepFacts {
   bool maximise;
 };
 
-// Decide on a step as products.judge says it, write *accepted and the row of judge_figures figures, update *control.
+// Decide on a step as kernels/judgement.py says it, write *accepted and the row of judge_figures figures, update *control.
 constexpr int judge_figures = 6;
 cudaError_t launch_judge(SearchControl* control, const JudgeRules& rules, const StepFacts& facts, bool* accepted,
                          double* row, cudaStream_t stream);
