@@ -1,21 +1,25 @@
-"""Predicted times on GPUs that were not there: counted launches, bytes and operations over assumed rates.
+"""Predicted times on an H200 that was not there: counted launches, bytes and operations over assumed rates.
 
-    python -m bench.predict [--shape NAME ...] [--device H200] [--tf32] [--out FILE]
+    python -m bench.predict [--shape NAME ...] [--out FILE]
 
-Nothing is computed and nothing is timed. Each program runs once on tensors without data (fake tensors), and every
-kernel that it would launch on a GPU is written down with the bytes that it reads and writes, each operand once, and its
-floating-point operations; `bench.launches` says how long each is taken to last. The opponents of `bench.layer` and
-`bench.teleport` are predicted the same way, with what is unknown of them left out in their favour: the published
-algorithm without the time of its singular value decompositions, and a compiled program as if only its products and
-factorizations were left.
+No result is computed and no time is measured. Each program runs once on tensors without data (fake tensors). Every
+kernel that the program would launch on a GPU is written down with the bytes that it reads and writes, each operand
+once, and with its floating-point operations. A launch is taken to last
+
+    max(latency of its kernels + chain, bytes / bandwidth, operations / (rate of its route · share of the device))
+
+and the launches to follow each other. The chain is the time of steps that wait for one another inside a kernel, as
+those of an inverse do. The prediction leaves out everything else: caches that hold operands from one launch to the
+next (which would make small shapes faster), the ends of waves, all that a kernel does below its rate, and what the
+processor does besides launching. The constants are rounded figures for such a device, not measurements of kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,30 +29,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from bench import layer, teleport
-from bench.baselines import published_teleport
-from bench.harness import RESULTS, UNIT, write_json
-from bench.launches import (
-    DEVICES,
-    EAGER_LAUNCH,
-    FURTHER_LAUNCH,
-    GRAPH_LAUNCH,
-    MULTIPROCESSORS,
-    PIVOT_SECONDS,
-    RATES,
-    SVD,
-    SWEEP_SECONDS,
-    Device,
-    Launch,
-    launch_aten,
-    launch_fused,
-)
-from symtele_cuda.activations import Activation, LeakyReLU, Softplus, Tanh
+from bench.harness import RESULTS, UNIT, plain, write_json
+from symtele_cuda.activations import LeakyReLU
 from symtele_cuda.kernels import graphs
 from symtele_cuda.kernels.operands import OPERATORS
 from symtele_cuda.model.problem import Problem
@@ -61,59 +51,242 @@ from symtele_cuda.orbits.batch_plan import make_plan, match_inputs
 from symtele_cuda.search.device import Climb, run_program
 from symtele_cuda.settings import Ascent
 
-# --- a prediction ----------------------------------------------------------------------------------------------------
+# --- what is assumed of the device -----------------------------------------------------------------------------------
+
+DEVICE, MULTIPROCESSORS = "H200", 132
+BYTES_PER_SECOND = 4.3e12  # of a large copy, reads and writes together
+
+# Seconds from one launch to the next: the processor's work for an operator of torch, that for each further kernel of
+# the same operator, which only has to be launched, and that of a captured graph.
+EAGER_LAUNCH, FURTHER_LAUNCH, GRAPH_LAUNCH = 6e-6, 2.5e-6, 2e-6
+
+# Operations a second by route (a multiplication and an addition are two), where all multiprocessors are busy.
+RATES = {
+    "fused float32": 60e12,  # FFMA on the ordinary cores
+    "fused float64": 30e12,  # DFMA there
+    "tensor": 110e12,  # float32 as three TF32 products, on the instructions of compute capability 8.0
+    "library float32": 60e12,
+    "library float64": 60e12,  # on the tensor cores
+    "solver": 20e12,  # Cholesky factorizations and triangular solves in float64
+    "elementwise": math.inf,  # bytes alone decide
+}
+
+# One pivot of a factorization by the library takes about 230 cycles from one barrier to the next. One that
+# `invert_grams` sweeps takes half of 350.
+PIVOT_SECONDS, SWEEP_SECONDS = 1.3e-7, 1e-7
+
+# --- a launch and its cost -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Of a program: seconds, with the parts that graphs hold launched by them; as if all were launched one by one, as
-    if all were captured, and of the products and factorizations alone, one by one; its totals, and where a graph's time
-    goes."""
+class Launch:
+    """Kernels launched one after the other by one operator, `kernels` of them, and their bytes and operations in all.
 
-    seconds: float
-    eager_seconds: float
-    graph_seconds: float
-    product_seconds: float
-    kernels: int
-    waits: int  # for a value on the device; a program with any cannot be captured
-    decompositions: int  # by singular values, of whose time nothing is assumed
-    gigabytes: float
-    gigaflops: float
-    share_of_bound: dict[str, float]
-    share_of_operator: dict[str, float]
+    `tiles` are the blocks that work side by side on the operations, None where they fill every device. `chain` are the
+    seconds of what cannot go side by side at all. `further`: the operator has launched others before them. `captured`:
+    from the second call on they are launched by a graph.
+    """
+
+    operator: str
+    route: str
+    bytes_read: int
+    bytes_written: int
+    operations: int = 0
+    tiles: int | None = None
+    kernels: int = 1
+    chain: float = 0.0
+    further: bool = False
+    captured: bool = False
+
+    def limits(self) -> dict[str, float]:
+        """The least seconds that the launch takes, for each reason."""
+        share = 1.0 if self.tiles is None else min(1.0, self.tiles / MULTIPROCESSORS)
+        latency = GRAPH_LAUNCH if self.captured else EAGER_LAUNCH
+        further = min(latency, FURTHER_LAUNCH)
+        return {
+            "launches": (further if self.further else latency) + (self.kernels - 1) * further + self.chain,
+            "bytes": (self.bytes_read + self.bytes_written) / BYTES_PER_SECOND,
+            "operations": self.operations / (RATES[self.route] * share),
+        }
+
+    def seconds(self) -> float:
+        return max(self.limits().values())
+
+    def bound(self) -> str:
+        """The reason that decides."""
+        limits = self.limits()
+        return max(limits, key=lambda reason: limits[reason])
 
 
-def predict(launches: Sequence[Launch], waits: int, device: Device) -> Prediction:
-    graph = sum(launch.seconds(device, GRAPH_LAUNCH) for launch in launches)
-    products = [launch for launch in launches if launch.route != "elementwise"]
+# --- what an operator launches ---------------------------------------------------------------------------------------
 
-    def shares(key: Callable[[Launch], str]) -> dict[str, float]:
-        parts: Counter[str] = Counter()
-        for launch in launches:
-            parts[key(launch)] += launch.seconds(device, GRAPH_LAUNCH) / graph  # type: ignore[assignment]
-        return {name: round(share, 3) for name, share in parts.most_common()}
+# As in csrc: the tiles of the Gram matrix's kernel and the pivot blocks of its inverse's, the multiply-adds up to which
+# a product is fused, and the tiles of products, the first that fill the device.
+GRAM_TILE, PIVOT_BLOCK = 16, 32
+MOST_FUSED = {torch.float32: 2**27, torch.float64: 2**26}
+PRODUCTS = ("linear", "linear_activation", "inverse_activation", "over_slope", "times_slope")
+FUSED_TILES, TENSOR_TILES = (64, 32, 16), (128, 64)
+ENOUGH_TILES = 96
 
-    return Prediction(
-        seconds=sum(launch.seconds(device, GRAPH_LAUNCH if launch.captured else EAGER_LAUNCH) for launch in launches),
-        eager_seconds=sum(launch.seconds(device, EAGER_LAUNCH) for launch in launches),
-        graph_seconds=graph,
-        product_seconds=sum(launch.seconds(device, EAGER_LAUNCH) for launch in products),
-        kernels=sum(launch.kernels for launch in launches),
-        waits=waits,
-        decompositions=sum(launch.route == SVD for launch in launches),
-        gigabytes=sum(launch.bytes_read + launch.bytes_written for launch in launches) / 1e9,
-        gigaflops=sum(launch.operations for launch in launches) / 1e9,
-        share_of_bound=shares(lambda launch: launch.bound(device)),
-        share_of_operator=shares(lambda launch: f"{launch.operator} ({launch.route})"),
+# Of the library: the tiles of its products, and the panels of its factorizations, which follow each other.
+LIBRARY_TILES, PANEL = (128, 64, 32), 64
+
+
+def bytes_of(values: Any) -> int:
+    """Of all tensors among the (nested) values."""
+    return sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def count_tiles(sides: Sequence[int], *shapes: tuple[int, int]) -> int:
+    """How many tiles cover matrices of these shapes: the largest of which there are enough, or else the smallest."""
+    counts = [sum(math.ceil(rows / side) * math.ceil(columns / side) for rows, columns in shapes) for side in sides]
+    return next((count for count in counts if count >= ENOUGH_TILES), counts[-1])
+
+
+def product_route(a: Tensor, columns: int) -> tuple[str, int]:
+    """The route of a product and the tiles that work on it, as choose_route has it for aligned operands."""
+    dtype = str(a.dtype).removeprefix("torch.")
+    rows, inner = a.shape
+    if rows * columns * inner <= MOST_FUSED[a.dtype]:
+        return f"fused {dtype}", count_tiles(FUSED_TILES, (rows, columns))
+    if a.dtype == torch.float32 and columns % 4 == 0 and inner % 4 == 0:
+        return "tensor", count_tiles(TENSOR_TILES, (rows, columns))
+    return f"library {dtype}", count_tiles(LIBRARY_TILES, (rows, columns))
+
+
+def launch_product(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
+    a, b = arguments[:2]
+    (rows, inner), columns = a.shape, b.shape[1]
+    route, tiles = product_route(a, columns)
+    operations = 2 * rows * columns * inner
+    read, written = bytes_of(arguments), bytes_of(results)
+    if not route.startswith("library") or (name == "linear" and len(arguments) < 5):
+        return [Launch(name, route, read, written, operations, tiles)]
+    product = a.itemsize * rows * columns
+    return [
+        Launch(name, route, bytes_of([a, b]), product, operations, tiles),
+        Launch(f"{name}, its epilogue", "elementwise", read - bytes_of([a, b]) + product, written),
+    ]
+
+
+def launch_group(name: str, arguments: Sequence[Any], results: Sequence[Tensor]) -> list[Launch]:
+    """One launch for all products that are fused, and those of the others."""
+    remaining, fused, shapes, others = iter(results), list[Launch](), list[tuple[int, int]](), list[Launch]()
+    for a, b, source, row, mask in zip(*arguments[:5], strict=True):
+        outcome = [next(remaining) for _ in range(1 if mask is None else 2)]
+        plain = row is None and mask is None
+        operands = (a, b, source) if plain else (a, b, source, row, mask)
+        launches = launch_product("linear" if plain else name, operands, outcome)
+        if launches[0].route.startswith("fused"):
+            fused += launches
+            shapes.append((a.shape[0], b.shape[1]))
+        else:
+            others += launches
+    if not fused:
+        return others
+    together = Launch(
+        name,
+        fused[0].route,
+        bytes_read=sum(one.bytes_read for one in fused),
+        bytes_written=sum(one.bytes_written for one in fused),
+        operations=sum(one.operations for one in fused),
+        tiles=count_tiles(FUSED_TILES, *shapes),
     )
+    return [together, *others]
+
+
+def launch_grams(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
+    matrices, (exact, rounded) = arguments[0], results
+    n, inner = len(matrices[0]), sum(matrix.shape[1] for matrix in matrices)
+    if n <= graphs.LARGEST_OWN_FACTOR:  # half of the tiles, the others are mirrored
+        edge = math.ceil(n / GRAM_TILE)
+        tiles = len(matrices) * edge * (edge + 1) // 2
+        return [Launch(name, "fused float64", bytes_of(matrices), bytes_of(results), n * (n + 1) * inner, tiles)]
+    launches: list[Launch] = []
+    for matrix, product, copy in itertools.zip_longest(matrices, exact, rounded):
+        wide, size, operations = 8 * matrix.numel(), bytes_of(product), 2 * n * n * matrix.shape[1]
+        launches += [
+            Launch(f"{name}, its copies", "elementwise", bytes_of(matrix) + size, wide + bytes_of([copy]), kernels=2),
+            Launch(name, "library float64", wide, size, operations, count_tiles(LIBRARY_TILES, (n, n))),
+        ]
+    return launches
+
+
+def launch_inverse(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
+    count, n = len(arguments[0]), len(arguments[0][0])
+    read, written, rounded = bytes_of(arguments), bytes_of(results[:2]), bytes_of(results[2])
+    if n <= graphs.LARGEST_OWN_FACTOR:  # each step reads and writes all of the matrices
+        steps, tiles = math.ceil(n / PIVOT_BLOCK), count_tiles((PIVOT_BLOCK,), *[(n, n)] * count)
+        chain = n * SWEEP_SECONDS
+        moved = read * steps, written * steps + rounded
+        return [Launch(name, "fused float64", *moved, 2 * n**3 * count, tiles, steps, chain)]
+    panels, chain = 2 * count * math.ceil(n / PANEL), count * n * PIVOT_SECONDS
+    solved, operations, tiles = (n**3 // 3 + n**3) * count, 2 * n**3 * count, count_tiles(LIBRARY_TILES, (n, n))
+    return [
+        Launch(f"{name}, its factors", "solver", 2 * read, 2 * written, solved, None, panels, chain),
+        Launch(name, "library float64", read, written, operations, tiles, count),
+        *([Launch(f"{name}, its rounding", "elementwise", written, rounded, kernels=count)] if rounded else []),
+    ]
+
+
+def launch_pseudo_inverse(name: str, arguments: Sequence[Any], results: Tensor) -> list[Launch]:
+    """A copy in float64, with the ones in another launch, the product and its rounding."""
+    inverse, rows, bias = arguments
+    wide = results.new_empty(results.shape, dtype=torch.float64)
+    return [
+        Launch(f"{name}, its copy", "elementwise", bytes_of(rows), bytes_of(wide), kernels=1 + bias),
+        *launch_product("linear", (inverse, wide), wide),
+        Launch(f"{name}, its rounding", "elementwise", bytes_of(wide), bytes_of(results)),
+    ]
+
+
+def launch_fused(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
+    """The launches of one of csrc's operators, which come from one call of torch's dispatcher."""
+    first, *others = _launches_of(name, arguments, results)
+    return [first, *(replace(launch, further=True) for launch in others)]
+
+
+def _launches_of(name: str, arguments: Sequence[Any], results: Any) -> list[Launch]:
+    if name == "grams":
+        return launch_grams(name, arguments, results)
+    if name == "invert_grams":
+        return launch_inverse(name, arguments, results)
+    if name == "pseudo_inverse":
+        return launch_pseudo_inverse(name, arguments, results)
+    if name == "grouped_linear":
+        return launch_group(name, arguments, results)
+    if name in PRODUCTS:
+        return launch_product(name, arguments, results)
+    kernels_of_it = 2 if name in ("dot_sum", "squared_norms", "near_dependence") else 1
+    return [Launch(name, "elementwise", bytes_of(arguments), bytes_of(results), kernels=kernels_of_it)]
+
+
+def launch_aten(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], results: Any) -> Launch | None:
+    """The launch of one of torch's own operators, None for those that launch nothing."""
+    schema = function._schema
+    namespace, name = schema.name.split("::")
+    views = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
+    if namespace != "aten" or views or name.startswith(("empty", "new_empty", "detach", "lift")):
+        return None
+    read = bytes_of([arguments, [value for key, value in keywords.items() if key != "out"]])
+    written = bytes_of(results)
+    if written == 0:  # for results without elements nothing is launched
+        return None
+    if ("linalg_" in name or "cholesky" in name) and name != "linalg_vector_norm":
+        raise NotImplementedError(f"nothing is known of how long {name} takes")
+    if function._overloadpacket in flop_registry:
+        operations = flop_registry[function._overloadpacket](*arguments, **keywords, out_val=results)
+        dtype = str(results.dtype).removeprefix("torch.")
+        tiles = count_tiles(LIBRARY_TILES, (results.shape[-2], results.shape[-1]))
+        return Launch(name, f"library {dtype}", read, written, operations, tiles)
+    return Launch(name, "elementwise", read, written)
 
 
 class Recorder(TorchDispatchMode):
     """Writes down every launch under it: torch's own operators as they come, csrc's through `products`."""
 
-    def __init__(self, allow_tf32: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.allow_tf32 = allow_tf32
         self.launches: list[Launch] = []
         self.waits = 0
         self._paused = False
@@ -161,7 +334,7 @@ class Recorder(TorchDispatchMode):
             def call(*args: Any, **kwargs: Any) -> Any:
                 with self.pause():
                     results = fake(*args, **kwargs)
-                self.launches.extend(launch_fused(name, (*args, *kwargs.values()), results, self.allow_tf32))
+                self.launches.extend(launch_fused(name, (*args, *kwargs.values()), results))
                 return results
 
             return call
@@ -170,13 +343,23 @@ class Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def recording(allow_tf32: bool = False) -> Iterator[Recorder]:
+def recording() -> Iterator[Recorder]:
     """Inside, tensors have no data, and what is computed with them is written down instead."""
-    recorder = Recorder(allow_tf32)
+    recorder = Recorder()
     compiled = patch.object(operator_layer, "products_for", lambda device, backend: recorder.products)
     graphed = patch.object(graphs, "run", recorder.run)
     with compiled, graphed, torch.no_grad(), FakeTensorMode(), recorder:
         yield recorder
+
+
+# --- the programs ----------------------------------------------------------------------------------------------------
+
+# Where fake tensors are said to be. Without a GPU in torch itself, and for the set-up, whose gradient of the loss would
+# want a real one, it is the CPU, so that a few decisions are those taken there.
+WHERE = torch.device("cuda" if torch.version.cuda else "cpu")
+SIGMA = LeakyReLU(0.1)
+SETUP, SEARCH = "set-up", f"{teleport.STEPS} steps and the weights"
+LONGER_SEARCH = f"{teleport.LONGER_STEPS} steps and the weights"
 
 
 def call_kernel(operator: str, *arguments: Any) -> Any:
@@ -185,54 +368,34 @@ def call_kernel(operator: str, *arguments: Any) -> Any:
     return getattr(torch.ops.symtele_cuda, operator).default.redispatch(keys, *arguments)
 
 
-# --- the programs ----------------------------------------------------------------------------------------------------
-
-
-# Where fake tensors are said to be. Without a GPU in torch itself, and for the set-up, whose gradient of the loss would
-# want a real one, it is the CPU, so that a few decisions are those taken there.
-WHERE = torch.device("cuda" if torch.version.cuda else "cpu")
-
-
 @dataclass(frozen=True)
 class LayerShape:
-    """W' of one layer and, for a given ∂f/∂W', ∂f/∂g: what `bench.layer` times, and its opponents."""
+    """W' of one layer and, for a given ∂f/∂W', ∂f/∂g: what `bench.layer` times."""
 
     n: int
     d_in: int
     d_out: int
-    activation: Activation
 
     def run(self, recorder: Recorder) -> Iterator[str]:
-        sigma = self.activation.sigma
-        weight, inputs, square = (self.d_out, self.d_in), (self.n, self.d_in), (self.d_out, self.d_out)
-        tensors = (torch.empty(shape, device=WHERE) for shape in (weight, inputs, square))
-        arguments = (*tensors, None, *sigma, "paper", "cuda")
+        shapes = (self.d_out, self.d_in), (self.n, self.d_in), (self.d_out, self.d_out)
+        arguments = (*(torch.empty(shape, device=WHERE) for shape in shapes), None, *SIGMA.sigma, "paper", "cuda")
         yield layer.OPERATOR
         new_weight, new_bias, *saved, _ = call_kernel("teleport_layer", True, *arguments)
         changes = torch.empty_like(new_weight), torch.empty_like(new_bias)
         call_kernel("teleport_layer_backward", False, *changes, *saved, *arguments)
-        with torch.enable_grad():
-            w, h, t, v = (torch.empty(shape) for shape in (weight, inputs, square, weight))
-            problem = layer.Problem(w, h, t, v, self.activation)
-            yield layer.EAGER
-            layer.by_cholesky(problem)
-            if max(self.n, self.d_in, self.d_out) <= layer.LARGEST_SMALL:
-                yield layer.TWIN
-                layer.by_reference(problem)
 
 
 @dataclass(frozen=True)
 class TeleportShape:
-    """A teleport: its set-up, the program from the first state to the new weights, of ten steps and of twenty, the unit
-    and, where it is an opponent, the published algorithm."""
+    """A teleport: its set-up, the program from the first state to the new weights, of ten steps and of twenty, and a
+    forward+backward pass."""
 
     dims: tuple[int, ...]
     n: int
-    activation: Activation
-    objective: str
 
     def run(self, recorder: Recorder) -> Iterator[str]:
-        model = self.make_model()
+        layers = [(nn.Linear(d_in, d_out, bias=False), nn.LeakyReLU(0.1)) for d_in, d_out in pairwise(self.dims)]
+        model = nn.Sequential(*itertools.chain.from_iterable(layers))[:-1]
         chain = read_chain(model)
         x, y = torch.empty(self.n, self.dims[0]), torch.empty(self.n, dtype=torch.int64)
         yield SETUP
@@ -249,23 +412,8 @@ class TeleportShape:
         with torch.enable_grad():
             yield UNIT
             functional.cross_entropy(model(x), y).backward()
-            if self.n <= layer.LARGEST_SVD:
-                weights = list(model.parameters())
-                yield teleport.PUBLISHED
-                published_teleport(weights, x, y, functional.cross_entropy, self.activation, teleport.STEPS, 1.0, True)
-
-    def make_model(self) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for d_in, d_out in pairwise(self.dims):
-            layers += [nn.Linear(d_in, d_out, bias=False), self.make_activation()]
-        return nn.Sequential(*layers[:-1])
-
-    def make_activation(self) -> nn.Module:
-        modules = {"leaky_relu": nn.LeakyReLU(0.1), "tanh": nn.Tanh(), "softplus": nn.Softplus()}
-        return modules[self.activation.name]
 
 
-SETUP, SEARCH, LONGER_SEARCH = "set-up", "search and weights", "search and weights of twenty steps"
 NETWORKS = [
     ((784, 512, 512, 10), 20),
     ((784, 512, 512, 10), 200),
@@ -273,79 +421,92 @@ NETWORKS = [
     ((4096, 4096, 4096, 1000), 1024),
     ((4096, 4096, 4096, 1000), 4096),
 ]
-LEAKY = LeakyReLU(0.1)
-ACTIVATIONS = (LEAKY, Tanh(), Softplus(1.0))
-
 SHAPES: dict[str, LayerShape | TeleportShape] = {
-    f"mlp-{'-'.join(map(str, dims))}-n{n}-{activation}": TeleportShape(dims, n, activation, "grad_norm")
-    for dims, n in NETWORKS
-    for activation in ACTIVATIONS
+    f"mlp-{'-'.join(map(str, dims))}-n{n}": TeleportShape(dims, n) for dims, n in NETWORKS
 }
-SHAPES |= {f"layer-n2048-16384-16384-{sigma}": LayerShape(2048, 16384, 16384, sigma) for sigma in ACTIVATIONS}
-SHAPES |= {f"layer-n{d}-{d}-{d}": LayerShape(d, d, d, LEAKY) for d in (128, 256, 512, 1024, 2048, 4096, 8192)}
+SHAPES |= {f"layer-n{d}-{d}-{d}": LayerShape(d, d, d) for d in (128, 512, 1024, 2048, 4096, 8192)}
+SHAPES |= {"layer-n2048-16384-16384": LayerShape(2048, 16384, 16384)}
+
+# --- the predictions -------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, device: Device, allow_tf32: bool) -> dict[str, Prediction]:
+@dataclass(frozen=True)
+class Prediction:
+    """Of a program: seconds, the kernels, the waits for a value on the device (a program with any cannot be captured),
+    totals, and the share of the time in launches whose own latency decides."""
+
+    seconds: float
+    kernels: int
+    waits: int
+    gigabytes: float
+    gigaflops: float
+    bound_by_launches: float
+
+
+def predict(launches: Sequence[Launch], waits: int) -> Prediction:
+    seconds = sum(launch.seconds() for launch in launches)
+    return Prediction(
+        seconds=seconds,
+        kernels=sum(launch.kernels for launch in launches),
+        waits=waits,
+        gigabytes=sum(launch.bytes_read + launch.bytes_written for launch in launches) / 1e9,
+        gigaflops=sum(launch.operations for launch in launches) / 1e9,
+        bound_by_launches=sum(one.seconds() for one in launches if one.bound() == "launches") / seconds,
+    )
+
+
+def count(name: str) -> dict[str, Prediction]:
     """A prediction for every part of the program."""
     parts: dict[str, tuple[int, int]] = {}
-    with recording(allow_tf32) as recorder:
+    with recording() as recorder:
         for part in SHAPES[name].run(recorder):
             parts[part] = len(recorder.launches), recorder.waits
         ends = [*parts.values(), (len(recorder.launches), recorder.waits)][1:]
     return {
-        part: predict(recorder.launches[first:last], waits - waits_before, device)
+        part: predict(recorder.launches[first:last], waits - waits_before)
         for (part, (first, waits_before)), (last, waits) in zip(parts.items(), ends, strict=True)
     }
 
 
-HEADER = (
-    f"{'PREDICTED, not measured':<60}{'ms':>11}{'eager ms':>11}{'graph ms':>11}"
-    f"{'kernels':>9}{'waits':>7}{'GB':>9}{'GFLOP':>11}"
-)
+def render(predicted: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The predictions of a document as a table in Markdown."""
+    lines = [
+        "| shape | program | predicted | kernels | waits | GB | GFLOP | bound by launches |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name, parts in predicted.items():
+        for part, of in parts.items():
+            size = f"{of['gigabytes']:.3f} | {of['gigaflops']:.1f} | {100 * of['bound_by_launches']:.0f} %"
+            time = f"{1e3 * of['seconds']:.2f} ms | {of['kernels']} | {of['waits']}"
+            lines.append(f"| `{name}` | {part} | {time} | {size} |")
+    return "\n".join(lines)
 
 
-def render(name: str, prediction: Prediction) -> str:
-    bounds = ", ".join(f"{reason} {100 * share:.0f} %" for reason, share in prediction.share_of_bound.items())
-    return (
-        f"{name:<62}"
-        f"{1e3 * prediction.seconds:11.3f}{1e3 * prediction.eager_seconds:11.3f}{1e3 * prediction.graph_seconds:11.3f}"
-        f"{prediction.kernels:9d}{prediction.waits:7d}{prediction.gigabytes:9.2f}{prediction.gigaflops:11.1f}  {bounds}"
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="NAME", help="which")
+    parser.add_argument("--out", type=Path, default=RESULTS / "prediction.json", help="the JSON to write")
+    arguments = parser.parse_args(words)
+    document = plain(
+        {
+            "benchmark": "prediction",
+            "note": "every time is a PREDICTION from counted launches, bytes and operations; nothing was run on a GPU",
+            "assumed": {
+                "device": DEVICE,
+                "multiprocessors": MULTIPROCESSORS,
+                "bytes_per_second": BYTES_PER_SECOND,
+                "seconds_per_launch": {"eager": EAGER_LAUNCH, "further": FURTHER_LAUNCH, "graph": GRAPH_LAUNCH},
+                "seconds_per_pivot": {"library": PIVOT_SECONDS, "invert_grams": SWEEP_SECONDS},
+                "operations_per_second": RATES,
+                "tensors_said_to_be_on": WHERE.type,
+            },
+            "predicted": {name: count(name) for name in arguments.shape},
+        }
     )
-
-
-def main(arguments: argparse.Namespace) -> None:
-    device = DEVICES[arguments.device]
-    predictions = {name: measure(name, device, arguments.tf32) for name in arguments.shape}
-    print(f"{device.name}, float32{' with TF32 allowed' if arguments.tf32 else ''}")
-    print(HEADER)
-    for name, parts in predictions.items():
-        for part, prediction in parts.items():
-            print(render(f"{name}, {part}", prediction))
-    document = {
-        "benchmark": "prediction",
-        "note": "every time is a PREDICTION from counted launches, bytes and operations; nothing was run on a GPU",
-        "assumed": {
-            "device": device,
-            "multiprocessors": MULTIPROCESSORS,
-            "seconds_per_launch": {"eager": EAGER_LAUNCH, "further": FURTHER_LAUNCH, "graph": GRAPH_LAUNCH},
-            "seconds_per_pivot": {"library": PIVOT_SECONDS, "invert_grams": SWEEP_SECONDS},
-            "operations_per_second": RATES,
-            "tf32_allowed": arguments.tf32,
-            "tensors_said_to_be_on": WHERE.type,
-        },
-        "predicted": predictions,
-    }
+    print(f"PREDICTED for an {DEVICE}, float32, not measured:\n")
+    print(render(document["predicted"]))
     write_json(arguments.out, document)
 
 
-def make_arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="NAME", help="which")
-    parser.add_argument("--device", choices=list(DEVICES), default="H200", help="which device to predict for")
-    parser.add_argument("--tf32", action="store_true", help="as if float32 products were allowed to use TF32")
-    parser.add_argument("--out", type=Path, default=RESULTS / "prediction.json", help="the JSON to write")
-    return parser
-
-
 if __name__ == "__main__":
-    main(make_arguments().parse_args())
+    main()

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import layer, predict, roofline
+from bench import layer, roofline
 from bench.harness import UNIT
-from bench.teleport import GRAD_NORM, LONGER_STEPS, LOOKAHEAD, PUBLISHED, PUBLISHED_LEAN, STEPS
+from bench.teleport import GRAD_NORM, LOOKAHEAD, PUBLISHED, PUBLISHED_LEAN
 from bench.training import PLAIN, TELEPORTED
 from bench.training import PUBLISHED as PUBLISHED_RULE
 
@@ -54,33 +54,6 @@ LAYER_TEXT = """## The operator
 thread, against the formula as one would write it with a Cholesky factor, its plain-torch twin, which takes an SVD in
 float64, and the same with one in float32, all by autograd. The operator checks its arguments and its result besides:
 with a few samples that and the calls themselves are most of its time.
-"""
-
-
-PREDICTION_TEXT = """## Predicted for a GPU
-
-**Not measured: no GPU has run this.** `python -m bench.predict`, file `bench/results/prediction.json`: the kernels that
-the programs would launch on an {device}, counted with their bytes and operations, over assumed rates, which the file
-holds. A teleport of ten steps, `grad_norm`, float32, from the second of its kind on: its set-up is launched kernel by
-kernel with some waits for the device, but for the factors of the layers' inputs; these, and the search with the new
-weights, are CUDA graphs at the smaller shapes. A step is a tenth of what twenty steps cost more than ten, in
-forward+backward passes on the same batch, launched one by one.
-"""
-PREDICTED_PUBLISHED_TEXT = """The published algorithm there, without the time of its singular value decompositions,
-of which nothing is assumed: what each must take for our teleport to be 300 times faster.
-"""
-PREDICTED_LAYER_TEXT = """`teleport_layer` forward and backward, float32: launched one by one, and if launching cost no
-more than in a graph. Its opponents, launched one by one: the formula as one would write it with a Cholesky factor, and
-what no compiler can take from that, its products and factorizations. The last column is the time that the counted work
-must take at the assumed rates of the library, as a share of ours.
-"""
-PREDICTED_TWIN_TEXT = """Against the plain-torch twin by autograd, without the time of its one singular value
-decomposition: what that must take for the operator to be three times faster.
-"""
-HOST_TEXT = """These predictions leave out what the host does besides launching. **Measured**, without a GPU, by
-`python -m bench.host`, file `bench/results/host.json`, on tensors so small that nothing else is left: a teleport whose
-graphs and a layer whose operators of ours do nothing, so that checks, set-up, reports, autograd and torch's own calls
-remain. Units are forward+backward passes of the same network or layer.
 """
 
 GPU_TEXT = """## On a GPU
@@ -188,94 +161,6 @@ def layer_table(results: Results) -> str:
     return table(("shape", *contestants), rows)
 
 
-def predicted_teleport_table(results: Results) -> str:
-    rows, more = [], LONGER_STEPS - STEPS
-    for name, parts in results["predicted"].items():
-        if name.startswith("mlp-"):
-            setup, search, unit = parts[predict.SETUP], parts[predict.SEARCH], parts[UNIT]["seconds"]
-            rows.append(
-                [
-                    f"`{name}`",
-                    _milliseconds(setup["seconds"]),
-                    str(setup["waits"]),
-                    _milliseconds(search["seconds"]),
-                    _milliseconds(setup["seconds"] + search["seconds"]),
-                    str(search["kernels"]),
-                    f"{100 * search['share_of_bound'].get('launches', 0.0):.0f} %",
-                    f"{(parts[predict.LONGER_SEARCH]['seconds'] - search['seconds']) / more / unit:.2f}",
-                    _milliseconds(unit),
-                ]
-            )
-    bound = "of these bound by launches"
-    header = ("shape", "set-up", "waits", "search and weights", "whole", "kernels of the search", bound, "a step", UNIT)
-    return table(header, rows)
-
-
-def predicted_published_table(results: Results) -> str:
-    rows = []
-    for name, parts in results["predicted"].items():
-        if PUBLISHED in parts:
-            published, whole = parts[PUBLISHED], parts[predict.SETUP]["seconds"] + parts[predict.SEARCH]["seconds"]
-            decomposition = (300 * whole - published["seconds"]) / published["decompositions"]
-            times = (whole, published["seconds"])
-            rows.append(
-                [
-                    f"`{name}`",
-                    *map(_milliseconds, times),
-                    str(published["decompositions"]),
-                    _milliseconds(decomposition),
-                ]
-            )
-    return table(("shape", "whole", "published, the rest", "decompositions", "each, for 300×"), rows)
-
-
-def predicted_twin_table(results: Results) -> str:
-    rows = []
-    for name, parts in results["predicted"].items():
-        if layer.TWIN in parts:
-            ours, twin = parts[layer.OPERATOR]["eager_seconds"], parts[layer.TWIN]
-            decomposition = (layer.MUST_SMALL * ours - twin["eager_seconds"]) / twin["decompositions"]
-            rows.append([f"`{name}`", *map(_milliseconds, (ours, twin["eager_seconds"], decomposition))])
-    factor = f"the decomposition, for {layer.MUST_SMALL:.0f}×"
-    return table(("shape", layer.OPERATOR, f"{layer.TWIN}, the rest", factor), rows)
-
-
-def host_table(results: Results) -> str:
-    rows = [
-        [f"{program}: {name}", _milliseconds(timing["seconds"]), f"{timing['units']:.1f}"]
-        for program, entry in results["shapes"].items()
-        for name, timing in entry["timings"].items()
-    ]
-    return table(("program", "host", "units"), rows)
-
-
-def predicted_layer_table(results: Results) -> str:
-    assumed = results["assumed"]
-    rates = {
-        precision: assumed["operations_per_second"][f"library {precision}"]
-        for precision in (roofline.FLOAT32, roofline.FLOAT64)
-    }
-    ceilings = roofline.Ceilings(assumed["device"]["bytes_per_second"], rates)
-    rows = []
-    for name, parts in results["predicted"].items():
-        shape = predict.SHAPES[name]
-        if isinstance(shape, predict.LayerShape):
-            ours, theirs = parts[layer.OPERATOR], parts[layer.EAGER]
-            seconds, opponents = ours["eager_seconds"], (theirs["eager_seconds"], theirs["product_seconds"])
-            least = roofline.layer_work(shape.n, shape.d_in, shape.d_out, roofline.FLOAT32).seconds(ceilings)
-            rows.append(
-                [
-                    f"`{name}`",
-                    *map(_milliseconds, (seconds, ours["graph_seconds"])),
-                    str(ours["kernels"]),
-                    *(cell for other in opponents for cell in (_milliseconds(other), f"{other / seconds:.2f}×")),
-                    f"{100 * least / seconds:.0f} %",
-                ]
-            )
-    against = (layer.EAGER, "faster", "its products alone", "faster")
-    return table(("shape", "one by one", "as in a graph", "kernels", *against, "ceilings"), rows)
-
-
 def gpu_teleport_table(results: Results) -> str:
     rows = []
     for name, shape in _measured(results):
@@ -330,14 +215,6 @@ def page() -> str:
     sections += [AGAIN_TEXT.format(**again).rstrip(), again_table(again), _machine(again)]
     operator = load("layer")
     sections += [LAYER_TEXT.rstrip(), layer_table(operator), _machine(operator)]
-    predicted = load("prediction")
-    sections += [PREDICTION_TEXT.format(device=predicted["assumed"]["device"]["name"]).rstrip()]
-    sections += [predicted_teleport_table(predicted)]
-    sections += [PREDICTED_PUBLISHED_TEXT.rstrip(), predicted_published_table(predicted)]
-    sections += [PREDICTED_LAYER_TEXT.rstrip(), predicted_layer_table(predicted)]
-    sections += [PREDICTED_TWIN_TEXT.rstrip(), predicted_twin_table(predicted)]
-    host = load("host")
-    sections += [HOST_TEXT.rstrip(), host_table(host), f"Machine: {host['machine']}"]
     return "\n\n".join(sections + gpu_sections(RESULTS / "gpu"))
 
 
