@@ -128,12 +128,12 @@ PRODUCTS = ("linear", "linear_activation", "inverse_activation", "over_slope", "
 FUSED_TILES, TENSOR_TILES = (64, 32, 16), (128, 64)
 ENOUGH_TILES = 96
 
-# Of the library: the tiles of its products, and the panels of its factorizations, which follow each other.
+# The tiles of the library's products, and the panels of its factorizations, which follow each other.
 LIBRARY_TILES, PANEL = (128, 64, 32), 64
 
 
 def bytes_of(values: Any) -> int:
-    """Of all tensors among the (nested) values."""
+    """The bytes of all tensors among the (nested) values."""
     return sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
@@ -432,8 +432,11 @@ SHAPES |= {"layer-n2048-16384-16384": LayerShape(2048, 16384, 16384)}
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a program: seconds, the kernels, the waits for a value on the device (a program with any cannot be captured),
-    totals, and the share of the time in launches whose own latency decides."""
+    """What a program would take.
+
+    waits: how often it waits for a value on the device; a program with any cannot be captured. bound_by_launches: the
+    share of its time in launches whose own latency decides.
+    """
 
     seconds: float
     kernels: int

@@ -219,7 +219,7 @@ def page() -> str:
 
 
 def gpu_sections(folder: Path) -> list[str]:
-    """Of the benchmarks that the folder holds results of."""
+    """The sections of the benchmarks whose results the folder holds."""
     sections = []
     parts: dict[str, tuple[str, list[Callable[[Results], str]]]] = {
         "teleport": (GPU_TELEPORT_TEXT, [gpu_teleport_table]),

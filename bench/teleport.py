@@ -53,8 +53,8 @@ LONGER_STEPS, LONGER = 2 * STEPS, f"teleport grad_norm, {2 * STEPS} steps"
 # The published algorithm as its authors' program differentiates, and in the leaner reading of its formula.
 PUBLISHED, PUBLISHED_LEAN = "published algorithm", "published algorithm, lean reading"
 
-# Of our teleports; twenty steps without a cap go to where float32 tells, and ten of a batch as large as the layers go
-# beyond what it can. The published one drifts with the square of its step, for which 1e-3 is generous.
+# The first two bound our teleports. Twenty steps without a cap reach where float32's rounding shows, and ten steps on a
+# batch as large as the layers go beyond. The published teleport drifts with the square of its step: 1e-3 is generous.
 MAX_DRIFT, MAX_LONGER_DRIFT, MAX_PUBLISHED_DRIFT = 1e-5, 1e-4, 1e-3
 MAX_LOOKAHEAD_RATIO = 1.5
 

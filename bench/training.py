@@ -183,7 +183,7 @@ def _seconds_to(loss: float, epochs: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _fewest_epochs(seeds: Sequence[dict[str, Any]]) -> int:
-    """Of the plain and the teleported runs; a run ends early where its loss is no longer finite."""
+    """The least over the plain and the teleported runs; a run ends early where its loss is no longer finite."""
     return min(seed["runs"][label]["epochs"][-1]["epoch"] for seed in seeds for label in (PLAIN, TELEPORTED))
 
 

@@ -289,7 +289,7 @@ def rise_table(runs: Sequence[SpikeRun], ladder: Sequence[Variant]) -> str:
 
 @dataclass(frozen=True)
 class Rises:
-    """Of the runs of one variant, medians over the seeds: what a teleport does to ‖∇L‖ and to the losses.
+    """What a teleport of one variant does to ‖∇L‖ and to the losses: medians over the seeds.
 
     gradient_norm: the factor at the first teleport. drift: the largest |relative change| of the loss on a teleport's
     own batch. first_*: relative rises at the first teleport, for the accuracy its change; all_*: at all teleports of

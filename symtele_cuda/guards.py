@@ -111,7 +111,7 @@ def on_noise(guards: Guards, before: float, sensitivity: float) -> str:
 
 
 def on_change(guards: Guards, changes: Sequence[float]) -> str:
-    """What the relative changes of the weight layers say of which the largest is beyond `max_weight_change`."""
+    """The refusal where the largest of the weight layers' relative changes is beyond `max_weight_change`."""
     largest = max(range(len(changes)), key=changes.__getitem__)
     return (
         f"weight layer {largest + 1} would change by {changes[largest]:.3g} of its norm, "

@@ -275,7 +275,7 @@ def _run(
 class Found:
     """What a search has found: the measurement at its start, its accepted points, and the weights of the last of them.
 
-    last is None where it has not been formed yet; backend says in words what has computed.
+    last: None where it has not been formed yet. backend: what computed, in words.
     """
 
     before: Measurement

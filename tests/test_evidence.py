@@ -336,7 +336,7 @@ def test_what_the_page_says_of_another_time_is_what_its_file_says() -> None:
 
 
 def test_what_refusals_cost_is_what_the_records_say() -> None:
-    """Of the runs in which all teleports were refused, by problem: the median of their share of the plain run, and of
+    """The medians, by problem, over the runs whose teleports were all refused: of their share of the plain run and of
     their seconds."""
     shares, seconds = {}, {}
     for name, study in FULL.items():

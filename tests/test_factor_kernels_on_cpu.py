@@ -589,7 +589,7 @@ def check_bound_of_near_dependence(program: Path, sizes: Sequence[int]) -> None:
     assert check_near_dependence(program, largest * 0.999, sizes)
 
 
-# Of a matrix of 200 rows 20 blocks sum, of one of 730 all that there may be.
+# 20 blocks sum a matrix of 200 rows, and one of 730 rows is summed by all the blocks that there may be.
 @pytest.mark.parametrize("sizes", [[1], [5, 40], [100, 3, 130], [7] * 64, [200, 46], [730]], ids=str)
 def test_near_dependence_by_the_bound(program, sizes):
     check_bound_of_near_dependence(program, sizes)

@@ -1,7 +1,7 @@
 """What one training run of the study leaves: a `Record`, and the line of a file that holds it.
 
 A line is {key, data, made, problem, optimizer, lr, arm, seed, …} and the numbers as lists, rounded to five digits; NaN
-and Inf are null there and NaN when read. Of a run that nothing was teleported in, only the beginning is trained.
+and Inf are null there and NaN when read. A run without an accepted teleport ends with its schedule of them.
 """
 
 from __future__ import annotations

@@ -326,9 +326,9 @@ def verdicts(study: Study, outcomes: Sequence[Outcome]) -> list[Verdict]:
 def following_jobs(study: Study, records: Records) -> list[Job]:
     """The jobs that depend on the records of others.
 
-    The nudged jobs of the rates at which something was teleported: elsewhere there is nothing to compare with chance.
-    Of an optimizer that has these, all three arms of its rates that are looked at again. Of a brief study the arms at
-    their best rates, on the seeds that did not choose these.
+    The nudged jobs run at the rates at which something was teleported: elsewhere nothing is compared with chance. An
+    optimizer that has such jobs also runs all three arms at its rates that are looked at again. A brief study runs the
+    arms at their best rates, on the seeds that did not choose these rates.
     """
     if study.brief:
         arms = product(study.rates, MAIN_ARMS.items())

@@ -19,7 +19,7 @@ _SCALES = (1e-70, 1e70)
 
 
 class Health(NamedTuple):
-    """Squared norms that a layer's kernel leaves on its device, of which some are small where the result is sound.
+    """Squared norms that a layer's kernel leaves on its device; some of them are small where the result is sound.
 
     Attributes:
         gram, inverse: of K and K⁻¹, float64.
