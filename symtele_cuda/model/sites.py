@@ -40,13 +40,8 @@ class Site(Protocol):
 
 
 @dataclass(frozen=True)
-class Scales:
-    """D = diag(a), a > 0, on k units behind a positively homogeneous activation (LeakyReLU, ReLU or none):
-
-    W_up ← D W_up, b_up ← D b_up, W_down ← W_down D⁻¹.
-
-    up: k×d; bias: k, or None; down: d'×k; the names of these parameters.
-    """
+class _Pair:
+    """k units between two linear maps, by the names of the parameters: up (k×d), bias (k) or None, down (d'×k)."""
 
     up: str
     bias: str | None
@@ -55,6 +50,15 @@ class Scales:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name in (self.up, self.bias, self.down) if name is not None)
+
+
+class Scales(_Pair):
+    """D = diag(a), a > 0, on k units behind a positively homogeneous activation (LeakyReLU, ReLU or none):
+
+    W_up ← D W_up, b_up ← D b_up, W_down ← W_down D⁻¹.
+
+    up: k×d; bias: k, or None; down: d'×k; the names of these parameters.
+    """
 
     @property
     def group(self) -> str:
@@ -68,20 +72,11 @@ class Scales:
         return moved if self.bias is None else moved | {self.bias: parameters[self.bias] * g}
 
 
-@dataclass(frozen=True)
-class LinearPair:
+class LinearPair(_Pair):
     """GL(k) between two linear maps with nothing in between: U ← g U, u ← g u, D ← D g⁻¹.
 
     up: U, k×d; bias: u, k, or None; down: D, d'×k; the names of these parameters.
     """
-
-    up: str
-    bias: str | None
-    down: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.up, self.bias, self.down) if name is not None)
 
     @property
     def group(self) -> str:

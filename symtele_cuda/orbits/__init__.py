@@ -56,7 +56,7 @@ class Orbit(Protocol):
     def evaluate(self, point: Any) -> Evaluation:
         """The objective at a point."""
 
-    def direction(self, point: Any, evaluation: Evaluation) -> Any:
+    def direction(self, point: Any, evaluation: Evaluation) -> Direction:
         """The direction of steepest ascent from there."""
 
     def limit(self, point: Any, direction: Any, size: Tensor) -> Tensor:
