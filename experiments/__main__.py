@@ -24,6 +24,7 @@ from experiments import (
     noise,
     override,
     planar,
+    plasticity,
     regression,
     require_extra,
     spike,
@@ -150,6 +151,12 @@ def run_noise(options: argparse.Namespace) -> str:
     name, dataset = ("digits", load_digits()) if options.data_dir is None else ("mnist", load_mnist(options.data_dir))
     with _named_runs(noise.count_runs(options.seeds)) as on_run:
         return noise.run(name, dataset, _seeds(options), options.epochs, options.out, on_run)
+
+
+def run_plasticity(options: argparse.Namespace) -> str:
+    protocols = options.protocols or [*plasticity.PROTOCOLS]
+    with _named_runs(len(plasticity.jobs(options.seeds, protocols))) as on_run:
+        return plasticity.run(load_digits(), options.seeds, protocols, options.out, on_run)
 
 
 def run_study(options: argparse.Namespace) -> str:
@@ -297,6 +304,11 @@ def make_parser() -> argparse.ArgumentParser:
     command = add_with_seeds(run_noise, 5, "what teleports do under noise in the inputs, on digits or on MNIST")
     command.add_argument("--data-dir", type=Path, help="folder with MNIST-format files, in place of the digits")
     command.add_argument("--epochs", type=positive_int, help="at most so many epochs (default: 60, on MNIST 12)")
+    command = commands.add_parser("plasticity", help=plasticity.TEXT, description=plasticity.TEXT)
+    command.set_defaults(run=lambda options: _with_results(run_plasticity, options))
+    command.add_argument("--protocols", choices=plasticity.PROTOCOLS, nargs="+", help="these only (default: all)")
+    command.add_argument("--seeds", type=positive_int, default=5, help="how many seeds (default: %(default)s)")
+    _add_out(command)
     command = add(
         run_minima, 5, "784-16-10-10 on MNIST, teleported to flatter and sharper, less and more curved places"
     )

@@ -32,7 +32,7 @@ from experiments.tables import format_table
 from experiments.training import TeleportSettings
 from symtele_cuda.model.chain import Chain
 from symtele_cuda.report import TeleportReport
-from symtele_cuda.teleporter import Teleporter
+from symtele_cuda.teleporter import Batch, Teleporter
 from symtele_cuda.transaction import Transaction
 
 PROBLEM = PROBLEMS["digits"]
@@ -55,11 +55,13 @@ class HessianGuarded(Teleporter):
     For torch.optim.SGD. λ is that of the loss on all samples gathered, the teleport's own and its holdout's.
     """
 
-    def _teleport(self, transaction: Transaction, chain: Chain, inputs: Tensor, targets: Tensor) -> TeleportReport:
+    def _teleport(self, transaction: Transaction, chain: Chain, batch: Batch, holdout: Batch | None) -> TeleportReport:
         parameters: list[Tensor] = list(self.model.parameters())
         old = [parameter.detach().clone() for parameter in parameters]
+        parts = [batch] if holdout is None else [batch, holdout]
+        inputs, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         before = self._times_too_long(inputs, targets)
-        report = super()._teleport(transaction, chain, inputs, targets)
+        report = super()._teleport(transaction, chain, batch, holdout)
         if not report.accepted or self._times_too_long(inputs, targets) <= max(before, 1.0):
             return report
         transaction.write(parameters, old)

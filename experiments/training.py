@@ -158,7 +158,7 @@ class BoundedTeleports(TeleportSettings):
 
     steps: int = 4
     first_radius: float = 0.1
-    max_weight_change: float = Guards.max_weight_change
+    max_weight_change: float = Ascent.usual_change
     max_sensitivity: float = Guards.max_sensitivity
 
     @property

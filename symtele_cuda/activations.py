@@ -33,7 +33,7 @@ class Activation:
 
     name: what the operators call it. domain: the open interval on which σ⁻¹ lives. invertible: whether σ⁻¹ exists.
     positively_homogeneous: whether σ(cz) = c σ(z) for every c > 0. piecewise_linear: whether σ'' is zero everywhere.
-    spellings: how models write it.
+    spellings: how models write it. spread: the standard deviation of z with which networks learn fast.
     """
 
     name = "abstract"
@@ -43,6 +43,7 @@ class Activation:
     invertible = True
     positively_homogeneous = False
     piecewise_linear = False
+    spread = 2.0
 
     def forward(self, z: Tensor) -> Tensor:
         """σ(z)."""
@@ -240,6 +241,7 @@ class Sigmoid(Activation):
     name = "sigmoid"
     spellings = (Spelling((nn.Sigmoid,), (F.sigmoid, torch.sigmoid, "sigmoid"), plain("sigmoid")),)
     domain = (0.0, 1.0)
+    spread = 4.0
 
     def forward(self, z: Tensor) -> Tensor:
         return torch.sigmoid(z)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from .measure import Measurement, relative_change
+from .methods.standardise import LAST, Standardise
 from .settings import Guards
 
 # What a step of a search says of itself, and a search of its end.
@@ -21,6 +22,7 @@ NO_STEP_LEFT = "no acceptable step left"
 NONE_IMPROVED = "no trial step improved the objective"
 
 # What a teleport says of its weights.
+STANDARDISED = "standardised"
 STEPS_LONG_ENOUGH = "the step ahead does not lower the loss, so that a larger gradient is no gain"
 LATER_TAKEN_BACK = "later steps were taken back: the weights formed from them broke a guard"
 
@@ -64,15 +66,43 @@ def is_futile(guards: Guards, looks_ahead: bool, before: Measurement) -> bool:
 def refusal(
     guards: Guards, maximise: bool, before: Measurement, after: Measurement, changes: Sequence[float]
 ) -> str | None:
-    """Why weights with these figures are not acceptable, or None. changes: ‖ΔW‖/‖W‖ of the single parts."""
+    """Why weights that a search found are not acceptable, or None. changes: ‖ΔW‖/‖W‖ of the single parts."""
+    return _harm(guards, before, after, changes) or _no_gain(guards, maximise, before, after)
+
+
+def refusal_of_standardised(
+    guards: Guards,
+    rule: Standardise,
+    before: Measurement,
+    after: Measurement,
+    changes: Sequence[float],
+    kept: Sequence[float],
+) -> str | None:
+    """The same of standardised weights. kept: the shares of the predictions that stay, where these were measured."""
+    allowed = guards if rule.refit == LAST else replace(guards, drift_tol=math.inf)
+    if (broken := _harm(allowed, before, after, changes)) is not None:
+        return broken
+    for where, share in zip(("batch", "holdout"), kept, strict=False):
+        if not share >= rule.least_kept:
+            return f"{100 * share:.1f} % of the predictions on the {where} would stay, fewer than least_kept allows"
+    if guards.min_gain > 0 and not after.objective >= guards.min_gain * before.objective:
+        return (
+            f"the best gradient step would lower the loss by {after.objective:.4g}, without the teleport by "
+            f"{before.objective:.4g}: less than min_gain = {guards.min_gain:g} times as much"
+        )
+    return None
+
+
+def _harm(guards: Guards, before: Measurement, after: Measurement, changes: Sequence[float]) -> str | None:
+    """What weights with these figures would do that the guards do not allow, or None."""
     if (useless := not_finite(after, changes)) is not None:
         return useless
     drift = relative_change(before.data_loss, after.data_loss)
     if drift > guards.drift_tol:
         return f"the loss on the batch drifted by {drift:.1e}, more than drift_tol = {guards.drift_tol:g}"
-    if max(changes) > guards.max_weight_change:
-        return on_change(guards, changes)
-    return _harm_elsewhere(guards, before, after) or _no_gain(guards, maximise, before, after)
+    if guards.max_weight_change is not None and max(changes) > guards.max_weight_change:
+        return on_change(guards.max_weight_change, changes)
+    return _harm_elsewhere(guards, before, after)
 
 
 def not_finite(after: Measurement, changes: Sequence[float]) -> str | None:
@@ -110,12 +140,12 @@ def on_noise(guards: Guards, before: float, sensitivity: float) -> str:
     )
 
 
-def on_change(guards: Guards, changes: Sequence[float]) -> str:
+def on_change(most: float, changes: Sequence[float]) -> str:
     """The refusal where the largest of the weight layers' relative changes is beyond `max_weight_change`."""
     largest = max(range(len(changes)), key=changes.__getitem__)
     return (
         f"weight layer {largest + 1} would change by {changes[largest]:.3g} of its norm, "
-        f"more than max_weight_change = {guards.max_weight_change:g} allows"
+        f"more than max_weight_change = {most:g} allows"
     )
 
 

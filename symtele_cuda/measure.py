@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .kernels.torch_kernels import dot
 from .model.loss import BatchLoss
-from .model.network import Network, kernel
-from .model.objective import LooksAhead, Objective, has_fast_path
+from .model.network import Network, kernel, parameter_list
+from .model.objective import LooksAhead, Objective, knows_weights
 from .model.problem import Problem, layer_inputs
 from .model.surroundings import Surroundings
 
@@ -49,7 +49,7 @@ class Measurement:
 class WeightsOnBatch:
     """Formed weights on a batch: the inputs B_l and pre-activations Y_l of the layers, δ_l, and K_0.
 
-    loss: that of the batch. sample_gram: K_0, which no weights change.
+    loss: that of the batch. known_gram: K_0, which no weights change, where it is known.
     """
 
     network: Network
@@ -57,14 +57,14 @@ class WeightsOnBatch:
     inputs: list[Tensor]
     outputs: Sequence[Tensor]
     deltas: list[Tensor]
-    sample_gram: Tensor
+    known_gram: Tensor | None
 
     @cached_property
     def squared_gradient_norm(self) -> Tensor:
         """‖∇L‖² = Σ_l ‖δ_lᵀ [B_l, 1]‖², on a CPU for large layers as ⟨δ_l, K_l δ_l⟩ unless that sum cancels."""
         products, gradients = self.network.products, list[Tensor]()
         total = torch.zeros((), dtype=torch.float64, device=self.deltas[0].device)
-        known = [self.sample_gram, *[None] * len(self.inputs[1:])]
+        known = [self.known_gram, *[None] * len(self.inputs[1:])]
         for batch, gram, bias, delta in zip(self.inputs, known, self.network.biases, self.deltas, strict=True):
             on_cpu = batch.device.type == "cpu"
             square = _square_through_gram(batch, gram, bias is not None, delta) if on_cpu else None
@@ -75,6 +75,27 @@ class WeightsOnBatch:
             if bias is not None:
                 gradients.append(delta.sum(0))
         return total + products.dot_sum(gradients, gradients) if gradients else total
+
+    @cached_property
+    def sample_gram(self) -> Tensor:
+        """K_0."""
+        if self.known_gram is not None:
+            return self.known_gram
+        return kernel(self.inputs[0], self.inputs[0], self.network.biases[0] is not None)
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """∂L/∂W_l = δ_lᵀ B_l and ∂L/∂b_l = δ_lᵀ 1, in the order of the network's `parameter_list`."""
+        found: list[Tensor] = []
+        for batch, bias, delta in zip(self.inputs, self.network.biases, self.deltas, strict=True):
+            found += [self.network.products.linear(delta.T, batch), *([] if bias is None else [delta.sum(0)])]
+        return found
+
+    def stepped(self, rate: Tensor) -> Tensor:
+        """The logits of the batch after a gradient step of length `rate`, with the new weights formed."""
+        pairs = zip(parameter_list(self.network), self.gradients, strict=True)
+        moved = self.network.with_parameters([p - rate.to(p.dtype) * gradient for p, gradient in pairs])
+        return moved.forward(self.inputs[0])[-1]
 
     def loss_after(self, steps: Sequence[Tensor]) -> Tensor:
         """The loss of the batch after the `steps`, as in `logits_after`: a scalar."""
@@ -102,11 +123,11 @@ def measure(
     around: Surroundings | None,
     network: Network,
     outputs: Sequence[Tensor],
-    sample_gram: Tensor,
+    sample_gram: Tensor | None = None,
 ) -> Tensor:
     """Measure `network`, whose pre-activations on the batch are `outputs`, in the place of the problem's own weights.
 
-    sample_gram is K_0 of the problem's samples, in any precision: no weights change it.
+    sample_gram is K_0 of the problem's samples, in any precision, where it is known: no weights change it.
     The values of a `Measurement`, in its order, as one float64 tensor on the device: `read` makes numbers of it.
     """
     data_loss, output_delta = problem.loss.value_and_gradient(outputs[-1])
@@ -114,10 +135,10 @@ def measure(
     if around is not None:
         others = around.others
         other_outputs = network.forward(others.inputs, others.outputs[: network.layers_in_common(problem.network)])
-    if problem.sees_logits_alone and has_fast_path(objective):
+    if problem.sees_logits_alone and knows_weights(objective):
         inputs = layer_inputs(network, problem.samples, outputs)
         deltas = _backpropagate(network, outputs, output_delta)
-        first_kernel = sample_gram.to(problem.samples.dtype)
+        first_kernel = None if sample_gram is None else sample_gram.to(problem.samples.dtype)
         weights = WeightsOnBatch(network, problem.loss, inputs, outputs, deltas, first_kernel)
         loss, squared = data_loss, weights.squared_gradient_norm
         value, steps = objective.measure(weights)

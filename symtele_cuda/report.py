@@ -17,6 +17,10 @@ NOT_ASKED_FOR = "not asked for"
 NOT_LOOKED_AT = "no search"
 
 
+def frozen_text(name: str) -> str:
+    return f"it would change {name!r}, which is frozen"
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """One step of a search: the objective it reached (NaN if it has none), the ε taken, and what was decided."""
@@ -58,6 +62,8 @@ class TeleportReport:
     that has them held at the old weights.
     grad_norm_*: ‖∇L‖ (not squared) over the weights and biases of all layers; objective_*: the objective's own value.
     holdout_*: the loss on the holdout batch, None without one.
+    kept, holdout_kept: the share of the predictions on the batch and on the holdout that the new weights keep, see
+    `Standardise`; None where it was not measured.
     weight_changes: ‖[W', b'] − [W, b]‖_F / ‖[W, b]‖_F of every weight layer, of every module that has trainable
     parameters for `teleport`; weight_change: of all of them together.
     sensitivity_*: √(1/N Σ ‖z(x + ε) − z(x)‖²), by how much noise ε in the inputs moves the logits z. The samples x are
@@ -89,6 +95,8 @@ class TeleportReport:
     trace: tuple[StepRecord, ...]
     seconds: float
     backend: str
+    kept: float | None = None
+    holdout_kept: float | None = None
 
     def __str__(self) -> str:
         if not self.accepted:
@@ -124,6 +132,9 @@ class TeleportReport:
             if before is not None and after is not None
         ]
         lines.append(f"  {'drift of the loss':<22}{self.drift:.1e}")
+        for name, share in (("batch", self.kept), ("holdout", self.holdout_kept)):
+            if share is not None:
+                lines.append(f"  {'kept on the ' + name:<22}{100 * share:.1f} % of the predictions")
         changes = ", ".join(f"{change:.3g}" for change in self.weight_changes)
         lines.append(f"  {'‖ΔW‖/‖W‖':<22}{self.weight_change:.3g} in all; by weight layer {changes}")
         for layer in self.layers:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -42,6 +43,8 @@ class Ascent:
     first_radius: float = 0.02
     max_growth: float = 2.0
     group: str = GL
+
+    usual_change: ClassVar[float] = 2.0
 
     def __post_init__(self) -> None:
         _check_objective(self.objective)
@@ -106,6 +109,23 @@ def _check_objective(objective: object) -> None:
         )
 
 
+class Method(Protocol):
+    """What all methods say of themselves: `Ascent`, `Published` and `Standardise`.
+
+    group: that of the sites. usual_change: what `Guards.max_weight_change` is for it unless it is given. looks_ahead:
+    whether its objective is the loss after a step. reads_step: whether it takes an optimizer to say which.
+    """
+
+    @property
+    def group(self) -> str: ...
+    @property
+    def usual_change(self) -> float: ...
+    @property
+    def looks_ahead(self) -> bool: ...
+    @property
+    def reads_step(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Guards:
     """What a teleport must keep to be written; nothing is written where one of them is broken.
@@ -120,6 +140,7 @@ class Guards:
             it does without the teleport. Where it does not lower it even so, the steps are not too short there,
             whatever the gradient: there is no search, and no teleport. 0 asks for nothing but a lower objective.
         max_weight_change: the largest ‖[W', b'] − [W, b]‖_F / ‖[W, b]‖_F of a weight layer; math.inf bounds nothing.
+            None is what suits the method: 2 for `Ascent`, 25 for `Standardise`, which scales whole layers.
         max_sensitivity: how many times as far as before noise in the inputs may move the logits. The samples are those
             of the holdout, or of the batch without one, see `TeleportReport`; math.inf only reports.
 
@@ -131,15 +152,22 @@ class Guards:
     holdout: tuple[Tensor, Tensor] | None = None
     holdout_tol: float = 0.05
     min_gain: float = 0.0
-    max_weight_change: float = 2.0
+    max_weight_change: float | None = None
     max_sensitivity: float = 1.5
 
     def __post_init__(self) -> None:
         check_number("drift_tol", self.drift_tol, above=0.0, finite=False)
         check_number("holdout_tol", self.holdout_tol, at_least=0.0, finite=False)
         check_number("min_gain", self.min_gain, at_least=0.0)
-        check_number("max_weight_change", self.max_weight_change, above=0.0, finite=False)
+        if self.max_weight_change is not None:
+            check_number("max_weight_change", self.max_weight_change, above=0.0, finite=False)
         check_number("max_sensitivity", self.max_sensitivity, above=0.0, finite=False)
+
+    def suited_to(self, method: Method) -> Guards:
+        """The same with what suits the method in the place of None."""
+        if self.max_weight_change is not None:
+            return self
+        return replace(self, max_weight_change=method.usual_change)
 
     @property
     def bound_noise(self) -> bool:

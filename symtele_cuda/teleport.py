@@ -5,33 +5,47 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import TeleportError
 from .guards import (
     LATER_TAKEN_BACK,
+    STANDARDISED,
     STEPS_LONG_ENOUGH,
     Bounds,
     is_futile,
     not_finite,
     refusal,
+    refusal_of_standardised,
     too_little_gain,
 )
 from .kernels import torch_kernels
 from .kernels.library import check_backend, products_for
-from .measure import Measurement, measure_own, relative_change
+from .measure import Measurement, measure, measure_own, relative_change, weight_changes
 from .methods import published
 from .methods.published import Published
+from .methods.standardise import (
+    ALL,
+    Standardise,
+    check_standardisable,
+    plan_standardise,
+    shares_kept,
+    standardise,
+)
 from .model.chain import Chain, check_layers
 from .model.loss import LossFunction
+from .model.network import parameter_list
 from .model.problem import Problem, begin
 from .model.reader import read_chain
 from .model.sites import Site
 from .model.surroundings import Surroundings
 from .model.whole import WholeModel, begin_whole
 from .objectives import GradNorm
+from .objectives.best_decrease import BestDecrease
 from .orbits import Candidate
 from .orbits.batch import BatchOrbit
 from .orbits.batch_plan import check_matchable, make_plan, match_inputs, report_unmatched
@@ -48,7 +62,7 @@ def teleport_mlp(
     batch: tuple[Tensor, Tensor],
     loss_fn: LossFunction | None = None,
     *,
-    method: Ascent | Published = Ascent(),
+    method: Ascent | Published | Standardise = Ascent(),
     layers: Sequence[int] | None = None,
     guards: Guards = Guards(),
     backend: str = "auto",
@@ -78,8 +92,9 @@ def teleport_mlp(
         loss_fn: loss_fn(outputs, y) → scalar. Default: cross entropy for integer y, mean squared error for floating
             y of the outputs' shape. A loss with weight terms must reach the weights through `model`; it takes the
             general path, with the weights formed at every step.
-        method: how the point on the level set is found. `Published` is the rule of the source: the guards count for
-            nothing there, and only weights that are not finite are refused.
+        method: how the point on the level set is found. `Ascent` searches it, `Standardise` has it in closed form.
+            `Published` is the rule of the source: the guards count for nothing there, and only weights that are not
+            finite are refused.
         layers: the hidden layers k = 1..m to teleport; default: all that the batch allows.
         guards: what the teleport must keep to be written.
         backend: "torch", "cuda", or "auto" for the best that is there.
@@ -130,7 +145,7 @@ def teleport(
 
     def work() -> TeleportReport:
         started = time.perf_counter()
-        check_settings(method, guards)
+        suited = check_settings(method, guards)
         if not isinstance(method, Ascent):
             raise TypeError(f"method must be an Ascent, got {type(method).__name__}")
         begin_whole(transaction, model)
@@ -139,7 +154,7 @@ def teleport(
         values = {name: parameter.detach() for name, parameter in whole.parameters.items()}
         dtype = next(iter(values.values())).dtype
         orbit = ExactOrbit.make(values, whole.losses, listed, method.make_objective(), dtype)
-        return _run(transaction, orbit, method, guards, list(whole.parameters.values()), ()).timed(started)
+        return _run(transaction, orbit, method, suited, list(whole.parameters.values()), ()).timed(started)
 
     transaction = Transaction()
     return transaction.run(work)
@@ -164,13 +179,13 @@ class Reading:
 def teleport_chain(
     reading: Reading,
     batch: tuple[Tensor, Tensor],
-    method: Ascent | Published,
+    method: Ascent | Published | Standardise,
     layers: Sequence[int] | None,
     guards: Guards,
 ) -> TeleportReport:
     """`teleport_mlp` of a model that is read."""
     started = time.perf_counter()
-    check_settings(method, guards)
+    guards = check_settings(method, guards)
     check_backend(reading.backend)
     named = None if layers is None else check_layers(layers, len(reading.chain.activations))
     if isinstance(method, Ascent):
@@ -181,12 +196,14 @@ def teleport_chain(
 def teleport_problem(
     reading: Reading,
     problem: Problem,
-    method: Ascent | Published,
+    method: Ascent | Published | Standardise,
     named: Sequence[int] | None,
     guards: Guards,
 ) -> TeleportReport:
     """The teleport of the hidden layers `named` (1..m; None: all that can be moved) on a batch that is read."""
     chain = reading.chain
+    if isinstance(method, Standardise):
+        return _standardise(reading, problem, method, named, guards)
     objective = GradNorm() if isinstance(method, Published) else method.make_objective()
     around = Surroundings.make(chain, guards.holdout, problem)
     if method.group == GL:
@@ -228,6 +245,37 @@ def _follow(
     return _report(found, after, steps, changes, reports)
 
 
+def _standardise(
+    reading: Reading, problem: Problem, rule: Standardise, named: Sequence[int] | None, guards: Guards
+) -> TeleportReport:
+    """The point in closed form: one pass forward, and what it takes to judge it."""
+    moved, reports = plan_standardise(problem, named, rule)
+    around = Surroundings.make(reading.chain, guards.holdout, problem)
+    objective = BestDecrease() if guards.min_gain > 0 else GradNorm()
+    found = standardise(problem, rule, moved)
+    network, outputs = problem.rounded(found.network, found.outputs)
+    values = [
+        measure(problem, objective, around, problem.network, problem.outputs),
+        measure(problem, objective, around, network, outputs),
+        weight_changes(problem.network, network),
+        shares_kept(problem, around, network, outputs) if rule.refit == ALL else problem.samples.new_empty(0).double(),
+        torch.stack([flag.double() for flag, _ in found.hindrances]),
+    ]
+    numbers = iter(torch.cat(values).tolist())  # all that the host asks the device for
+    figures, afters, changes, kept, holding = ([*islice(numbers, len(value))] for value in values)
+    before, after = Measurement(*figures), Measurement(*afters)
+    reason = next((text for flag, (_, text) in zip(holding, found.hindrances, strict=True) if flag), None)
+    reason = reason or refusal_of_standardised(guards, rule, before, after, changes[:-1], kept)
+    backend = f"{_kernels(problem)} on {problem.samples.device.type}, in closed form"
+    result = Found(before, SearchResult((), (), reason or STANDARDISED), None, backend)
+    if reason is not None:
+        return report_unchanged(before, reason, reports, (), backend, len(problem.network))
+    parameters = [parameter for _, parameter in reading.chain.named_parameters()]
+    reading.transaction.write(parameters, parameter_list(network))
+    report = _report(result, after, 1, changes, reports)
+    return replace(report, kept=kept[0] if kept else None, holdout_kept=kept[1] if len(kept) > 1 else None)
+
+
 def refuse_futile(problem: Problem, method: Ascent, guards: Guards) -> TeleportReport | None:
     """The report of a teleport that `min_gain` refuses whatever a search would find, or None.
 
@@ -241,12 +289,14 @@ def refuse_futile(problem: Problem, method: Ascent, guards: Guards) -> TeleportR
     return report_unchanged(before, STEPS_LONG_ENOUGH, reports, (), backend, len(problem.network))
 
 
-def check_possible(chain: Chain, layers: Sequence[int] | None, n: int, by_gl: bool) -> None:
-    """Raise ValueError if no batch of `n` samples lets the group move the hidden `layers` (1..m; None: any) of `chain`.
-
-    by_gl: whether it is GL, or the positive diagonal group.
-    """
-    if by_gl:
+def check_possible(
+    chain: Chain, layers: Sequence[int] | None, n: int, method: Ascent | Published | Standardise
+) -> None:
+    """Raise ValueError if no batch of `n` samples lets the method move the hidden `layers` (1..m; None: any)."""
+    if isinstance(method, Standardise):
+        check_standardisable(chain, layers, n, method)
+        return
+    if method.group == GL:
         check_matchable(chain, layers, n)
         return
     try:
@@ -397,11 +447,13 @@ def _kernels(problem: Problem) -> str:
     return "torch" if problem.network.products is torch_kernels else "cuda kernels"
 
 
-def check_settings(method: object, guards: object) -> None:
-    if not isinstance(method, (Ascent, Published)):
-        raise TypeError(f"method must be an Ascent or Published, got {type(method).__name__}")
+def check_settings(method: object, guards: object) -> Guards:
+    """The guards with what suits the method; raise unless both are what they should be."""
+    if not isinstance(method, (Ascent, Published, Standardise)):
+        raise TypeError(f"method must be an Ascent, a Standardise or Published, got {type(method).__name__}")
     if not isinstance(guards, Guards):
         raise TypeError(f"guards must be Guards, got {type(guards).__name__}")
+    return guards.suited_to(method)
 
 
 def _check_sites(model: nn.Module, sites: Iterable[Site]) -> list[Site]:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_int, check_name
+from .errors import TeleportError
 from .kernels.library import check_backend
 from .measure import measure_own
 from .methods.published import Published
+from .methods.standardise import Standardise
 from .model.chain import Chain, as_constant, check_batch, check_layers, check_same_structure, mark_of
 from .model.loss import LossFunction
 from .model.problem import Problem
@@ -58,9 +60,11 @@ class Schedule:
 
 
 EARLY = Schedule(epochs=(0,), teleports_per_epoch=3)
+ONCE = Schedule(epochs=(0,))
 LOOK_AHEAD = Ascent(LOOKAHEAD, margin=8.0, steps=4, first_radius=0.1)
 CAREFUL = Guards(holdout_tol=0.03, min_gain=2.0)
-LAST = "last"
+WORTHWHILE = Guards(holdout_tol=0.03, min_gain=1.4)
+AUTO, LAST = "auto", "last"
 
 
 @dataclass(frozen=True)
@@ -110,23 +114,25 @@ class Teleporter:
             rate, for any optimizer. "next_step" is `OptimizerLookahead` for all: with momentum it sees little of what
             the new gradient will do, since the buffer stays as it is. The default takes few and large steps, since
             several teleports follow one another.
-        schedule: a Schedule; the default is three teleports at the start of epoch 0.
+        schedule: a Schedule; the default is three teleports at the start of epoch 0, one with `Standardise`.
         batch_size: samples of one teleport. "auto" gathers the smaller of 200 and the number of columns of the inputs
             of the layers that GL is to move (the bias' column included), and teleports on those of them that all these
             layers can tell apart well, `matched_samples`; `report.layers[0].n` says how many. Where the step ahead does
             not lower the loss of all that is gathered, `min_gain` refuses the teleport before any are chosen. With
-            group="positive_diagonal" it is 200 samples as they come.
+            group="positive_diagonal" it is 200 samples as they come, and so it is with `Standardise`; its refit="last"
+            takes no more than the output layer's input has columns.
         holdout_size: so many further samples of the stream, those behind the teleport's own, are gathered as its
             holdout, the guard on samples that the search does not see. "auto" is 200 (none where `guards` have a
             holdout), 0 is none.
         layers: as for `teleport_mlp`, or "last": with group="gl" the last hidden layer that has an invertible
             activation, with the other group all. One layer costs less than all, and mostly gains more: the narrow
-            inputs of the others do not limit the batch, and they keep their effect on samples outside it.
+            inputs of the others do not limit the batch, and they keep their effect on samples outside it. "auto" is
+            all of them with `Standardise`, and "last" with the others.
         optimizer_state: what an accepted teleport does to the optimizer's state of the model's parameters: "keep"
             leaves it, "reset" empties it.
         guards: as for `teleport_mlp`. By default the loss of the holdout may rise by 3 %, and the step ahead must lower
-            the loss twice as much: where the rate suits the weights well, no point of the level set gives that, and
-            the run goes on as it would have without the teleporter.
+            the loss twice as much, with `Standardise` the best step 1.4 times as much: where the rate suits the weights
+            well, no point of the level set gives that, and the run goes on as it would have without the teleporter.
         on_error: "raise", or "warn": a teleport that fails is a warning, its samples are dropped, it counts as made,
             and training goes on.
         backend: as for `teleport_mlp`.
@@ -148,13 +154,13 @@ class Teleporter:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         loss_fn: LossFunction | None = None,
         *,
-        method: Ascent | Published = LOOK_AHEAD,
-        schedule: Schedule = EARLY,
-        batch_size: int | str = "auto",
-        holdout_size: int | str = "auto",
-        layers: Sequence[int] | str | None = LAST,
+        method: Ascent | Published | Standardise = LOOK_AHEAD,
+        schedule: Schedule | None = None,
+        batch_size: int | str = AUTO,
+        holdout_size: int | str = AUTO,
+        layers: Sequence[int] | str | None = AUTO,
         optimizer_state: str = "keep",
-        guards: Guards = CAREFUL,
+        guards: Guards | None = None,
         on_error: str = "raise",
         backend: str = "auto",
     ) -> None:
@@ -164,7 +170,10 @@ class Teleporter:
         check_holds(model, optimizers)
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}")
-        check_settings(method, guards)
+        in_closed_form = isinstance(method, Standardise)
+        schedule = (ONCE if in_closed_form else EARLY) if schedule is None else schedule
+        guards = (WORTHWHILE if in_closed_form else CAREFUL) if guards is None else guards
+        guards = check_settings(method, guards)
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
         check_name("optimizer_state", optimizer_state, OPTIMIZER_STATES)
@@ -178,13 +187,14 @@ class Teleporter:
         self.model, self.optimizer, self.loss_fn, self.schedule = model, optimizer, loss_fn, schedule
         self.method, self.guards, self.optimizer_state = method, guards, optimizer_state
         self.reports: list[TeleportReport] = []
-        self._layers = _choose_layers(chain, layers, method.group)
-        automatic = batch_size == "auto"
-        by_gl = method.group == GL
-        self._matched_layers = layers_to_match(chain, self._layers) if automatic and by_gl else []
-        self._wanted = _most_matched(chain, self._matched_layers) if automatic else _check_batch_size(batch_size)
+        self._layers = _choose_layers(chain, layers, method)
+        automatic = batch_size == AUTO
+        matches = method.group == GL and not in_closed_form
+        self._matched_layers = layers_to_match(chain, self._layers) if automatic and matches else []
+        most = _most_samples(chain, self._matched_layers, method)
+        self._wanted = most if automatic else _check_batch_size(batch_size)
         self._holdout_size = _check_holdout_size(holdout_size, guards)
-        check_possible(chain, self._layers, self._wanted, by_gl)
+        check_possible(chain, self._layers, self._wanted, method)
         self.on_error, self.backend = on_error, backend
         self._optimizers, self._chain, self._mark = optimizers, chain, mark_of(model)
         self._pending_gradients = PendingGradients(model, optimizers)
@@ -227,6 +237,34 @@ class Teleporter:
             warnings.warn(f"a teleport failed, {type(error).__name__}: {error}", stacklevel=2)
             self._progress = _Progress(epoch, progress.done + 1)
             return None
+
+    def refresh(self, batch: Batch, *, holdout: Batch | None = None) -> TeleportReport:
+        """Teleport now, whatever the schedule says: at a change of the data, say, with `Standardise(refit="all")`.
+
+        Args:
+            batch: all samples to teleport on; with a search, those of them that match where batch_size is "auto".
+            holdout: in the place of that of the guards.
+
+        Raises:
+            TypeError, ValueError: the batch does not fit the model and the loss.
+            TeleportError: gradients are pending, or the batch lets no layer be teleported. Nothing has changed.
+        """
+        transaction = Transaction()
+
+        def work() -> TeleportReport:
+            self._keep(transaction)
+            check_holds(self.model, self._optimizers)
+            chain = self._read_model()
+            transaction.compute_on(chain.linears[0].weight.device)
+            if self._pending_gradients:
+                raise TeleportError(
+                    "refresh must be called where no gradients are pending, got some that no optimizer step has used"
+                )
+            report = self._teleport(transaction, chain, batch, holdout)
+            self.reports.append(report)
+            return report
+
+        return transaction.run(work)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the teleporter is, as tensors and plain values: `torch.load(..., weights_only=True)` reads it."""
@@ -317,27 +355,32 @@ class Teleporter:
         if self._pending_gradients:
             self._progress = replace(progress, waited=True)
             return None
-        report = self._teleport(transaction, chain, *(torch.cat(tensors) for tensors in zip(*pending, strict=True)))
+        inputs, targets = (torch.cat(tensors) for tensors in zip(*pending, strict=True))
+        own, held = slice(self._wanted), slice(self._wanted, self._wanted + self._holdout_size)
+        holdout = (inputs[held], targets[held]) if self._holdout_size > 0 else None
+        report = self._teleport(transaction, chain, (inputs[own], targets[own]), holdout)
         self._progress = _Progress(progress.epoch, progress.done + 1)
         self.reports.append(report)
         return report
 
-    def _teleport(self, transaction: Transaction, chain: Chain, inputs: Tensor, targets: Tensor) -> TeleportReport:
-        """Teleport on the first of the samples, with those behind them as the holdout if one is wanted."""
+    def _teleport(
+        self, transaction: Transaction, chain: Chain, batch: Batch, holdout: Batch | None
+    ) -> TeleportReport:
+        """Teleport on the batch, or on the samples of it that match, with this holdout in the place of the guards'."""
         started = time.perf_counter()
-        own, held = slice(self._wanted), slice(self._wanted, self._wanted + self._holdout_size)
+        inputs, targets = batch
         reading = Reading(transaction, self.model, chain, self.loss_fn, self.backend)
-        problem = reading.problem((inputs[own], targets[own]))
+        problem = reading.problem(batch)
         method, guards = self._method_for(problem), self.guards
-        if self._holdout_size > 0:
-            guards = replace(guards, holdout=(inputs[held], targets[held]))
+        if holdout is not None:
+            guards = replace(guards, holdout=holdout)
         report = None
         if self._matched_layers and isinstance(method, Ascent) and method.looks_ahead and guards.min_gain > 0:
             report = refuse_futile(problem, method, guards)  # choosing samples would take several times as long
         if report is None:
             if self._matched_layers:
                 chosen = choose_samples(problem.network, problem.samples, problem.outputs, self._matched_layers)
-                if len(chosen) < self._wanted:
+                if len(chosen) < len(problem.samples):
                     problem = reading.problem((inputs[chosen], targets[chosen]))
             report = teleport_problem(reading, problem, method, self._layers, guards)
         if report.accepted and self.optimizer_state == "reset":
@@ -347,10 +390,10 @@ class Teleporter:
                     optimizer.state.pop(parameter, None)
         return report.timed(started)
 
-    def _method_for(self, problem: Problem) -> Ascent | Published:
+    def _method_for(self, problem: Problem) -> Ascent | Published | Standardise:
         """The method with what it reads off the optimizers, for a problem where it depends on that."""
         method, steps = self.method, self._own_steps
-        if isinstance(method, Published) or not method.reads_step:
+        if not isinstance(method, Ascent) or not method.reads_step:
             return method
         if method.objective == LOOKAHEAD:
             if (rate := steps.gradient_rate()) is not None:
@@ -389,18 +432,23 @@ def _check_alone() -> None:
         )
 
 
-def _choose_layers(chain: Chain, layers: Sequence[int] | str | None, group: str) -> Sequence[int] | None:
+def _choose_layers(
+    chain: Chain, layers: Sequence[int] | str | None, method: Ascent | Published | Standardise
+) -> Sequence[int] | None:
     """The hidden layers (1..m) that `layers` stands for; None is all."""
     if not isinstance(layers, str):
         return None if layers is None else check_layers(layers, len(chain.activations))
-    if layers != LAST:
-        raise ValueError(f'layers must be "last", a sequence of hidden layer numbers or None, got {layers!r}')
-    return layers_to_match(chain, None)[-1:] or None if group == GL else None
+    if layers not in (AUTO, LAST):
+        raise ValueError(f'layers must be "auto", "last", a sequence of hidden layer numbers or None, got {layers!r}')
+    if method.group != GL or (layers == AUTO and isinstance(method, Standardise)):
+        return None
+    return layers_to_match(chain, None)[-1:] or None
 
 
-def _most_matched(chain: Chain, layers: Sequence[int]) -> int:
-    """The most samples that can be independent in the inputs of the hidden layers `layers` (1..m), at most 200."""
-    return min([AUTO_BATCH_SIZE, *map(chain.columns, layers)])
+def _most_samples(chain: Chain, matched: Sequence[int], method: Ascent | Published | Standardise) -> int:
+    """The most samples that can be independent in the inputs of the hidden layers `matched` (1..m), at most 200."""
+    exact = [len(chain.linears)] if isinstance(method, Standardise) and method.refit == LAST else []
+    return min([AUTO_BATCH_SIZE, *map(chain.columns, [*matched, *exact])])
 
 
 def _check_batch_size(batch_size: object) -> int:

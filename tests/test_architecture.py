@@ -22,7 +22,7 @@ ORDER = [
     {"kernels"},
     {"operator", "info"},
     {"model"},
-    {"measure", "optimizers"},
+    {"measure", "optimizers", "plasticity"},
     {"orbits"},
     {"objectives"},
     {"methods", "settings"},

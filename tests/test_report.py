@@ -31,7 +31,7 @@ def make_report(**options: object) -> TeleportReport:
         guards.refusal(GUARDS, True, START, START, [0.1]),
         guards.on_holdout(-1.23456789e-12, 9.87654321e12),
         guards.on_noise(GUARDS, 1.23456e-9, 9.87654e9),
-        guards.on_change(GUARDS, [0.1, 1.23456e9, 0.2]),
+        guards.on_change(1.2345678, [0.1, 1.23456e9, 0.2]),
         guards.too_little_gain(GUARDS, True, replace(START, objective=-1e-9), START),
         guards.STEPS_LONG_ENOUGH,
         guards.NONE_IMPROVED,

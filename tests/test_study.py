@@ -86,7 +86,8 @@ def test_a_key_depends_on_every_setting() -> None:
 
 def test_the_bounded_teleports_have_the_defaults_of_the_library_and_the_study_s_have_no_bounds() -> None:
     own = {name: parameter.default for name, parameter in inspect.signature(Teleporter).parameters.items()}
-    defaults = own | vars(teleporter.LOOK_AHEAD) | vars(teleporter.CAREFUL)
+    suited = teleporter.CAREFUL.suited_to(teleporter.LOOK_AHEAD)
+    defaults = own | vars(teleporter.LOOK_AHEAD) | vars(suited) | {"schedule": teleporter.EARLY, "layers": "last"}
     bounded, names = BoundedTeleports(), {field.name for field in fields(BoundedTeleports)}
     assert Schedule(bounded.epochs, bounded.teleports_per_epoch) == defaults["schedule"]
     for name in names - {"epochs", "teleports_per_epoch", "action", "inverse", "step_size"}:

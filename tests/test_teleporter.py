@@ -1133,13 +1133,13 @@ CONSTRUCTION: dict[str, tuple[Callable[[nn.Module], object], dict, type[Exceptio
         "optimizer_state must be one of 'keep', 'reset', got 'drop'",
     ),
     "unknown option": (make_sgd, {"margins": 2.0}, TypeError, "unexpected keyword argument 'margins'"),
-    "method": (make_sgd, {"method": "ascent"}, TypeError, "method must be an Ascent or Published, got str"),
-    "guards": (make_sgd, {"guards": None}, TypeError, "guards must be Guards, got NoneType"),
+    "method": (make_sgd, {"method": "ascent"}, TypeError, "method must be an Ascent, .* got str"),
+    "guards": (make_sgd, {"guards": 0.1}, TypeError, "guards must be Guards, got float"),
     "objective": (make_sgd, {"objective": "newton"}, ValueError, "objective must be one of .* got 'newton'"),
     "negative lr": (make_sgd, {"lr": -1.0}, ValueError, "lr must be .* got -1.0"),
     "NaN margin": (make_sgd, {"margin": float("nan")}, ValueError, "margin must be .* got nan"),
     "layers": (make_sgd, {"layers": [3]}, ValueError, r"layers must be .* 1..2, got \[3\]"),
-    "layers, a word": (make_sgd, {"layers": "first"}, ValueError, "layers must be \"last\", .* got 'first'"),
+    "layers, a word": (make_sgd, {"layers": "first"}, ValueError, "layers must be \"auto\", .* got 'first'"),
     "model": (lambda model: make_sgd(model), {"model": nn.Linear(2, 2)}, ValueError, "at least two Linear"),
 }
 

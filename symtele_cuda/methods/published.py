@@ -51,6 +51,7 @@ class Published:
     looks_ahead: ClassVar[bool] = False
     reads_step: ClassVar[bool] = False
     objective: ClassVar[str] = "grad_norm"
+    usual_change: ClassVar[float] = math.inf  # the guards count for nothing
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step_size", check_number("step_size", self.step_size, above=0.0))

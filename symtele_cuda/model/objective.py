@@ -40,17 +40,23 @@ class LooksAhead(Objective, Protocol):
     def ahead(self, loss_of: LossOfParameters, parameters: Sequence[Tensor]) -> list[Tensor]: ...
 
 
-class FastObjective(Objective, Protocol):
+class MeasuredObjective(Objective, Protocol):
+    """An objective with a value of its own for formed weights, without autograd.
+
+    measure(weights)               its value for `WeightsOnBatch`; and where it looks ahead the s_l of the step
+                                   W_l ← W_l + s_lᵀ B_l that it looks to, else None
+    """
+
+    def measure(self, weights: Any) -> tuple[Tensor, list[Tensor] | None]: ...
+
+
+class FastObjective(MeasuredObjective, Protocol):
     """An objective that activation space knows.
 
     evaluate(point, output_delta)  its value at a `BatchPoint` with ∂L/∂logits, and its gradient there, an `Evaluation`
-    measure(weights)               its value for weights that are formed, `WeightsOnBatch`; and where it looks ahead the
-                                   s_l of the step W_l ← W_l + s_lᵀ B_l that it looks to, else None
     """
 
     def evaluate(self, point: Any, output_delta: Tensor) -> Any: ...
-
-    def measure(self, weights: Any) -> tuple[Tensor, list[Tensor] | None]: ...
 
 
 class GivenGradients(Objective, Protocol):
@@ -72,3 +78,8 @@ def knows_gradients(objective: Objective) -> TypeGuard[GivenGradients]:
 def has_fast_path(objective: Objective) -> TypeGuard[FastObjective]:
     """Whether activation space knows the objective: by its own class, for a subclass may have another value."""
     return "evaluate" in vars(type(objective))
+
+
+def knows_weights(objective: Objective) -> TypeGuard[MeasuredObjective]:
+    """Whether the objective's own class measures formed weights."""
+    return "measure" in vars(type(objective))

@@ -17,7 +17,7 @@ from ..kernels.pinv import MAX_CONDITION, condition_from_gram, pinv_factor
 from ..model.chain import Chain
 from ..model.network import Network
 from ..model.problem import Problem, layer_inputs
-from ..report import NOT_ASKED_FOR, NOT_LOOKED_AT, TELEPORTED, LayerReport
+from ..report import NOT_ASKED_FOR, NOT_LOOKED_AT, TELEPORTED, LayerReport, frozen_text
 from .layers import Fit, LayerPlan, Match, Move
 
 
@@ -186,10 +186,6 @@ def _why_never(chain: Chain, index: int, n: int) -> str | None:
     for name in chain.frozen_beside(index):
         return frozen_text(name)
     return _why_never_gl(chain.activations[index - 1], chain.columns(index), n)
-
-
-def frozen_text(name: str) -> str:
-    return f"it would change {name!r}, which is frozen"
 
 
 def _why_never_gl(activation: Activation, columns: int, n: int) -> str | None:
