@@ -56,6 +56,10 @@ class Activation:
         """gradient ⊙ σ'(z): a gradient with respect to σ(z) as one with respect to z."""
         return gradient * self.derivative(z)
 
+    def pull_back_inverse(self, gradient: Tensor, z: Tensor) -> Tensor:
+        """gradient / σ'(z): a gradient with respect to z = σ⁻¹(b) as one with respect to b."""
+        return gradient / self.derivative(z)
+
     def second_derivative(self, z: Tensor) -> Tensor | None:
         """σ''(z), or None where it is zero everywhere (piecewise linear activations)."""
         raise NotImplementedError
@@ -142,6 +146,11 @@ def _leaky_relu(input: None, negative_slope: float = 0.01, inplace: bool = False
     return LeakyReLU(float(negative_slope))
 
 
+def _times_slope(gradient: Tensor, z: Tensor, slope: float) -> Tensor:
+    """gradient ⊙ σ'(z) of LeakyReLU by its own backward pass, several times faster on a CPU than `where`."""
+    return torch.ops.aten.leaky_relu_backward.default(gradient, z.detach(), slope, False)  # its derivative in z is zero
+
+
 def _prelu(input: None, weight: Tensor) -> Activation:
     """LeakyReLU of the slope that `weight` holds now: training may change it."""
     if weight.is_meta:
@@ -178,8 +187,10 @@ class LeakyReLU(Activation):
         return self.pull_back(torch.ones_like(z), z)
 
     def pull_back(self, gradient: Tensor, z: Tensor) -> Tensor:
-        # σ's own backward pass, whose derivative in z is zero: several times faster on a CPU than `where`.
-        return torch.ops.aten.leaky_relu_backward(gradient, z.detach(), self.parameter, False)
+        return _times_slope(gradient, z, self.parameter)
+
+    def pull_back_inverse(self, gradient: Tensor, z: Tensor) -> Tensor:
+        return _times_slope(gradient, z, 1.0 / self.parameter)
 
     def second_derivative(self, z: Tensor) -> None:
         return None
