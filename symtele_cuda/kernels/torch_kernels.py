@@ -65,9 +65,12 @@ def linear_activation(
 def inverse_activation(
     a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Y = σ⁻¹(a b) and Y − ρ Z, with `origin` Z (n×m); not finite where a b leaves the domain of σ⁻¹."""
+    """Y = σ⁻¹(a b) and Y − ρ Z, with `origin` Z (n×m); not finite where a b leaves the domain of σ⁻¹.
+
+    This twin returns one tensor for both where ρ = 0.
+    """
     y = _activation(activation, tuple(numbers)).inverse(a @ b)
-    return y, torch.sub(y, origin, alpha=rho)
+    return y, torch.sub(y, origin, alpha=rho) if rho else y
 
 
 @operator(a="n k", b="k m", column="n", row="m", at="n m")
@@ -229,7 +232,8 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
         total = torch.dot(a, b).double()
         if LEAST_SQUARE <= abs(total.item()) <= LARGEST_SQUARE:
             return total
-    return torch.dot(a.double(), b.double())
+    exact = a.double()
+    return torch.dot(exact, exact if b is a else b.double())
 
 
 @operator(tensors="* float32 float64 int32")
