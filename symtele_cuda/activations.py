@@ -62,6 +62,8 @@ class Activation:
 
     def second_derivative(self, z: Tensor) -> Tensor | None:
         """σ''(z), or None where it is zero everywhere (piecewise linear activations)."""
+        if self.piecewise_linear:
+            return None
         raise NotImplementedError
 
     def inverse(self, b: Tensor) -> Tensor:
@@ -135,20 +137,12 @@ class Identity(Activation):
     def pull_back(self, gradient: Tensor, z: Tensor) -> Tensor:
         return gradient
 
-    def second_derivative(self, z: Tensor) -> None:
-        return None
-
     def inverse(self, b: Tensor) -> Tensor:
         return b
 
 
 def _leaky_relu(input: None, negative_slope: float = 0.01, inplace: bool = False) -> Activation:
     return LeakyReLU(float(negative_slope))
-
-
-def _times_slope(gradient: Tensor, z: Tensor, slope: float) -> Tensor:
-    """gradient ⊙ σ'(z) of LeakyReLU by its own backward pass, several times faster on a CPU than `where`."""
-    return torch.ops.aten.leaky_relu_backward.default(gradient, z.detach(), slope, False)  # its derivative in z is zero
 
 
 def _prelu(input: None, weight: Tensor) -> Activation:
@@ -187,13 +181,11 @@ class LeakyReLU(Activation):
         return self.pull_back(torch.ones_like(z), z)
 
     def pull_back(self, gradient: Tensor, z: Tensor) -> Tensor:
-        return _times_slope(gradient, z, self.parameter)
+        # σ's own backward pass, whose derivative in z is zero: several times faster on a CPU than `where`.
+        return torch.ops.aten.leaky_relu_backward.default(gradient, z.detach(), self.parameter, False)
 
     def pull_back_inverse(self, gradient: Tensor, z: Tensor) -> Tensor:
-        return _times_slope(gradient, z, 1.0 / self.parameter)
-
-    def second_derivative(self, z: Tensor) -> None:
-        return None
+        return torch.ops.aten.leaky_relu_backward.default(gradient, z.detach(), 1.0 / self.parameter, False)
 
     def inverse(self, b: Tensor) -> Tensor:
         return F.leaky_relu(b, 1.0 / self.parameter)
@@ -215,9 +207,6 @@ class ReLU(Activation):
 
     def derivative(self, z: Tensor) -> Tensor:
         return (z > 0).to(z.dtype)
-
-    def second_derivative(self, z: Tensor) -> None:
-        return None
 
 
 @register
