@@ -57,8 +57,14 @@ class Activation:
         """gradient ⊙ σ'(z): a gradient with respect to σ(z) as one with respect to z."""
         return gradient * self.derivative(z)
 
+    def pull_back_inverse(self, gradient: Tensor, z: Tensor) -> Tensor:
+        """gradient / σ'(z): a gradient with respect to z = σ⁻¹(b) as one with respect to b."""
+        return gradient / self.derivative(z)
+
     def second_derivative(self, z: Tensor) -> Tensor | None:
         """σ''(z), or None where it is zero everywhere (piecewise linear activations)."""
+        if self.piecewise_linear:
+            return None
         raise NotImplementedError
 
     def inverse(self, b: Tensor) -> Tensor:
@@ -132,9 +138,6 @@ class Identity(Activation):
     def pull_back(self, gradient: Tensor, z: Tensor) -> Tensor:
         return gradient
 
-    def second_derivative(self, z: Tensor) -> None:
-        return None
-
     def inverse(self, b: Tensor) -> Tensor:
         return b
 
@@ -180,10 +183,10 @@ class LeakyReLU(Activation):
 
     def pull_back(self, gradient: Tensor, z: Tensor) -> Tensor:
         # σ's own backward pass, whose derivative in z is zero: several times faster on a CPU than `where`.
-        return torch.ops.aten.leaky_relu_backward(gradient, z.detach(), self.parameter, False)
+        return torch.ops.aten.leaky_relu_backward.default(gradient, z.detach(), self.parameter, False)
 
-    def second_derivative(self, z: Tensor) -> None:
-        return None
+    def pull_back_inverse(self, gradient: Tensor, z: Tensor) -> Tensor:
+        return torch.ops.aten.leaky_relu_backward.default(gradient, z.detach(), 1.0 / self.parameter, False)
 
     def inverse(self, b: Tensor) -> Tensor:
         return F.leaky_relu(b, 1.0 / self.parameter)
@@ -205,9 +208,6 @@ class ReLU(Activation):
 
     def derivative(self, z: Tensor) -> Tensor:
         return (z > 0).to(z.dtype)
-
-    def second_derivative(self, z: Tensor) -> None:
-        return None
 
 
 @register

@@ -97,11 +97,12 @@ def test_derivative_is_that_of_autograd(activation: Activation) -> None:
 
 
 @every_activation
-def test_pull_back_multiplies_by_the_derivative(activation: Activation) -> None:
+def test_pull_back_multiplies_by_the_derivative_and_that_of_the_inverse_divides(activation: Activation) -> None:
     z = grid()
-    gradient = torch.cos(7 * z)
-    expected = gradient * activation.derivative(z)
-    torch.testing.assert_close(activation.pull_back(gradient, z), expected, rtol=1e-15, atol=0)
+    gradient, slope = torch.cos(7 * z), activation.derivative(z)
+    torch.testing.assert_close(activation.pull_back(gradient, z), gradient * slope, rtol=1e-15, atol=0)
+    if activation.invertible:
+        torch.testing.assert_close(activation.pull_back_inverse(gradient, z), gradient / slope, rtol=1e-15, atol=0)
 
 
 @every_activation

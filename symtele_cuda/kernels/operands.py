@@ -34,9 +34,9 @@ class Operator:
     operands: dict[str, str]
 
     def kernel(self, *arguments: Any, **keywords: Any) -> Any:
-        """What the twin returns; several results are contiguous, as are those of the compiled operators."""
+        """What the twin returns; several results are contiguous and share no memory, as the compiled operators' are."""
         results = self.twin(*arguments, **keywords)
-        return tree_map_only(Tensor, Tensor.contiguous, results) if isinstance(results, tuple | list) else results
+        return tree_map_only(Tensor, _contiguous_copy, results) if isinstance(results, tuple | list) else results
 
     def fake(self, *arguments: Any, **keywords: Any) -> Any:
         """Memory for what the twin returns, on the device of the first operand."""
@@ -82,6 +82,10 @@ def operator(**operands: str) -> Callable[[_Twin], _Twin]:
         return twin
 
     return register
+
+
+def _contiguous_copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _listed(value: Any) -> Iterator[tuple[int, Tensor]]:

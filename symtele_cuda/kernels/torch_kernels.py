@@ -65,9 +65,12 @@ def linear_activation(
 def inverse_activation(
     a: Tensor, b: Tensor, origin: Tensor, rho: float, activation: str, numbers: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Y = σ⁻¹(a b) and Y − ρ Z, with `origin` Z (n×m); not finite where a b leaves the domain of σ⁻¹."""
+    """Y = σ⁻¹(a b) and Y − ρ Z, with `origin` Z (n×m); not finite where a b leaves the domain of σ⁻¹.
+
+    This twin returns one tensor for both where ρ = 0.
+    """
     y = _activation(activation, tuple(numbers)).inverse(a @ b)
-    return y, torch.sub(y, origin, alpha=rho)
+    return y, torch.sub(y, origin, alpha=rho) if rho else y
 
 
 @operator(a="n k", b="k m", column="n", row="m", at="n m")
@@ -82,7 +85,7 @@ def over_slope(
 ) -> tuple[Tensor, Tensor]:
     """G = a b + u vᵀ and G / σ'(Y), with `at` Y (n×m) and u, v as in `linear`."""
     gradient = linear(a, b, column=column, row=row)
-    return gradient, gradient / _activation(activation, tuple(numbers)).derivative(at)
+    return gradient, _activation(activation, tuple(numbers)).pull_back_inverse(gradient, at)
 
 
 @operator(a="n k", b="k m", at="n m", source="n m")
@@ -90,8 +93,7 @@ def times_slope(
     a: Tensor, b: Tensor, at: Tensor, source: Tensor, beta: float, activation: str, numbers: Sequence[float]
 ) -> Tensor:
     """(a b) ⊙ σ'(Z) + β C, with `at` Z and `source` C (n×m)."""
-    product = (a @ b).mul_(_activation(activation, tuple(numbers)).derivative(at))
-    return product.add_(source, alpha=beta)
+    return _activation(activation, tuple(numbers)).pull_back(a @ b, at).add_(source, alpha=beta)
 
 
 @operator(a="n k", b="k m", sources="n m", rows="m", masks="n m")
@@ -226,11 +228,12 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
     """
     a = left.reshape(-1)
     b = a if right is left else right.reshape(-1)
-    if a.dtype == torch.float32 and a.device.type == "cpu":
+    if a.dtype == torch.float32 and a.is_cpu:
         total = torch.dot(a, b).double()
         if LEAST_SQUARE <= abs(total.item()) <= LARGEST_SQUARE:
             return total
-    return torch.dot(a.double(), b.double())
+    exact = a.double()
+    return torch.dot(exact, exact if b is a else b.double())
 
 
 @operator(tensors="* float32 float64 int32")

@@ -50,14 +50,13 @@ def measure_health(products: Products, found: Factorization, z: Tensor, weight: 
     return products.squared_norms([found.gram, found.inverse(), found.infos, z, *results])
 
 
-@torch.no_grad()
 def check_health(measured: Tensor, layer: Layer, z: Tensor, new_weight: Tensor, new_bias: Tensor | None) -> None:
     """Look closer where a number is not small, and raise the error that is behind it if there is one."""
     health = Health(*measured.tolist())
     matched = health.matched(MAX_CONDITION[z.dtype])
     if matched and health.finite:
         return
-    with full_precision(z):
+    with torch.no_grad(), full_precision(z):
         for name, tensor in named_tensors(*layer.tensors()).items():
             _check_finite(name, tensor)
         if not matched:

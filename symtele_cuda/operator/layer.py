@@ -117,7 +117,7 @@ def pack(matrix: Tensor, column: Tensor | None) -> Tensor:
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """Autocast off: it would compute the products of a float32 layer in half precision."""
-    device = tensor.device.type
+    device = "cpu" if tensor.is_cpu else tensor.device.type  # torch spells a type anew each time, which takes long
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
