@@ -28,6 +28,7 @@ from experiments import (
     regression,
     require_extra,
     spike,
+    starts,
     trade,
 )
 from experiments.data import Dataset, load_digits, load_mnist
@@ -157,6 +158,18 @@ def run_plasticity(options: argparse.Namespace) -> str:
     protocols = options.protocols or [*plasticity.PROTOCOLS]
     with _named_runs(len(plasticity.jobs(options.seeds, protocols))) as on_run:
         return plasticity.run(load_digits(), options.seeds, protocols, options.out, on_run)
+
+
+def run_starts(options: argparse.Namespace) -> str:
+    names = options.problems or [name for name in starts.PROBLEMS if options.data_dir or not name.startswith("mnist")]
+    tables = []
+    for name in names:
+        if name.startswith("mnist") and options.data_dir is None:
+            raise ValueError(f"--data-dir must be given for {name}")
+        dataset = load_mnist(options.data_dir) if name.startswith("mnist") else load_digits()
+        with _named_runs(starts.count_jobs(name)) as on_run:
+            tables.append(starts.run(name, dataset, options.seeds, options.out, on_run))
+    return "\n\n".join(tables)
 
 
 def run_study(options: argparse.Namespace) -> str:
@@ -304,6 +317,12 @@ def make_parser() -> argparse.ArgumentParser:
     command = add_with_seeds(run_noise, 5, "what teleports do under noise in the inputs, on digits or on MNIST")
     command.add_argument("--data-dir", type=Path, help="folder with MNIST-format files, in place of the digits")
     command.add_argument("--epochs", type=positive_int, help="at most so many epochs (default: 60, on MNIST 12)")
+    command = commands.add_parser("starts", help=starts.TEXT, description=starts.TEXT)
+    command.set_defaults(run=lambda options: _with_results(run_starts, options))
+    command.add_argument("--data-dir", type=Path, help="folder with MNIST-format files, for the problem on mnist")
+    command.add_argument("--problems", choices=starts.PROBLEMS, nargs="+", help="these only (default: all)")
+    command.add_argument("--seeds", type=positive_int, default=5, help="how many seeds (default: %(default)s)")
+    _add_out(command)
     command = commands.add_parser("plasticity", help=plasticity.TEXT, description=plasticity.TEXT)
     command.set_defaults(run=lambda options: _with_results(run_plasticity, options))
     command.add_argument("--protocols", choices=plasticity.PROTOCOLS, nargs="+", help="these only (default: all)")

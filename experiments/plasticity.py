@@ -8,10 +8,9 @@ the end of every task, and the share of the predictions that each act has kept, 
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 import symtele_cuda as st
 from experiments.data import Dataset
-from experiments.records import save_json
+from experiments.records import go_on, save_json
 from experiments.side_by_side import SideBySide, make_mlp
 from experiments.tables import format_table
 from symtele_cuda.guards import STANDARDISED
@@ -333,30 +332,22 @@ def _stack(tasks: Sequence[Task]) -> Task:
 
 def run(dataset: Dataset, seeds: int, protocols: Sequence[str], out: Path, on_run: Callable[[str], None]) -> str:
     """All jobs that `out` has no record of yet, each kept as soon as it is done; the summary as a table."""
-    record = out / "plasticity.jsonl"
-    done = {outcome.job: outcome for outcome in _read(record)} if record.exists() else {}
-    wanted = jobs(seeds, protocols)
-    with record.open("a") as lines:
-        for job in wanted:
-            if job not in done:
-                done[job] = run_job(job, dataset)
-                lines.write(json.dumps(asdict(done[job])) + "\n")
-                lines.flush()
-            on_run(f"{job.protocol}, {job.activation}, {job.arm}, {job.lr:g}")
-    outcomes = [done[job] for job in wanted]
+    def work(job: Job) -> Outcome:
+        on_run(f"{job.protocol}, {job.activation}, {job.arm}, {job.lr:g}")
+        return run_job(job, dataset)
+
+    outcomes = go_on(out / "plasticity.jsonl", jobs(seeds, protocols), work, restore)
     rows = summarise(outcomes)
     settings = {"data": dataset.name, "samples": SAMPLES, "tested": TESTED, "batch": BATCH_SIZE, "width": WIDTH}
     save_json(out / "plasticity.json", "plasticity", settings, rows=rows, runs=outcomes)
     return table(rows)
 
 
-def _read(record: Path) -> Iterator[Outcome]:
-    for line in record.read_text().splitlines():
-        values = json.loads(line)
-        job = values["job"] | {"seeds": tuple(values["job"]["seeds"])}
-        names = ("accuracies", "kept_own", "kept_others")
-        figures = {name: tuple(map(tuple, values[name])) for name in names}
-        yield Outcome(Job(**job), refused=values["refused"], **figures)
+def restore(values: dict[str, Any]) -> Outcome:
+    """The inverse of dataclasses.asdict."""
+    job = values["job"] | {"seeds": tuple(values["job"]["seeds"])}
+    figures = {name: tuple(map(tuple, values[name])) for name in ("accuracies", "kept_own", "kept_others")}
+    return Outcome(Job(**job), refused=values["refused"], **figures)
 
 
 @dataclass(frozen=True)

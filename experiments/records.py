@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from symtele_cuda._version import __version__
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,34 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+JobKind = TypeVar("JobKind")
+OutcomeKind = TypeVar("OutcomeKind", bound="DataclassInstance")
+
+
+def go_on(
+    record: Path,
+    jobs: Sequence[JobKind],
+    work: Callable[[JobKind], OutcomeKind],
+    restore: Callable[[dict[str, Any]], OutcomeKind],
+) -> list[OutcomeKind]:
+    """The outcomes of the jobs, from the lines of `record` or else from `work`, each a line as soon as it is done.
+
+    restore: the inverse of dataclasses.asdict for an outcome, whose `job` it knows again.
+    """
+    lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+    done: dict[Any, OutcomeKind] = {}
+    for line in lines:
+        outcome = restore(json.loads(line))
+        done[outcome.job] = outcome  # type: ignore[attr-defined]
+    with record.open("a", encoding="utf-8") as file:
+        for job in jobs:
+            if job not in done:
+                done[job] = work(job)
+                file.write(json.dumps(asdict(done[job])) + "\n")
+                file.flush()
+    return [done[job] for job in jobs]
 
 
 def finite_or_infinity(fields: Mapping[str, Any]) -> dict[str, Any]:
