@@ -16,6 +16,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
@@ -49,6 +50,8 @@ LOOKAHEAD_MARGIN = 4.0
 UNBOUNDED = symtele_cuda.Guards(max_weight_change=math.inf, max_sensitivity=math.inf)
 PUBLISHED_RATE = 0.01
 GRAD_NORM, LOOKAHEAD = "teleport grad_norm", "teleport lookahead"
+# In closed form, and the units that they may cost.
+STANDARDISE = {"standardise, refit last": ("last", 3.0), "standardise, refit all": ("all", 8.0)}
 LONGER_STEPS, LONGER = 2 * STEPS, f"teleport grad_norm, {2 * STEPS} steps"
 # The published algorithm as its authors' program differentiates, and in the leaner reading of its formula.
 PUBLISHED, PUBLISHED_LEAN = "published algorithm", "published algorithm, lean reading"
@@ -165,6 +168,11 @@ def our_teleport(problem: Problem, objective: str, steps: int = STEPS) -> symtel
     return symtele_cuda.teleport_mlp(problem.model, problem.batch, method=method, guards=UNBOUNDED)
 
 
+def standardising(problem: Problem, refit: str) -> symtele_cuda.TeleportReport:
+    method = symtele_cuda.Standardise(refit=refit, least_kept=0.0)
+    return symtele_cuda.teleport_mlp(problem.model, problem.batch, method=method, guards=UNBOUNDED)
+
+
 def their_teleport(problem: Problem, through_weights: bool) -> None:
     """The published algorithm, written into the model as ours is."""
     result = published_teleport(
@@ -216,6 +224,11 @@ def check_correct(start: Problem, shape: Shape) -> tuple[dict[str, Check], dict[
         theirs = start.clone()
         their_teleport(theirs, through_weights=True)
         checks[f"{PUBLISHED}, loss drift"] = Check(drift(theirs), at_most=MAX_PUBLISHED_DRIFT)
+    for name, (refit, _) in STANDARDISE.items():
+        standardised = start.clone()
+        report = standardising(standardised, refit)
+        bound = MAX_DRIFT if refit == "last" else None
+        checks[f"{name}, loss drift"] = Check(drift(standardised), at_most=bound, note=report.reason)
     for name, report in reports.items():
         steps = LONGER_STEPS if name == LONGER else STEPS
         checks[f"{name}, steps"] = Check(len(report.trace), at_least=steps, note=report.reason)
@@ -287,6 +300,8 @@ def contestants_for(start: Problem, shape: Shape) -> dict[str, Contestant]:
         LOOKAHEAD: teleporting("lookahead", STEPS),
         LONGER: teleporting("grad_norm", LONGER_STEPS),
     }
+    for name, (refit, _) in STANDARDISE.items():
+        contestants[name] = Contestant(partial(standardising, refit=refit), start.clone, reads_back=True)
     if shape.published:
         contestants |= {PUBLISHED: publishing(True), PUBLISHED_LEAN: publishing(False)}
     return contestants
@@ -302,6 +317,9 @@ def judge(shape: Shape, timings: Mapping[str, Timing]) -> dict[str, Check]:
         "seconds, lookahead": Check(timings[LOOKAHEAD].seconds, at_most=shape.must_seconds),
         "units of one step": Check(step, at_most=shape.must_step_units),
         "lookahead / grad_norm": Check(timings[LOOKAHEAD].units / ours.units, at_most=MAX_LOOKAHEAD_RATIO),
+    }
+    requirements |= {
+        f"{name}, units": Check(timings[name].units, at_most=units) for name, (_, units) in STANDARDISE.items()
     }
     if shape.published:
         speedup, lean = (timings[name].units / ours.units for name in (PUBLISHED, PUBLISHED_LEAN))

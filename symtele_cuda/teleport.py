@@ -250,7 +250,7 @@ def _standardise(
 ) -> TeleportReport:
     """The point in closed form: one pass forward, and what it takes to judge it."""
     moved, reports = plan_standardise(problem, named, rule)
-    around = Surroundings.make(reading.chain, guards.holdout, problem)
+    around = Surroundings.make(reading.chain, guards.holdout, problem, for_search=False)
     objective = BestDecrease() if guards.min_gain > 0 else GradNorm()
     found = standardise(problem, rule, moved)
     network, outputs = problem.rounded(found.network, found.outputs)

@@ -413,7 +413,7 @@ def test_teleport_measures_and_judges(tmp_path: Path, monkeypatch: pytest.Monkey
     teleport.main(teleport.parse(["--shape", "small", "--rounds", "1", "--out", str(out)]))
     result = json.loads(out.read_text(encoding="utf-8"))["shapes"]["small"]
     contestants = {UNIT, teleport.GRAD_NORM, teleport.LOOKAHEAD, teleport.LONGER}
-    contestants |= {teleport.PUBLISHED, teleport.PUBLISHED_LEAN}
+    contestants |= {teleport.PUBLISHED, teleport.PUBLISHED_LEAN, *teleport.STANDARDISE}
     assert set(result["timings"]) == contestants
     assert all(check["passed"] for check in result["checks"].values())
     assert result["requirements"]["units, must"]["value"] == pytest.approx(
@@ -457,7 +457,7 @@ def test_teleports_of_the_other_kinds_of_problems_are_right(shape: teleport.Shap
 
 def test_teleport_judges_a_step_by_what_more_of_them_cost() -> None:
     shape = replace(SMALL, published=False, must_step_units=0.5, must_seconds=5.0)
-    timings = {name: timing(5.0) for name in (UNIT, teleport.GRAD_NORM, teleport.LOOKAHEAD)}
+    timings = {name: timing(5.0) for name in (UNIT, teleport.GRAD_NORM, teleport.LOOKAHEAD, *teleport.STANDARDISE)}
     for longer, passed in ((10.0, True), (11.0, False)):
         verdicts = teleport.judge(shape, timings | {teleport.LONGER: timing(longer)})
         assert verdicts["units of one step"].value == pytest.approx((longer - 5.0) / 10)

@@ -20,20 +20,33 @@ NOISE = 0.1
 
 @dataclass(frozen=True)
 class OtherSamples:
-    """Samples Q (N×d_0) that are not the batch's, their pre-activations at the start, and Q Xᵀ + 1."""
+    """Samples Q (N×d_0) that are not the batch's, their pre-activations at the start, and Q Xᵀ + 1.
+
+    known_overlap: None where no search will ask for it.
+    """
 
     inputs: Tensor
     outputs: tuple[Tensor, ...]
-    overlap: Tensor
+    known_overlap: Tensor | None
 
     @classmethod
-    def make(cls, network: Network, inputs: Tensor, batch: Tensor) -> OtherSamples:
-        overlap = kernel(inputs, batch, network.biases[0] is not None)
+    def make(cls, network: Network, inputs: Tensor, batch: Tensor | None) -> OtherSamples:
+        overlap = None if batch is None else kernel(inputs, batch, network.biases[0] is not None)
         return cls(inputs, tuple(network.forward(inputs)), overlap)
+
+    @property
+    def overlap(self) -> Tensor:
+        assert self.known_overlap is not None
+        return self.known_overlap
 
     def first(self, count: int) -> OtherSamples:
         """The first `count` of them."""
-        return OtherSamples(self.inputs[:count], tuple(y[:count] for y in self.outputs), self.overlap[:count])
+        return replace(
+            self,
+            inputs=self.inputs[:count],
+            outputs=tuple(y[:count] for y in self.outputs),
+            known_overlap=self.overlap[:count],
+        )
 
 
 @dataclass(frozen=True)
@@ -47,13 +60,16 @@ class Surroundings:
     loss: BatchLoss | None
 
     @classmethod
-    def make(cls, chain: Chain, holdout: tuple[Tensor, Tensor] | None, problem: Problem) -> Surroundings:
+    def make(
+        cls, chain: Chain, holdout: tuple[Tensor, Tensor] | None, problem: Problem, for_search: bool = True
+    ) -> Surroundings:
         """Raises TypeError or ValueError, which name the holdout, if it is no batch for the model and the loss."""
+        batch = problem.samples if for_search else None
         if holdout is None:
-            return cls(OtherSamples.make(problem.network, with_noise(problem.samples), problem.samples), None)
+            return cls(OtherSamples.make(problem.network, with_noise(problem.samples), batch), None)
         samples, targets = _check_holdout(chain, holdout, problem)
         rows = torch.cat([samples, with_noise(samples)])
-        others = OtherSamples.make(problem.network, rows, problem.samples)
+        others = OtherSamples.make(problem.network, rows, batch)
         found = cls(others, replace(problem.loss, targets=targets))
         if not math.isfinite(value := float(found.holdout_loss(others.outputs[-1]))):
             raise ValueError(f"holdout: the loss must be finite, got {value}")
