@@ -9,8 +9,7 @@ import torch
 
 from symtele_cuda._version import __version__
 from symtele_cuda.kernels import extension
-from symtele_cuda.kernels.build_decision import NO_ISOLATION_COMMAND, Decision
-from symtele_cuda.kernels.extension import build_record
+from symtele_cuda.kernels.extension import NO_ISOLATION_COMMAND, BuildRecord, build_record
 
 
 def describe() -> str:
@@ -27,10 +26,10 @@ def version_lines() -> list[str]:
     ]
 
 
-def build_lines(record: Decision | None) -> list[str]:
+def build_lines(record: BuildRecord | None) -> list[str]:
     if record is None:
         return [f"build:          none; everything runs on torch's operations: {extension.unavailable_reason()}"]
-    lines = str(record).splitlines()
+    lines = record.text.splitlines()
     if record.outcome == "cuda":
         lines.append(f"CUDA kernels:   {extension.unavailable_reason() or f'loaded from {extension.LIBRARY}'}")
     elif record.torch != torch.__version__:
