@@ -58,6 +58,8 @@ class Activation:
 
     def second_derivative(self, z: Tensor) -> Tensor | None:
         """σ''(z), or None where it is zero everywhere (piecewise linear activations)."""
+        if self.piecewise_linear:
+            return None
         raise NotImplementedError
 
     def inverse(self, b: Tensor) -> Tensor:
@@ -131,9 +133,6 @@ class Identity(Activation):
     def pull_back(self, gradient: Tensor, z: Tensor) -> Tensor:
         return gradient
 
-    def second_derivative(self, z: Tensor) -> None:
-        return None
-
     def inverse(self, b: Tensor) -> Tensor:
         return b
 
@@ -181,9 +180,6 @@ class LeakyReLU(Activation):
         # σ's own backward pass, whose derivative in z is zero: several times faster on a CPU than `where`.
         return torch.ops.aten.leaky_relu_backward(gradient, z.detach(), self.parameter, False)
 
-    def second_derivative(self, z: Tensor) -> None:
-        return None
-
     def inverse(self, b: Tensor) -> Tensor:
         return F.leaky_relu(b, 1.0 / self.parameter)
 
@@ -204,9 +200,6 @@ class ReLU(Activation):
 
     def derivative(self, z: Tensor) -> Tensor:
         return (z > 0).to(z.dtype)
-
-    def second_derivative(self, z: Tensor) -> None:
-        return None
 
 
 @register
@@ -410,35 +403,16 @@ class Scaled(Activation):
         for constant in (self.shift, self.offset):
             if not math.isfinite(constant):
                 raise ValueError(f"a constant that is added must be finite, got {constant!r}")
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.base.name
-
-    @property
-    def parameter(self) -> float:  # type: ignore[override]
-        return self.base.parameter
+        for name in ("name", "parameter", "invertible", "piecewise_linear"):
+            object.__setattr__(self, name, getattr(self.base, name))
+        homogeneous = self.base.positively_homogeneous and self.shift == self.offset == 0
+        object.__setattr__(self, "positively_homogeneous", homogeneous)
+        edges = (self.gain * edge + self.offset for edge in self.base.domain)
+        object.__setattr__(self, "domain", tuple(sorted(edges)))
 
     @property
     def sigma(self) -> Sigma:
         return self.name, (self.parameter, self.rate, self.shift, self.gain, self.offset)
-
-    @property
-    def invertible(self) -> bool:  # type: ignore[override]
-        return self.base.invertible
-
-    @property
-    def piecewise_linear(self) -> bool:  # type: ignore[override]
-        return self.base.piecewise_linear
-
-    @property
-    def positively_homogeneous(self) -> bool:  # type: ignore[override]
-        return self.base.positively_homogeneous and self.shift == self.offset == 0
-
-    @property
-    def domain(self) -> tuple[float, float]:  # type: ignore[override]
-        one, other = (self.gain * edge + self.offset for edge in self.base.domain)
-        return min(one, other), max(one, other)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.base.forward(self._inner(z)) * self.gain + self.offset
