@@ -52,7 +52,7 @@ clean:
 
 # The package is installed in editable form, so that every target runs this checkout, and into the environment that
 # already holds torch, so that the build sees the torch it will run with.
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py symtele_cuda/kernels/build_decision.py $(wildcard csrc/*)
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py build_decision.py $(wildcard csrc/*)
 	@echo "installing symtele_cuda and what its tests, demo and experiments need into $(VENV)"
 	$(IN_VENV) -m pip install --quiet --no-build-isolation --editable ".[test,demo,experiments]"
 	@$(IN_VENV) -m symtele_cuda info

@@ -5,12 +5,10 @@ Everything static is in pyproject.toml.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import sysconfig
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from setuptools import setup
@@ -20,17 +18,9 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "symtele_cuda"
 
 
-def load_build_decision() -> ModuleType:
-    """The package's `build_decision` without `import symtele_cuda`, which needs torch: an isolated build has none."""
-    spec = importlib.util.spec_from_file_location("build_decision", ROOT / PACKAGE / "kernels" / "build_decision.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(ROOT))  # pip's builds do not have it there
+import build_decision  # noqa: E402
 
-
-build_decision = load_build_decision()
 try:
     decision = build_decision.decide_here()
 except build_decision.BuildError as error:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from symtele_cuda.info import processor
+from experiments import processor
 from symtele_cuda.kernels.library import products_for
 
 T = TypeVar("T")

@@ -12,7 +12,9 @@ training        the training loop that these five share; data, records, tables, 
 from __future__ import annotations
 
 import importlib
+import platform
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -31,3 +33,13 @@ def require_extra(module: str) -> ModuleType:
 def override(settings: Settings, **options: Any) -> Settings:
     """A copy of the settings (a dataclass) with the options that were given, which are those that are not None."""
     return replace(settings, **{name: value for name, value in options.items() if value is not None})  # type: ignore[type-var]
+
+
+def processor() -> str:
+    """The processor's model, as the kernel tells it on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())

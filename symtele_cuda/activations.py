@@ -412,35 +412,16 @@ class Scaled(Activation):
         for constant in (self.shift, self.offset):
             if not math.isfinite(constant):
                 raise ValueError(f"a constant that is added must be finite, got {constant!r}")
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.base.name
-
-    @property
-    def parameter(self) -> float:  # type: ignore[override]
-        return self.base.parameter
+        for name in ("name", "parameter", "invertible", "piecewise_linear"):
+            object.__setattr__(self, name, getattr(self.base, name))
+        homogeneous = self.base.positively_homogeneous and self.shift == self.offset == 0
+        object.__setattr__(self, "positively_homogeneous", homogeneous)
+        edges = (self.gain * edge + self.offset for edge in self.base.domain)
+        object.__setattr__(self, "domain", tuple(sorted(edges)))
 
     @property
     def sigma(self) -> Sigma:
         return self.name, (self.parameter, self.rate, self.shift, self.gain, self.offset)
-
-    @property
-    def invertible(self) -> bool:  # type: ignore[override]
-        return self.base.invertible
-
-    @property
-    def piecewise_linear(self) -> bool:  # type: ignore[override]
-        return self.base.piecewise_linear
-
-    @property
-    def positively_homogeneous(self) -> bool:  # type: ignore[override]
-        return self.base.positively_homogeneous and self.shift == self.offset == 0
-
-    @property
-    def domain(self) -> tuple[float, float]:  # type: ignore[override]
-        one, other = (self.gain * edge + self.offset for edge in self.base.domain)
-        return min(one, other), max(one, other)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.base.forward(self._inner(z)) * self.gain + self.offset

@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import torch
 
 from symtele_cuda._version import __version__
 from symtele_cuda.kernels import extension
-from symtele_cuda.kernels.build_decision import NO_ISOLATION_COMMAND, Decision
-from symtele_cuda.kernels.extension import build_record
+from symtele_cuda.kernels.extension import NO_ISOLATION_COMMAND, BuildRecord, build_record
 
 
 def describe() -> str:
     """Versions, the build and its reason, whether its kernels load, the visible devices, and the settings of torch
     that results depend on."""
-    return "\n".join([*version_lines(), "", *build_lines(build_record()), "", *machine_lines()])
-
-
-def version_lines() -> list[str]:
-    return [
+    lines = [
         f"symtele_cuda    {__version__}",
         f"Python          {platform.python_version()}",
         f"torch           {torch.__version__} ({f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'})",
+        "",
+        *build_lines(build_record()),
+        "",
+        *device_lines(),
+        f"float32 matmul: {'TF32 allowed' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'float32'}",
+        f"CPU threads:    {torch.get_num_threads()}",
     ]
+    return "\n".join(lines)
 
 
-def build_lines(record: Decision | None) -> list[str]:
+def build_lines(record: BuildRecord | None) -> list[str]:
     if record is None:
         return [f"build:          none; everything runs on torch's operations: {extension.unavailable_reason()}"]
-    lines = str(record).splitlines()
+    lines = record.text.splitlines()
     if record.outcome == "cuda":
         lines.append(f"CUDA kernels:   {extension.unavailable_reason() or f'loaded from {extension.LIBRARY}'}")
     elif record.torch != torch.__version__:
         lines.append(f"note:           torch is now {torch.__version__}; to decide again: {NO_ISOLATION_COMMAND}")
     return lines
-
-
-def machine_lines() -> list[str]:
-    return [
-        *device_lines(),
-        f"float32 matmul: {'TF32 allowed' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'float32'}",
-        f"CPU threads:    {torch.get_num_threads()}",
-    ]
 
 
 def device_lines() -> list[str]:
@@ -61,13 +54,3 @@ def kernels_on(capability: tuple[int, int]) -> str:
     """What is to be said of the kernels on such a device, if there are any."""
     obstacle = extension.device_obstacle(capability) if extension.library_path() else None
     return f"; {obstacle}" if obstacle else ""
-
-
-def processor() -> str:
-    """The processor's model, as the kernel tells it on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 LONGEST_LINE = 120
 
@@ -153,47 +152,28 @@ def _shortened(line: str) -> str:
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…"
 
 
-def restore_report(values: object) -> TeleportReport:
-    """The inverse of dataclasses.asdict for a report; raise unless `values` is what that gives."""
-    entries = _check_entries(TeleportReport, values)
-    layers = (_restore(LayerReport, layer) for layer in check_list("state: report's layers", entries["layers"]))
-    trace = (_restore(StepRecord, step) for step in check_list("state: report's trace", entries["trace"]))
-    changes = tuple(check_list("state: report's weight_changes", entries["weight_changes"]))
-    return _restore(TeleportReport, entries | {"layers": (*layers,), "trace": (*trace,), "weight_changes": changes})
-
-
-Record = TypeVar("Record", TeleportReport, LayerReport, StepRecord)
-
-
-def _restore(record: type[Record], values: object) -> Record:
-    entries = _check_entries(record, values)
-    for name, expected in typing.get_type_hints(record).items():
-        if not _is_of(entries[name], expected):
-            kind = getattr(expected, "__name__", expected)
-            raise TypeError(f"state: {name} of a {record.__name__} must be of type {kind}, got {entries[name]!r}")
-    return record(**entries)
-
-
-def _check_entries(record: type[Record], values: object) -> dict[str, Any]:
-    names = set(typing.get_type_hints(record))
-    if not isinstance(values, Mapping) or set(values) != names:
+def restore(record: type[Any], values: object) -> Any:
+    """The inverse of dataclasses.asdict for a report or a part of one; raise unless `values` is what that gives."""
+    kinds = typing.get_type_hints(record)
+    if not isinstance(values, Mapping) or set(values) != set(kinds):
         got = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-        raise ValueError(f"state: a {record.__name__} must have the entries {sorted(names)}, got {got}")
-    return dict(values)
+        raise ValueError(f"state: a {record.__name__} must have the entries {sorted(kinds)}, got {got}")
+    return record(**{name: _restore_field(record, name, kind, values[name]) for name, kind in kinds.items()})
 
 
-def _is_of(value: object, expected: Any) -> bool:
-    """Whether a value is of the type that a field of a record is annotated with."""
-    arguments = typing.get_args(expected)
-    if isinstance(expected, types.UnionType):
-        return any(_is_of(value, one) for one in arguments)
-    if typing.get_origin(expected) is tuple:  # of any length, of one kind
-        return isinstance(value, tuple) and all(_is_of(one, arguments[0]) for one in value)
-    if expected is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, expected)
+def _restore_field(record: type[Any], name: str, kind: Any, value: object) -> Any:
+    """The field `name` of a record, annotated with `kind`."""
+    parts: tuple[Any, ...] = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:  # of any length, of one kind
+        entries = check_list(f"state: report's {name}", value)
+        if parts[0] in (LayerReport, StepRecord):
+            return tuple(restore(parts[0], entry) for entry in entries)
+        return tuple(_restore_field(record, name, parts[0], entry) for entry in entries)
+    allowed = kind | int if float in (kind, *parts) else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        kind = getattr(kind, "__name__", kind)
+        raise TypeError(f"state: {name} of a {record.__name__} must be of type {kind}, got {value!r}")
+    return value
 
 
 def check_list(argument: str, value: object) -> Sequence[Any]:

@@ -27,7 +27,7 @@ from .objectives import GradNorm
 from .objectives.next_step import OptimizerLookahead
 from .objectives.own_steps import OwnSteps
 from .optimizers import PendingGradients, check_holds, unwrap
-from .report import TeleportReport, check_list, restore_report
+from .report import TeleportReport, check_list, restore
 from .settings import GL, LOOKAHEAD, NEXT_STEP, Ascent, Guards
 from .teleport import Reading, check_possible, check_settings, refuse_futile, teleport_problem
 from .transaction import Transaction
@@ -299,7 +299,7 @@ class Teleporter:
             done=check_int("state: done", state["done"], at_least=0),
             gathered=_restore_batches(state["gathered"], chain),
         )
-        reports = [restore_report(values) for values in check_list("state: reports", state["reports"])]
+        reports = [restore(TeleportReport, values) for values in check_list("state: reports", state["reports"])]
         self._progress, self.reports[:] = progress, reports
 
     def _keep(self, transaction: Transaction) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import build_decision
+from build_decision import BuildError, Decision, Toolkit, TorchBuild, decide
 from symtele_cuda import info
-from symtele_cuda.kernels import build_decision, extension
-from symtele_cuda.kernels.build_decision import BuildError, Decision, Toolkit, TorchBuild, decide
+from symtele_cuda.kernels import extension
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -240,8 +242,8 @@ def test_flags_for_machine_code_and_for_ptx() -> None:
 def test_which_devices_run_the_code_of_an_entry(
     entry: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]
 ) -> None:
-    assert all(build_decision.runs_on(entry, capability) for capability in runs)
-    assert not any(build_decision.runs_on(entry, capability) for capability in does_not)
+    assert all(extension.runs_on(entry, capability) for capability in runs)
+    assert not any(extension.runs_on(entry, capability) for capability in does_not)
 
 
 def test_the_flags_of_the_compilers(tmp_path: Path) -> None:
@@ -407,9 +409,14 @@ def test_a_missing_torch_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build_decision.find_torch() is None
 
 
-def test_the_record_survives_json() -> None:
+def test_the_record_holds_what_the_installed_package_reads() -> None:
     decision = decide({}, CUDA_TORCH, TOOLKIT, CUTLASS)
-    assert Decision.from_json(decision.to_json()) == decision
+    record = extension.BuildRecord(**json.loads(decision.to_json()))
+    assert record.text == str(decision)
+    for name in ("outcome", "reason", "torch", "cuda", "toolkit"):
+        assert getattr(record, name) == getattr(decision, name)
+    assert tuple(record.architectures) == decision.architectures
+    assert extension.NO_ISOLATION_COMMAND == build_decision.NO_ISOLATION_COMMAND
 
 
 def run_setup(out: Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -423,9 +430,9 @@ def run_setup(out: Path, **environ: str) -> subprocess.CompletedProcess[str]:
 def test_setup_prints_the_decision_and_records_it(tmp_path: Path) -> None:
     done = run_setup(tmp_path, FORCE_CPU="1")
     assert done.returncode == 0, done.stderr
-    record = Decision.from_json((tmp_path / "symtele_cuda" / "_build.json").read_text())
+    record = extension.BuildRecord(**json.loads((tmp_path / "symtele_cuda" / "_build.json").read_text()))
     assert (record.outcome, record.torch) == ("python", torch.__version__)
-    assert str(record) in done.stdout
+    assert record.text in done.stdout
 
 
 def test_setup_stops_with_one_line_where_the_environment_contradicts_itself(tmp_path: Path) -> None:
@@ -443,7 +450,7 @@ def test_a_compiler_that_fails_is_told_of_max_jobs(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     ignored = shutil.ignore_patterns("__pycache__", "_build.json", "_kernels.so")
     shutil.copytree(ROOT / "symtele_cuda", checkout / "symtele_cuda", ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "build_decision.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
     (checkout / "csrc").mkdir()
     (checkout / "csrc" / "one.cu").touch()
@@ -490,7 +497,7 @@ def test_info_of_a_source_tree_says_so(record: Path) -> None:
 def test_info_tells_the_record(record: Path) -> None:
     decision = decide({}, dataclasses.replace(CPU_TORCH, version=torch.__version__), TOOLKIT, CUTLASS)
     record.write_text(decision.to_json())
-    assert info.build_record() == decision
+    assert info.build_record() == extension.BuildRecord(**json.loads(decision.to_json()))
     assert str(decision) in info.describe()
     assert "torch is now" not in info.describe()
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from build_decision import Decision
 from symtele_cuda.kernels import extension
-from symtele_cuda.kernels.build_decision import Decision
 
 ROOT = Path(__file__).resolve().parents[1]
 

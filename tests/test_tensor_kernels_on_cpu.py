@@ -21,8 +21,8 @@ import torch
 from cpu_harness import CSRC, FLAGS, HARNESS, ORDERS, Unpacker, missing_compiler, output_of, run
 from test_kernels_on_cpu import EPILOGUES, Case, Layout, check, encode_all, make_inputs, run_cases
 
+from build_decision import CUTLASS_COMMAND, find_cutlass, find_toolkit
 from symtele_cuda.activations import Activation
-from symtele_cuda.kernels.build_decision import CUTLASS_COMMAND, find_cutlass, find_toolkit
 
 CHOSEN, SMALL, LARGE = 0, 64, 128
 TILINGS = (SMALL, LARGE)

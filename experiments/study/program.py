@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from experiments import require_extra
+from experiments import processor, require_extra
 from experiments.study import figure, tables
 from experiments.study.jobs import Job, Study
 from experiments.study.problems import Problem, fingerprint, load
@@ -17,7 +17,6 @@ from experiments.study.results import Records, begun, complete, following_jobs
 from experiments.study.runner import run_jobs
 from experiments.study.store import Store
 from experiments.study.summary import save_summaries, summarise
-from symtele_cuda.info import processor
 
 PROGRESS = "{desc}{percentage:.0f}%|{bar}| {elapsed}<{remaining}"
 

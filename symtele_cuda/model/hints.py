@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -33,37 +33,31 @@ def _wrapped_in(module: nn.Module) -> str | None:
 
 
 def _largest_chain(model: nn.Module, path: str, is_chain: IsChain) -> str | None:
-    """The path of the part with the most parameters that is a chain: a module, or the tail of a Sequential.
+    """The path of the part with the most parameters that is a chain.
 
-    The parts are tried from the top down, MOST_TRIED of them, none that is smaller than one that was found.
+    MOST_TRIED of the parts are tried, none that is smaller than one that was found.
     """
     best: str | None = None
     tried = most = 0
-    waiting = collections.deque([(path, model)])
-    while waiting and tried < MOST_TRIED:
-        at, module = waiting.popleft()
-        children = _children(module, at)
-        waiting += children
-        for place, part in [*_tails(module, at), *children]:
-            size = sum(parameter.numel() for parameter in part.parameters() if not is_lazy(parameter))
-            if size <= most or tried >= MOST_TRIED:
-                continue
+    for place, part in _parts(model, path):
+        size = sum(parameter.numel() for parameter in part.parameters() if not is_lazy(parameter))
+        if size > most:
             tried += 1
             if is_chain(part):
                 best, most = place, size
+            if tried == MOST_TRIED:
+                break
     return best
 
 
-def _children(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    found = []
-    for name, child in module._modules.items():
-        if child is not None:
-            found.append((f"{path}[{name}]" if name.isdigit() else f"{path}.{name}", child))
-    return found
-
-
-def _tails(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    """module[1:], module[2:], … of a Sequential."""
-    if type(module) is not nn.Sequential:
-        return []
-    return [(f"{path}[{start}:]", module[start:]) for start in range(1, len(module) - 1)]
+def _parts(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model with their paths, from the top down, and the tails module[1:], … of a Sequential."""
+    waiting = collections.deque([(path, model)])
+    while waiting:
+        at, module = waiting.popleft()
+        if type(module) is nn.Sequential:
+            yield from ((f"{at}[{start}:]", module[start:]) for start in range(1, len(module) - 1))
+        for name, child in module._modules.items():
+            if child is not None:
+                waiting.append((f"{at}[{name}]" if name.isdigit() else f"{at}.{name}", child))
+                yield waiting[-1]

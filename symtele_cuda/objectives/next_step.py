@@ -27,16 +27,8 @@ Update = Callable[[Tensor, Tensor], Tensor]
 """u of one parameter, of its value θ and its gradient g."""
 
 
-@dataclass(frozen=True)
-class OptimizerStep:
-    """The step of an optimizer as a function: one update for each of the parameters that it was read for."""
-
-    updates: tuple[Update, ...]
-
-    def __call__(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-        """u with θ_next = θ − u for parameters θ and gradients g, in the order of `read_step`; differentiable, twice
-        too, in both."""
-        return [update(*pair) for update, *pair in zip(self.updates, parameters, gradients, strict=True)]
+Step = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+"""u of several parameters, of their values and their gradients."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class OptimizerLookahead:
     state stays as it was read. margin: a number > 0.
     """
 
-    step: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+    step: Step
     margin: float = 4.0
 
     maximise = False
@@ -68,8 +60,9 @@ class OptimizerLookahead:
 
 def read_step(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor]
-) -> OptimizerStep:
-    """The next step of `optimizer` for `parameters`, with copies of its settings and state as they stand.
+) -> Step:
+    """The next step of `optimizer` for `parameters`, with copies of its settings and state as they stand: a function
+    u(θ, g) of lists in the order of `parameters`, with θ_next = θ − u, differentiable, twice too, in both.
 
     With γ = lr, λ = weight_decay, t the number of the step, primes for the state after it, and g + λθ in the place of g
     except for AdamW and Muon:
@@ -111,13 +104,23 @@ def read_step(
     missing = [index for index, parameter in enumerate(parameters) if id(parameter) not in holders]
     if missing:
         raise ValueError(f"parameters must be held by the optimizer, got others at the positions {missing}")
-    updates = []
+    updates = list[Update]()
     for parameter in parameters:
         holder, group = holders[id(parameter)]
         kind = kinds[id(holder)]
         assert kind is not None
-        updates.append(_read_update(_UPDATES[kind], holder, parameter, group))
-    return OptimizerStep(tuple(updates))
+        update = _UPDATES[kind](_Slot(parameter, group, holder.state.get(parameter, {}), holder.defaults))
+        updates.append(_ascending(update) if group.get("maximize", False) else update)
+
+    def step(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        return [update(*pair) for update, *pair in zip(updates, values, gradients, strict=True)]
+
+    return step
+
+
+def _ascending(update: Update) -> Update:
+    """The update with maximize=True."""
+    return lambda parameter, gradient: update(parameter, -gradient)
 
 
 def sgd_rate(settings: Mapping[str, Any]) -> float:
@@ -182,181 +185,86 @@ def _as_float(value: float | Tensor) -> float:
     return float(value.item() if isinstance(value, Tensor) else value)
 
 
-def _read_update(
-    read: Callable[[_Slot], Update], optimizer: torch.optim.Optimizer, parameter: Tensor, group: Mapping[str, Any]
-) -> Update:
-    update = read(_Slot(parameter, group, optimizer.state.get(parameter, {}), optimizer.defaults))
-    return _Ascent(update) if group.get("maximize", False) else update
+def _sgd(slot: _Slot) -> Update:
+    lr, momentum, dampening, decay = map(slot.number, ("lr", "momentum", "dampening", "weight_decay"))
+    nesterov = slot.settings["nesterov"]
+    started = momentum != 0 and slot.state.get("momentum_buffer") is not None
+    held = slot.moment("momentum_buffer") if started else None
+
+    def update(parameter: Tensor, gradient: Tensor) -> Tensor:
+        gradient = _with_decay(gradient, parameter, decay)
+        if momentum == 0:
+            return lr * gradient
+        buffer = gradient if held is None else momentum * held + (1 - dampening) * gradient
+        return lr * (gradient + momentum * buffer if nesterov else buffer)
+
+    return update
 
 
-@dataclass(frozen=True)
-class _Ascent:
-    """maximize=True."""
+def _adagrad(slot: _Slot) -> Update:
+    lr, lr_decay, eps, decay = map(slot.number, ("lr", "lr_decay", "eps", "weight_decay"))
+    rate = lr / (1 + (slot.next_step - 1) * lr_decay)
+    held = slot.moment("sum", start=slot.defaults["initial_accumulator_value"])
 
-    update: Update
+    def update(parameter: Tensor, gradient: Tensor) -> Tensor:
+        gradient = _with_decay(gradient, parameter, decay)
+        return rate * gradient / (_root(held + gradient.square()) + eps)
 
-    def __call__(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        return self.update(parameter, -gradient)
-
-
-@dataclass(frozen=True)
-class _SGD:
-    lr: float
-    momentum: float
-    dampening: float
-    nesterov: bool
-    weight_decay: float
-    buffer: Tensor | None
-
-    @classmethod
-    def read(cls, slot: _Slot) -> _SGD:
-        started = slot.number("momentum") != 0 and slot.state.get("momentum_buffer") is not None
-        return cls(
-            lr=slot.number("lr"),
-            momentum=slot.number("momentum"),
-            dampening=slot.number("dampening"),
-            nesterov=slot.settings["nesterov"],
-            weight_decay=slot.number("weight_decay"),
-            buffer=slot.moment("momentum_buffer") if started else None,
-        )
-
-    def __call__(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        gradient = _with_decay(gradient, parameter, self.weight_decay)
-        if self.momentum == 0:
-            return self.lr * gradient
-        buffer = gradient
-        if self.buffer is not None:
-            buffer = self.momentum * self.buffer + (1 - self.dampening) * gradient
-        return self.lr * (gradient + self.momentum * buffer if self.nesterov else buffer)
+    return update
 
 
-@dataclass(frozen=True)
-class _Adagrad:
-    rate: float
-    eps: float
-    weight_decay: float
-    squares: Tensor
+def _rmsprop(slot: _Slot) -> Update:
+    lr, alpha, eps, decay, momentum = map(slot.number, ("lr", "alpha", "eps", "weight_decay", "momentum"))
+    held = slot.moment("square_avg")
+    mean = slot.moment("grad_avg") if slot.settings["centered"] else None
+    buffer = slot.moment("momentum_buffer") if momentum > 0 else None
 
-    @classmethod
-    def read(cls, slot: _Slot) -> _Adagrad:
-        return cls(
-            rate=slot.number("lr") / (1 + (slot.next_step - 1) * slot.number("lr_decay")),
-            eps=slot.number("eps"),
-            weight_decay=slot.number("weight_decay"),
-            squares=slot.moment("sum", start=slot.defaults["initial_accumulator_value"]),
-        )
+    def update(parameter: Tensor, gradient: Tensor) -> Tensor:
+        gradient = _with_decay(gradient, parameter, decay)
+        squares = alpha * held + (1 - alpha) * gradient.square()
+        if mean is not None:
+            squares = squares - (alpha * mean + (1 - alpha) * gradient).square()
+        scaled = gradient / (_root(squares) + eps)
+        return lr * (scaled if buffer is None else momentum * buffer + scaled)
 
-    def __call__(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        gradient = _with_decay(gradient, parameter, self.weight_decay)
-        return self.rate * gradient / (_root(self.squares + gradient.square()) + self.eps)
+    return update
 
 
-@dataclass(frozen=True)
-class _RMSprop:
-    lr: float
-    alpha: float
-    eps: float
-    weight_decay: float
-    momentum: float
-    squares: Tensor
-    mean: Tensor | None
-    buffer: Tensor | None
+def _adam(slot: _Slot) -> Update:
+    """Adam and AdamW."""
+    lr, eps, decay = map(slot.number, ("lr", "eps", "weight_decay"))
+    first, second = map(_as_float, slot.settings["betas"])
+    decoupled, t = slot.settings["decoupled_weight_decay"], slot.next_step
+    held, held_squares = slot.moment("exp_avg"), slot.moment("exp_avg_sq")
+    largest = slot.moment("max_exp_avg_sq") if slot.settings["amsgrad"] else None
 
-    @classmethod
-    def read(cls, slot: _Slot) -> _RMSprop:
-        return cls(
-            lr=slot.number("lr"),
-            alpha=slot.number("alpha"),
-            eps=slot.number("eps"),
-            weight_decay=slot.number("weight_decay"),
-            momentum=slot.number("momentum"),
-            squares=slot.moment("square_avg"),
-            mean=slot.moment("grad_avg") if slot.settings["centered"] else None,
-            buffer=slot.moment("momentum_buffer") if slot.number("momentum") > 0 else None,
-        )
+    def update(parameter: Tensor, gradient: Tensor) -> Tensor:
+        if not decoupled:
+            gradient = _with_decay(gradient, parameter, decay)
+        mean = first * held + (1 - first) * gradient
+        squares = second * held_squares + (1 - second) * gradient.square()
+        if largest is not None:
+            squares = torch.maximum(largest, squares)
+        root = _root(squares) / math.sqrt(1 - second**t)
+        change = lr / (1 - first**t) * mean / (root + eps)
+        return _with_decay(change, parameter, lr * decay) if decoupled else change
 
-    def __call__(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        gradient = _with_decay(gradient, parameter, self.weight_decay)
-        squares = self.alpha * self.squares + (1 - self.alpha) * gradient.square()
-        if self.mean is not None:
-            squares = squares - (self.alpha * self.mean + (1 - self.alpha) * gradient).square()
-        scaled = gradient / (_root(squares) + self.eps)
-        return self.lr * (scaled if self.buffer is None else self.momentum * self.buffer + scaled)
+    return update
 
 
-@dataclass(frozen=True)
-class _Adam:
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    decoupled: bool
-    t: float
-    mean: Tensor
-    squares: Tensor
-    largest: Tensor | None
+def _muon(slot: _Slot) -> Update:
+    lr, decay, momentum, eps = map(slot.number, ("lr", "weight_decay", "momentum", "eps"))
+    nesterov, iterations = slot.settings["nesterov"], slot.settings["ns_steps"]
+    coefficients, scale = tuple(slot.settings["ns_coefficients"]), _muon_scale(slot.settings, *slot.parameter.shape)
+    held = slot.moment("momentum_buffer")
 
-    @classmethod
-    def read(cls, slot: _Slot) -> _Adam:
-        first, second = slot.settings["betas"]
-        return cls(
-            lr=slot.number("lr"),
-            betas=(_as_float(first), _as_float(second)),
-            eps=slot.number("eps"),
-            weight_decay=slot.number("weight_decay"),
-            decoupled=slot.settings["decoupled_weight_decay"],
-            t=slot.next_step,
-            mean=slot.moment("exp_avg"),
-            squares=slot.moment("exp_avg_sq"),
-            largest=slot.moment("max_exp_avg_sq") if slot.settings["amsgrad"] else None,
-        )
+    def update(parameter: Tensor, gradient: Tensor) -> Tensor:
+        buffer = momentum * held + (1 - momentum) * gradient
+        direction = momentum * buffer + (1 - momentum) * gradient if nesterov else buffer
+        change = lr * scale * orthogonalized(direction, coefficients, iterations, eps)
+        return _with_decay(change, parameter, lr * decay)
 
-    def __call__(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        if self.decoupled:
-            return _with_decay(self._adapted(gradient), parameter, self.lr * self.weight_decay)
-        return self._adapted(_with_decay(gradient, parameter, self.weight_decay))
-
-    def _adapted(self, gradient: Tensor) -> Tensor:
-        first, second = self.betas
-        mean = first * self.mean + (1 - first) * gradient
-        squares = second * self.squares + (1 - second) * gradient.square()
-        if self.largest is not None:
-            squares = torch.maximum(self.largest, squares)
-        root = _root(squares) / math.sqrt(1 - second**self.t)
-        return self.lr / (1 - first**self.t) * mean / (root + self.eps)
-
-
-@dataclass(frozen=True)
-class _Muon:
-    lr: float
-    scale: float
-    weight_decay: float
-    momentum: float
-    nesterov: bool
-    coefficients: tuple[float, float, float]
-    iterations: int
-    eps: float
-    buffer: Tensor
-
-    @classmethod
-    def read(cls, slot: _Slot) -> _Muon:
-        return cls(
-            lr=slot.number("lr"),
-            scale=_muon_scale(slot.settings, *slot.parameter.shape),
-            weight_decay=slot.number("weight_decay"),
-            momentum=slot.number("momentum"),
-            nesterov=slot.settings["nesterov"],
-            coefficients=tuple(slot.settings["ns_coefficients"]),
-            iterations=slot.settings["ns_steps"],
-            eps=slot.number("eps"),
-            buffer=slot.moment("momentum_buffer"),
-        )
-
-    def __call__(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        buffer = self.momentum * self.buffer + (1 - self.momentum) * gradient
-        direction = self.momentum * buffer + (1 - self.momentum) * gradient if self.nesterov else buffer
-        update = self.lr * self.scale * orthogonalized(direction, self.coefficients, self.iterations, self.eps)
-        return _with_decay(update, parameter, self.lr * self.weight_decay)
+    return update
 
 
 def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
@@ -372,12 +280,12 @@ def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], ite
 
 
 _UPDATES: dict[type[torch.optim.Optimizer], Callable[[_Slot], Update]] = {
-    torch.optim.SGD: _SGD.read,
-    torch.optim.Adagrad: _Adagrad.read,
-    torch.optim.RMSprop: _RMSprop.read,
-    torch.optim.Adam: _Adam.read,
-    torch.optim.AdamW: _Adam.read,
-    torch.optim.Muon: _Muon.read,
+    torch.optim.SGD: _sgd,
+    torch.optim.Adagrad: _adagrad,
+    torch.optim.RMSprop: _rmsprop,
+    torch.optim.Adam: _adam,
+    torch.optim.AdamW: _adam,
+    torch.optim.Muon: _muon,
 }
 
 

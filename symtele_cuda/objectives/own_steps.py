@@ -11,7 +11,7 @@ from torch import nn
 
 from ..model.chain import Chain
 from ..optimizers import groups_of, kind_of
-from .next_step import OptimizerStep, muon_length, read_step, sgd_rate
+from .next_step import Step, muon_length, read_step, sgd_rate
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class OwnSteps:
         """That of the groups that hold parameters of the model; infinite where none does, which is an error."""
         return max((float(group["lr"]) for group in groups_of(self.model, self.optimizers)), default=math.inf)
 
-    def next_step(self, chain: Chain) -> OptimizerStep:
+    def next_step(self, chain: Chain) -> Step:
         return read_step(self.optimizers, _trainable(chain))
 
     def gradient_rate(self) -> float | None:

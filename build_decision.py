@@ -1,8 +1,8 @@
 """What a build of this package compiles, and why: CUDA kernels, or nothing.
 
-`setup.py` loads this file by its path, before the package or its dependencies are installed, and writes the decision
-into the package (`_build.json`); `symtele_cuda.info` reads it back. So nothing but the standard library is imported
-here, and torch only inside `find_torch`.
+`setup.py` imports this file before the package or its dependencies are installed, and writes the decision into the
+package (`_build.json`), where `symtele_cuda.kernels.extension` reads it. So nothing but the standard library is
+imported here, and torch only inside `find_torch`.
 
 The decision follows from torch's CUDA version, the CUDA toolkit and the environment, never from a visible device:
 images are often built on machines without one.
@@ -106,12 +106,10 @@ class Decision:
         )
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Decision:
-        fields = json.loads(text)
-        return cls(**{**fields, "architectures": tuple(fields["architectures"])})
+        """The record of the build: what `symtele_cuda.kernels.extension.BuildRecord` holds."""
+        fields = asdict(self)
+        del fields["toolkit_version"], fields["cutlass"]  # `text` alone says them
+        return json.dumps({**fields, "text": str(self)}, indent=2) + "\n"
 
 
 def decide_here() -> Decision:
@@ -314,20 +312,6 @@ def runtime_library(home: Path) -> str:
         return "cudart"
     versioned = [path.name for folder in folders for path in sorted(folder.glob("libcudart.so.*"))]
     return f":{versioned[0]}" if versioned else "cudart"
-
-
-def runs_on(entry: str, capability: tuple[int, int]) -> bool:
-    """Whether code for this entry runs on a device of this compute capability.
-
-    Machine code runs on its own generation, from its minor version on, PTX on everything newer. Code for 9.0a uses
-    features of that one device, code for 10.0f those of its generation, in PTX too.
-    """
-    tens, ones = map(int, number(entry).split("."))
-    base = entry.removesuffix("+PTX")
-    if base.endswith("a"):
-        return capability == (tens, ones)
-    newer = entry.endswith("+PTX") and not base.endswith("f") and capability >= (tens, ones)
-    return newer or (capability[0] == tens and capability[1] >= ones)
 
 
 # --- what is installed -----------------------------------------------------------------------------------------------
