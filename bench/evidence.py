@@ -38,6 +38,7 @@ from experiments import classification
 from experiments.data import load_mnist
 
 ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS, STANDARDISE = evidence_tables.PAGES
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Row:
     minutes: about how long it takes with a core for each process. data: whether it needs MNIST's files. alone: whether
     it uses several processes itself. drawn: whether it has figures. quick: its further options in the quick profile.
     records: a pattern of files from which the command goes on where they are in its folder. of: the row of whose longer
-    runs its own are the beginning.
+    runs its own are the beginning. page: the one in docs/ that shows it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Row:
     quick: tuple[str, ...] = ()
     records: str | None = None
     of: str | None = None
+    page: str = EXPERIMENTS
 
     @property
     def command(self) -> str:
@@ -99,6 +101,30 @@ ROWS = (
     Row("guards", ("guards",), 9, quick=("--seeds", "1", "--epochs", "1")),
     Row("noise", ("noise",), 15, drawn=False, quick=("--seeds", "1", "--epochs", "1")),
     Row("noise-mnist", ("noise",), 20, data=True, drawn=False, quick=("--seeds", "1", "--epochs", "1")),
+    Row(
+        "starts",
+        ("starts",),
+        25,
+        drawn=False,
+        quick=("--seeds", "1", "--epochs", "1", "--problems", "digits, deep"),
+        page=STANDARDISE,
+    ),
+    Row(
+        "starts-mnist",
+        ("starts",),
+        15,
+        data=True,
+        drawn=False,
+        quick=("--seeds", "1", "--epochs", "1"),
+        page=STANDARDISE,
+    ),
+    Row(
+        "plasticity",
+        ("plasticity",),
+        90,
+        quick=("--seeds", "1", "--tasks", "2", "--protocols", "more classes"),
+        page=STANDARDISE,
+    ),
     Row("minima", ("minima",), 7, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
     Row(
         "study",

@@ -1,4 +1,4 @@
-"""The tables of docs/experiments.md, made from the files in bench/results/evidence.
+"""The tables of docs/experiments.md and docs/standardise.md, made from the files in bench/results/evidence.
 
     python -m bench.evidence_tables
 
@@ -23,7 +23,8 @@ from experiments.classification import PLAIN
 from experiments.study import tables
 from experiments.study.summary import summaries_of
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "experiments.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = ("experiments.md", "standardise.md")
 FOLDER = RESULTS / "evidence"
 NOT_RUN = "Not run yet."
 MINUTES, STUDY = "minutes", "study"
@@ -34,8 +35,9 @@ Runs = list[dict[str, Any]]
 
 
 def write() -> None:
-    """Put the tables of today's files into the page."""
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), FOLDER), encoding="utf-8")
+    """Put the tables of today's files into the pages."""
+    for page in (DOCS / name for name in PAGES):
+        page.write_text(filled(page.read_text(encoding="utf-8"), FOLDER), encoding="utf-8")
 
 
 def filled(page: str, folder: Path) -> str:
@@ -254,6 +256,35 @@ def noise_table(document: Document) -> str:
     return table(header, rows)
 
 
+def starts_table(document: Document) -> str:
+    """A table a problem, a line for each arm at its best rate."""
+    levels = document["settings"]["levels"]
+    header = ["activation, optimizer", "start", "rate", *(f"epochs to {level:g}" for level in levels), "±"]
+    header += ["validation loss, lowest", "at the end", "accuracy", "under noise", "‖W‖"]
+    found: dict[str, list[list[str]]] = {}
+    for row in document["rows"]:
+        cells = [f"{row['activation']}, {row['optimizer']}", row["arm"], f"{row['lr']:.3g}"]
+        cells += [_optional(value, ".2f") for value in (*row["epochs"], row["spread"])]
+        cells += [_optional(row[name], ".3f") for name in ("lowest", "final")]
+        cells += [_optional(row[name], ".1f") for name in ("clean", "noisy", "norm")]
+        cells[1] += f" ({row['refused']} refused)" if row["refused"] else ""
+        found.setdefault(row["problem"], []).append(cells)
+    return "\n\n".join(f"**{problem}**\n\n{table(header, rows)}" for problem, rows in found.items())
+
+
+def plasticity_table(document: Document) -> str:
+    """A table a protocol, a line for each arm at its best rate; accuracies and shares in %."""
+    header = ["activation", "arm", "rate", "first task", "last tasks", "±"]
+    header += ["kept, own", "kept, others", "at least", "sum"]
+    found: dict[str, list[list[str]]] = {}
+    for row in document["rows"]:
+        figures = [row[name] for name in ("first", "last", "spread", "kept_own", "kept", "kept_least")]
+        cells = [row["activation"], row["arm"], f"{row['lr']:g}", *(f"{value:.1f}" for value in figures)]
+        cells[1] += f" ({row['refused']} refused)" if row["refused"] else ""
+        found.setdefault(row["protocol"], []).append([*cells, f"{row['last'] + row['kept']:.1f}"])
+    return "\n\n".join(f"**{protocol}**\n\n{table(header, rows)}" for protocol, rows in found.items())
+
+
 def study_tables(document: Document) -> str:
     """The study's own tables without their title, their headings below that of the section."""
     _, _, text = tables.page(summaries_of(document)).partition("\n\n")
@@ -270,6 +301,8 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "guards": guards_table,
     "noise": noise_table,
     "minima": training_table,
+    "starts": starts_table,
+    "plasticity": plasticity_table,
     "study": study_tables,
 }
 
@@ -312,6 +345,11 @@ def _range(values: Sequence[float], form: str = "×{:.3g}") -> str:
 def _float(value: float | None) -> float:
     """A loss of a JSON file; null, what is not finite, comes back as infinity."""
     return math.inf if value is None else value
+
+
+def _optional(value: float | None, form: str) -> str:
+    """A number, or a dash where a JSON file has null for one that is not finite."""
+    return "–" if value is None else format(value, form)
 
 
 def _number(value: float) -> str:

@@ -156,20 +156,19 @@ def run_noise(options: argparse.Namespace) -> str:
 
 def run_plasticity(options: argparse.Namespace) -> str:
     protocols = options.protocols or [*plasticity.PROTOCOLS]
-    with _named_runs(len(plasticity.jobs(options.seeds, protocols))) as on_run:
-        return plasticity.run(load_digits(), options.seeds, protocols, options.out, on_run)
+    jobs = plasticity.jobs(options.seeds, protocols, options.tasks)
+    with _named_runs(len(jobs)) as on_run:
+        return plasticity.run(load_digits(), jobs, options.out, on_run)
 
 
 def run_starts(options: argparse.Namespace) -> str:
-    names = options.problems or [name for name in starts.PROBLEMS if options.data_dir or not name.startswith("mnist")]
-    tables = []
-    for name in names:
-        if name.startswith("mnist") and options.data_dir is None:
-            raise ValueError(f"--data-dir must be given for {name}")
-        dataset = load_mnist(options.data_dir) if name.startswith("mnist") else load_digits()
-        with _named_runs(starts.count_jobs(name)) as on_run:
-            tables.append(starts.run(name, dataset, options.seeds, options.out, on_run))
-    return "\n\n".join(tables)
+    on_mnist = {"mnist"} if options.data_dir else set()
+    names = options.problems or [name for name in starts.PROBLEMS if (name in on_mnist) == bool(on_mnist)]
+    if "mnist" in names and not on_mnist:
+        raise ValueError("--data-dir must be given for the problem mnist")
+    datasets = {name: load_mnist(options.data_dir) if name in on_mnist else load_digits() for name in names}
+    with _named_runs(len(starts.settings(names)) * starts.FEWEST_RATES) as on_run:
+        return starts.run(datasets, options.seeds, options.epochs, options.out, on_run)
 
 
 def run_study(options: argparse.Namespace) -> str:
@@ -319,13 +318,15 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=positive_int, help="at most so many epochs (default: 60, on MNIST 12)")
     command = commands.add_parser("starts", help=starts.TEXT, description=starts.TEXT)
     command.set_defaults(run=lambda options: _with_results(run_starts, options))
-    command.add_argument("--data-dir", type=Path, help="folder with MNIST-format files, for the problem on mnist")
-    command.add_argument("--problems", choices=starts.PROBLEMS, nargs="+", help="these only (default: all)")
+    command.add_argument("--data-dir", type=Path, help="folder with MNIST-format files: the problem on them alone")
+    command.add_argument("--problems", choices=starts.PROBLEMS, nargs="+", help="these only (default: all on digits)")
+    command.add_argument("--epochs", type=positive_int, help="of each run (default: the problem's own)")
     command.add_argument("--seeds", type=positive_int, default=5, help="how many seeds (default: %(default)s)")
     _add_out(command)
     command = commands.add_parser("plasticity", help=plasticity.TEXT, description=plasticity.TEXT)
     command.set_defaults(run=lambda options: _with_results(run_plasticity, options))
     command.add_argument("--protocols", choices=plasticity.PROTOCOLS, nargs="+", help="these only (default: all)")
+    command.add_argument("--tasks", type=positive_int, help="so many of a protocol at most")
     command.add_argument("--seeds", type=positive_int, default=5, help="how many seeds (default: %(default)s)")
     _add_out(command)
     command = add(

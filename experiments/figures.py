@@ -59,13 +59,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes with a logarithmic vertical scale."""
+    """One pair of axes."""
 
     x_label: str
     y_label: str
     series: Sequence[Series]
     title: str = ""
     x_scale: str = "linear"
+    y_scale: str = "log"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def curves(path: Path, title: str, panels: Sequence[Panel]) -> Path:
     with _styled():
         figure, all_axes = _figure(len(panels), width=5.2, height=4.2, rows=1 if len(panels) < 4 else 2)
         for axes, panel in zip(all_axes, panels, strict=True):
-            axes.set(xscale=panel.x_scale, yscale="log", xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
+            axes.set(xscale=panel.x_scale, yscale=panel.y_scale, title=panel.title)
+            axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
             if panel.x_scale == "linear":
                 axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
             else:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import symtele_cuda as st
+from experiments import figures
 from experiments.data import Dataset
 from experiments.records import go_on, save_json
 from experiments.side_by_side import SideBySide, make_mlp
@@ -260,6 +261,9 @@ ARMS = {
 }
 
 
+DRAWN = (PLAIN, "optimizer reset", "shrink and perturb 0.8", FRESH, "standardise, whatever is kept")
+
+
 @dataclass(frozen=True)
 class Job:
     """The runs of one setting, one a seed."""
@@ -268,6 +272,7 @@ class Job:
     activation: str
     arm: str
     lr: float
+    tasks: int
     seeds: tuple[int, ...]
 
 
@@ -283,20 +288,23 @@ class Outcome:
     refused: int
 
 
-def jobs(seeds: int, protocols: Sequence[str]) -> list[Job]:
+def jobs(seeds: int, protocols: Sequence[str], tasks: int | None = None) -> list[Job]:
+    """All jobs. tasks: so many of them at most, in place of the protocol's own."""
     numbers = tuple(FIRST_SEED + seed for seed in range(seeds))
     kinds = itertools.product(protocols, ACTIVATIONS, ARMS, RATES)
-    return [Job(protocol, activation, arm, lr, numbers) for protocol, activation, arm, lr in kinds]
+    return [
+        Job(name, activation, arm, lr, min(PROTOCOLS[name].tasks, tasks or PROTOCOLS[name].tasks), numbers)
+        for name, activation, arm, lr in kinds
+    ]
 
 
-def run_job(job: Job, dataset: Dataset, tasks: int | None = None) -> Outcome:
-    """The runs of a job. tasks: so many of them at most."""
+def run_job(job: Job, dataset: Dataset) -> Outcome:
     protocol = PROTOCOLS[job.protocol]
     generators = [torch.Generator().manual_seed(seed) for seed in job.seeds]
     data = [_draw(dataset, generator) for generator in generators]
     learners = Learners(job.activation, job.lr, ARMS[job.arm], job.seeds, dataset.inputs.shape[1])
     accuracies, kept_own, kept_others = list[list[float]](), list[list[float]](), list[list[float]]()
-    for number in range(min(protocol.tasks, tasks or protocol.tasks)):
+    for number in range(job.tasks):
         task = _stack([protocol.make(one, number, g) for one, g in zip(data, generators, strict=True)])
         if number > 0:
             others = torch.stack([one.test_x for one in data]) if job.protocol == "random labels" else task.test_x
@@ -330,16 +338,20 @@ def _stack(tasks: Sequence[Task]) -> Task:
     return Task(*(torch.stack(parts) for parts in zip(*(vars(task).values() for task in tasks), strict=True)))
 
 
-def run(dataset: Dataset, seeds: int, protocols: Sequence[str], out: Path, on_run: Callable[[str], None]) -> str:
+def run(dataset: Dataset, wanted: Sequence[Job], out: Path, on_run: Callable[[str], None]) -> str:
     """All jobs that `out` has no record of yet, each kept as soon as it is done; the summary as a table."""
     def work(job: Job) -> Outcome:
         on_run(f"{job.protocol}, {job.activation}, {job.arm}, {job.lr:g}")
         return run_job(job, dataset)
 
-    outcomes = go_on(out / "plasticity.jsonl", jobs(seeds, protocols), work, restore)
-    rows = summarise(outcomes)
+    outcomes = go_on(out / "plasticity.jsonl", wanted, work, restore)
+    everything = [describe(outcome) for outcome in outcomes]
+    rows = best_of(everything)
     settings = {"data": dataset.name, "samples": SAMPLES, "tested": TESTED, "batch": BATCH_SIZE, "width": WIDTH}
-    save_json(out / "plasticity.json", "plasticity", settings, rows=rows, runs=outcomes)
+    draw(rows, out / "plasticity.png")
+    lasts = [[statistics.fmean(run[1:][-LAST_TASKS:]) for run in outcome.accuracies] for outcome in outcomes]
+    runs = [{**vars(outcome.job), "last": last} for outcome, last in zip(outcomes, lasts, strict=True)]
+    save_json(out / "plasticity.json", "plasticity", settings, rows=rows, all_rates=everything, runs=runs)
     return table(rows)
 
 
@@ -352,7 +364,7 @@ def restore(values: dict[str, Any]) -> Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm at its own best rate: means over the seeds, accuracies in %.
+    """One arm at one rate: means over the seeds, accuracies in %. curve: of each task.
 
     first, last: of the first task and of the last `LAST_TASKS`; spread: the standard deviation of `last` over the
     seeds. kept, kept_least: of the predictions on other samples, over all acts, and the least of them.
@@ -369,32 +381,53 @@ class Row:
     kept: float
     kept_least: float
     refused: int
+    curve: tuple[float, ...]
 
 
-def summarise(outcomes: Sequence[Outcome]) -> list[Row]:
+def describe(outcome: Outcome) -> Row:
+    job = outcome.job
+    lasts = [100 * statistics.fmean(run[1:][-LAST_TASKS:]) for run in outcome.accuracies]
+    own, others = (_percent(kept) for kept in (outcome.kept_own, outcome.kept_others))
+    return Row(
+        job.protocol,
+        job.activation,
+        job.arm,
+        job.lr,
+        first=100 * statistics.fmean(run[0] for run in outcome.accuracies),
+        last=statistics.fmean(lasts),
+        spread=statistics.stdev(lasts) if len(lasts) > 1 else 0.0,
+        kept_own=statistics.fmean(own),
+        kept=statistics.fmean(others),
+        kept_least=min(others),
+        refused=outcome.refused,
+        curve=tuple(100 * statistics.fmean(task) for task in zip(*outcome.accuracies, strict=True)),
+    )
+
+
+def best_of(rows: Sequence[Row]) -> list[Row]:
     """Each arm at the rate with which its last tasks went best."""
     best: dict[tuple[str, str, str], Row] = {}
-    for outcome in outcomes:
-        job = outcome.job
-        lasts = [100 * statistics.fmean(run[1:][-LAST_TASKS:]) for run in outcome.accuracies]
-        own, others = (_percent(kept) for kept in (outcome.kept_own, outcome.kept_others))
-        row = Row(
-            job.protocol,
-            job.activation,
-            job.arm,
-            job.lr,
-            first=100 * statistics.fmean(run[0] for run in outcome.accuracies),
-            last=statistics.fmean(lasts),
-            spread=statistics.stdev(lasts) if len(lasts) > 1 else 0.0,
-            kept_own=statistics.fmean(own),
-            kept=statistics.fmean(others),
-            kept_least=min(others),
-            refused=outcome.refused,
-        )
-        key = (job.protocol, job.activation, job.arm)
+    for row in rows:
+        key = (row.protocol, row.activation, row.arm)
         if key not in best or row.last > best[key].last:
             best[key] = row
     return [*best.values()]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """The accuracy task by task, of the arms that say most."""
+    shown = [row for row in rows if row.arm in DRAWN]
+    groups: dict[tuple[str, str], list[figures.Series]] = {}
+    for row in shown:
+        curve = figures.Series(row.arm, list(range(1, len(row.curve) + 1)), [row.curve])
+        groups.setdefault((row.protocol, row.activation), []).append(curve)
+    panels = [
+        figures.Panel("task", "accuracy, %", series, f"{protocol}, {activation}", y_scale="linear")
+        for (protocol, activation), series in groups.items()
+        if len(series[0].x) > 2
+    ]
+    if panels:
+        figures.curves(path, "Accuracy at the end of each task, mean over the seeds, each arm at its best rate", panels)
 
 
 def _percent(kept: Sequence[Sequence[float]]) -> list[float]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from experiments.data import Dataset, split
 from experiments.records import go_on, save_json
 from experiments.side_by_side import SideBySide, make_mlp
 from experiments.tables import format_table
+from symtele_cuda.guards import STANDARDISED
 from symtele_cuda.teleporter import WORTHWHILE
 
 TEXT = "epochs to a loss from PyTorch's start, initialisations and standardised teleports; goes on where it stopped"
@@ -66,11 +67,11 @@ PLAIN, LAST, ALL = "plain", "standardise, exact", "standardise"
 INITS = ("He or Glorot", "orthogonal", "LSUV")
 ON_BEST = "orthogonal, then standardise"
 SMALL = "standardise, spread halved"
-TRAINED, TRAINED_ALL = "two epochs, plain", "two epochs, standardise"
+TRAINED = "standardise after two epochs"
 STARTS = (PLAIN, *INITS, LAST, ALL, SMALL, ON_BEST)
 PROBLEMS = {
     "digits": Problem(
-        (128, 128), 12, 0.01, (*ACTIVATIONS,), ("sgd", "momentum", "adam"), (*STARTS, TRAINED, TRAINED_ALL)
+        (128, 128), 12, 0.01, (*ACTIVATIONS,), ("sgd", "momentum", "adam"), (*STARTS, TRAINED)
     ),
     "digits, deep": Problem((128,) * 4, 8, 0.03, ("sigmoid",), ("sgd", "adam"), (PLAIN, *INITS, ALL, ON_BEST)),
     "digits, other rules": Problem(
@@ -89,6 +90,7 @@ class Job:
     optimizer: str
     arm: str
     lr: float
+    epochs: int
     seeds: tuple[int, ...]
 
 
@@ -101,6 +103,10 @@ class Look:
     accuracy: tuple[float, ...]
     noisy: tuple[float, ...]
     norm: tuple[float, ...]
+
+    def of(self, seed: int) -> Look:
+        """The same of one network."""
+        return Look(*((figure[seed],) for figure in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -172,16 +178,23 @@ class Runs:
         return model
 
     def teleport(self, model: nn.Sequential, k: int) -> None:
-        """Standardise on the first samples, as a Teleporter would, with those behind them as the holdout."""
-        exact, small = self.job.arm == LAST, self.job.arm == SMALL
-        count = 100 if exact else 1000 if self.job.arm == TRAINED_ALL else 200
+        """Standardise on the first samples, as a Teleporter would, with those behind them as the holdout.
+
+        A network that is trained is standardised on all samples, and held to the first half of the validation's: its
+        training samples are no fresh ones.
+        """
+        exact, small, trained = (self.job.arm == arm for arm in (LAST, SMALL, TRAINED))
+        count = 100 if exact else len(self.x[k]) if trained else 200
         spread = {"LeakyReLU 0.1": 1.0, "tanh": 1.0, "sigmoid": 2.0}[self.job.activation] if small else "auto"
         method = st.Standardise(spread=spread, refit="last" if exact else "all", least_kept=0.0)
         holdout = self.x[k, count : count + 200], self.y[k, count : count + 200]
+        if trained:
+            half = len(self.valid_x[k]) // 2
+            holdout = self.valid_x[k, :half], self.valid_y[k, :half]
         guards = st.Guards(
             holdout=holdout,
             holdout_tol=WORTHWHILE.holdout_tol,
-            min_gain=0.0 if self.job.arm == TRAINED_ALL else WORTHWHILE.min_gain,
+            min_gain=0.0 if trained else WORTHWHILE.min_gain,
             max_sensitivity=math.inf if exact else 1.5,
         )
         batch = self.x[k, :count], self.y[k, :count]
@@ -224,8 +237,8 @@ def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def run_job(job: Job, dataset: Dataset) -> Outcome:
     runs = Runs(job, dataset)
     looks = [runs.look()]
-    for epoch in range(runs.problem.epochs):
-        if job.arm == TRAINED_ALL and epoch == 2:
+    for epoch in range(job.epochs):
+        if job.arm == TRAINED and epoch == 2:
             runs.refit()
         runs.train()
         looks.append(runs.look())
@@ -240,40 +253,85 @@ def epochs_to(level: float, losses: Sequence[float]) -> float:
     return math.inf
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run in short. epochs: to each of `LEVELS`, infinite where it is not reached. lowest, final: the validation
+    loss. clean, noisy: accuracies in % where the train loss comes down to `NOISE_LEVEL`, NaN where it does not. norm:
+    of all parameters at the end."""
+
+    epochs: tuple[float, ...]
+    train: float
+    lowest: float
+    final: float
+    clean: float
+    noisy: float
+    norm: float
+
+
+def runs_of(outcome: Outcome) -> list[Run]:
+    """The runs of a job, seed by seed."""
+    return [_run_of([look.of(k) for look in outcome.looks]) for k in range(len(outcome.job.seeds))]
+
+
+def _run_of(looks: Sequence[Look]) -> Run:
+    losses, validation = ([getattr(look, name)[0] for look in looks] for name in ("train", "validation"))
+    when = epochs_to(NOISE_LEVEL, losses)
+
+    def there(name: str) -> float:
+        if not math.isfinite(when):
+            return math.nan
+        epoch = min(int(when), len(looks) - 2)
+        before, after = (getattr(look, name)[0] for look in looks[epoch : epoch + 2])
+        return 100 * (before + (when - epoch) * (after - before))
+
+    epochs = tuple(epochs_to(level, losses) for level in LEVELS)
+    lowest = min(value if math.isfinite(value) else math.inf for value in validation)
+    return Run(epochs, losses[-1], lowest, validation[-1], there("accuracy"), there("noisy"), looks[-1].norm[0])
+
+
 def score(outcome: Outcome) -> tuple[float, float]:
     """What the best rate is least in: the epochs to the problem's level, mean over the seeds, then the final loss."""
-    level = PROBLEMS[outcome.job.problem].level
-    finals = outcome.looks[-1].train
-    final = statistics.fmean(value if math.isfinite(value) else math.inf for value in finals)
-    return mean_epochs(outcome, level), final
-
-
-def mean_epochs(outcome: Outcome, level: float) -> float:
-    curves = zip(*(look.train for look in outcome.looks), strict=True)
-    return statistics.fmean(epochs_to(level, curve) for curve in curves)
+    place, runs = LEVELS.index(PROBLEMS[outcome.job.problem].level), runs_of(outcome)
+    final = statistics.fmean(run.train if math.isfinite(run.train) else math.inf for run in runs)
+    return statistics.fmean(run.epochs[place] for run in runs), final
 
 
 def run(
-    problem: str, dataset: Dataset, seeds: int, out: Path, on_run: Callable[[str], None]
+    datasets: Mapping[str, Dataset], seeds: int, epochs: int | None, out: Path, on_run: Callable[[str], None]
 ) -> str:
-    """All arms of a problem at all their rates; each outcome is kept as soon as it is done."""
-    own, numbers = PROBLEMS[problem], tuple(FIRST_SEED + seed for seed in range(seeds))
-    record = out / f"starts-{problem.replace(', ', '-').replace(' ', '-')}.jsonl"
+    """All arms of the problems at all their rates; each outcome is kept as soon as it is done.
+
+    datasets: those of the problems, by the names of these. epochs: of each run, in place of the problem's own.
+    """
     rows, found = list[Row](), list[Outcome]()
-    for activation, optimizer in itertools.product(own.activations, own.optimizers):
-        for arm in own.arms:
+    for problem, activation, optimizer, arm in settings(datasets):
+        own = PROBLEMS[problem]
+        numbers = tuple(FIRST_SEED + seed for seed in range(seeds))
+        job = Job(problem, activation, optimizer, arm, 0.0, epochs or own.epochs, numbers)
 
-            def work(lr: float, setting: tuple[str, str, str, str] = (problem, activation, optimizer, arm)) -> Outcome:
-                (outcome,) = go_on(record, [Job(*setting, lr, numbers)], lambda job: run_job(job, dataset), restore)
-                on_run(f"{', '.join(setting)}, {lr:.3g}")
-                return outcome
+        def work(lr: float, job: Job = job) -> Outcome:
+            jobs = [replace(job, lr=lr)]
+            (outcome,) = go_on(out / "starts.jsonl", jobs, lambda one: run_job(one, datasets[one.problem]), restore)
+            on_run(f"{job.problem}, {job.activation}, {job.optimizer}, {job.arm}, {lr:.3g}")
+            return outcome
 
-            outcomes = at_its_rates(work, FIRST_RATES[optimizer])
-            found += outcomes
-            rows.append(describe(min(outcomes, key=score)))
-    settings = {"data": dataset.name, "batch": BATCH_SIZE, "noise": NOISE, "noise_level": NOISE_LEVEL, "levels": LEVELS}
-    save_json(record.with_suffix(".json"), "starts", settings, rows=rows, runs=found)
+        outcomes = at_its_rates(work, FIRST_RATES[optimizer])
+        found += outcomes
+        rows.append(describe(min(outcomes, key=score)))
+    data = {name: dataset.name for name, dataset in datasets.items()}
+    described = {"data": data, "batch": BATCH_SIZE, "noise": NOISE, "noise_level": NOISE_LEVEL, "levels": LEVELS}
+    runs = [{**vars(outcome.job), "runs": runs_of(outcome)} for outcome in found]
+    save_json(out / "starts.json", "starts", described, rows=rows, runs=runs)
     return table(rows)
+
+
+def settings(problems: Iterable[str]) -> list[tuple[str, str, str, str]]:
+    """(problem, activation, optimizer, arm)."""
+    return [
+        (name, *setting)
+        for name in problems
+        for setting in itertools.product(PROBLEMS[name].activations, PROBLEMS[name].optimizers, PROBLEMS[name].arms)
+    ]
 
 
 def at_its_rates(work: Callable[[float], Outcome], first: float) -> list[Outcome]:
@@ -291,12 +349,6 @@ def at_its_rates(work: Callable[[float], Outcome], first: float) -> list[Outcome
     return [outcomes[exponent] for exponent in sorted(outcomes)]
 
 
-def count_jobs(problem: str) -> int:
-    """How many jobs a problem has at the least."""
-    own = PROBLEMS[problem]
-    return len(own.activations) * len(own.optimizers) * len(own.arms) * FEWEST_RATES
-
-
 def restore(values: dict[str, Any]) -> Outcome:
     """The inverse of dataclasses.asdict."""
     job = values["job"] | {"seeds": tuple(values["job"]["seeds"])}
@@ -306,11 +358,8 @@ def restore(values: dict[str, Any]) -> Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm at its best rate, means over the seeds.
-
-    epochs: to each of `LEVELS`; spread: the standard deviation of those to the problem's own level. lowest, final: the
-    validation loss. clean, noisy: accuracies in % where the train loss comes down to `NOISE_LEVEL`. norm: at the end.
-    """
+    """One arm at its best rate: the means of its `Run`s, and the standard deviation of the epochs to the problem's own
+    level. refused: how many of the teleports."""
 
     problem: str
     activation: str
@@ -319,7 +368,7 @@ class Row:
     lr: float
     epochs: tuple[float, ...]
     spread: float
-    final_train: float
+    train: float
     lowest: float
     final: float
     clean: float
@@ -329,54 +378,39 @@ class Row:
 
 
 def describe(outcome: Outcome) -> Row:
-    job, looks = outcome.job, outcome.looks
-    level = PROBLEMS[job.problem].level
-    times = [epochs_to(level, curve) for curve in zip(*(look.train for look in looks), strict=True)]
-    validation = list(zip(*(look.validation for look in looks), strict=True))
+    job, runs = outcome.job, runs_of(outcome)
+    times = [run.epochs[LEVELS.index(PROBLEMS[job.problem].level)] for run in runs]
+    means = {
+        name: statistics.fmean(getattr(run, name) for run in runs)
+        for name in ("train", "lowest", "final", "clean", "noisy", "norm")
+    }
     return Row(
         job.problem,
         job.activation,
         job.optimizer,
         job.arm,
         job.lr,
-        epochs=tuple(mean_epochs(outcome, one) for one in LEVELS),
+        epochs=tuple(map(statistics.fmean, zip(*(run.epochs for run in runs), strict=True))),
         spread=statistics.stdev(times) if len(times) > 1 and all(map(math.isfinite, times)) else math.nan,
-        final_train=statistics.fmean(looks[-1].train),
-        lowest=statistics.fmean(min(curve) for curve in validation),
-        final=statistics.fmean(looks[-1].validation),
-        clean=_at_noise_level(outcome, "accuracy"),
-        noisy=_at_noise_level(outcome, "noisy"),
-        norm=statistics.fmean(looks[-1].norm),
-        refused=sum(reason != "standardised" for reason in outcome.reasons),
+        refused=sum(reason != STANDARDISED for reason in outcome.reasons),
+        **means,
     )
 
 
-def _at_noise_level(outcome: Outcome, figure: str) -> float:
-    """A figure in % where the train loss comes down to `NOISE_LEVEL`, between two looks; NaN unless every run does."""
-    found = []
-    for k, curve in enumerate(zip(*(look.train for look in outcome.looks), strict=True)):
-        when = epochs_to(NOISE_LEVEL, curve)
-        if not math.isfinite(when):
-            return math.nan
-        epoch = min(int(when), len(outcome.looks) - 2)
-        before, after = (getattr(look, figure)[k] for look in outcome.looks[epoch : epoch + 2])
-        found.append(before + (when - epoch) * (after - before))
-    return 100 * statistics.fmean(found)
-
-
 def table(rows: Sequence[Row]) -> str:
-    header = ("activation", "optimizer", "arm", "rate", *map(str, LEVELS), "±", "train", "val low", "val end")
-    header = (*header, "clean", "noisy", "‖W‖", "refused")
+    header = ("problem", "activation", "optimizer", "arm", "rate", *map(str, LEVELS), "±", "train")
+    header = (*header, "val low", "val end", "clean", "noisy", "‖W‖", "refused")
     return format_table(
         header,
         [
             (
+                row.problem,
                 row.activation,
                 row.optimizer,
                 row.arm,
                 f"{row.lr:.3g}",
                 *(_cell(value, ".2f") for value in (*row.epochs, row.spread)),
-                *(_cell(value, ".3f") for value in (row.final_train, row.lowest, row.final)),
+                *(_cell(value, ".3f") for value in (row.train, row.lowest, row.final)),
                 *(_cell(value, ".1f") for value in (row.clean, row.noisy, row.norm)),
                 str(row.refused),
             )
