@@ -338,7 +338,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, Any], dict[str, An
     "lookahead without lr": (Blocks, (X, Y), {"method": st.Ascent("lookahead")}, ValueError, "lr must be given"),
     "batch": (Blocks, (X, [0]), {}, TypeError, r"batch must be a pair \(inputs, targets\) of tensors, got tuple"),
     "targets": (Blocks, (X, Y + 3), {}, ValueError, r"targets must be class indices in 0..4"),
-    "NaN": (Blocks, (X * math.nan, Y), {}, ValueError, "batch: the loss must be finite, got nan"),
+    "NaN": (Blocks, (X * math.nan, Y), {}, ValueError, "loss_fn must be finite on the batch, got nan"),
     "holdout": (
         Blocks,
         (X, Y),

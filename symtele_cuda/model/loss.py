@@ -138,8 +138,8 @@ class LossAtStart:
     weight_terms: bool
 
 
-def examine(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor]) -> LossAtStart:
-    """Call the loss for the first time.
+def examine(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor], samples: str = "batch") -> LossAtStart:
+    """Call the loss for the first time. samples: what errors call those that the logits are of.
 
     Raises:
         ValueError: the loss is no scalar, is not finite, or does not depend on the logits.
@@ -147,7 +147,7 @@ def examine(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor]) -> Lo
     """
     if loss.default:  # it sees nothing but the logits
         value, gradient = loss.value_and_gradient(logits.detach())
-        return LossAtStart(_finite(value), gradient, False)
+        return LossAtStart(finite_loss(value, samples), gradient, False)
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         try:
@@ -155,7 +155,7 @@ def examine(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor]) -> Lo
         except Exception as error:
             _check_order(loss, leaf, error)
             raise
-        number = _finite(value.detach())
+        number = finite_loss(value.detach(), samples)
         if not value.requires_grad:
             raise ValueError("loss_fn must depend on the model's output, got a value that carries no gradient")
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
@@ -179,9 +179,9 @@ def _check_order(loss: BatchLoss, logits: Tensor, error: Exception) -> None:
         ) from error
 
 
-def _finite(value: Tensor) -> float:
-    """The loss as a number; raises unless it is finite."""
+def finite_loss(value: Tensor, samples: str) -> float:
+    """The loss on these samples as a number; raises ValueError unless it is finite."""
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"loss_fn must be finite on the batch, got {number}")
+        raise ValueError(f"loss_fn must be finite on the {samples}, got {number}")
     return number

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.torch_kernels import dot
 from .chain import Chain
-from .loss import BatchLoss, check_default_targets
+from .loss import BatchLoss, check_default_targets, finite_loss
 from .network import Network, kernel
 from .problem import Problem, prepare
 
@@ -71,8 +71,7 @@ class Surroundings:
         rows = torch.cat([samples, with_noise(samples)])
         others = OtherSamples.make(problem.network, rows, batch)
         found = cls(others, replace(problem.loss, targets=targets))
-        if not math.isfinite(value := float(found.holdout_loss(others.outputs[-1]))):
-            raise ValueError(f"holdout: the loss must be finite, got {value}")
+        finite_loss(found.holdout_loss(others.outputs[-1]), "holdout")
         return found
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..activations import Identity
 from ..errors import TeleportError
 from ..transaction import Transaction
-from .loss import Losses, LossFunction, LossModule, check_default_targets, default_loss
+from .chain import as_constant
+from .loss import BatchLoss, Losses, LossFunction, LossModule, check_default_targets, default_loss, examine
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -87,20 +88,13 @@ class _LossOf:
     def check(self, argument: str, default: bool) -> bool:
         """Raise unless the loss is a finite scalar at the model's own parameters; whether it has weight terms."""
         own = dict(self.model.named_parameters())
-        outputs = self._outputs([own[name].detach() for name in self.names])
+        parameters = [own[name] for name in self.names]
+        outputs = self._outputs([parameter.detach() for parameter in parameters])
         if default:
             check_default_targets(self.y, outputs.shape)
-        with torch.enable_grad():
-            value = self.function(outputs.detach().requires_grad_(), self.y)
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"loss_fn must return a scalar tensor (0 dimensions), got {got}")
-        if not math.isfinite(number := value.item()):
-            raise ValueError(f"{argument}: the loss must be finite, got {number}")
-        if not value.requires_grad:
-            raise ValueError("loss_fn must depend on the model's output, got a value that carries no gradient")
-        direct = torch.autograd.grad(value, [own[name] for name in self.names], allow_unused=True)
-        return any(gradient is not None for gradient in direct)
+        return examine(
+            BatchLoss(self.function, self.y, Identity(), default), outputs, parameters, argument
+        ).weight_terms
 
     def _outputs(self, parameters: Sequence[Tensor]) -> Tensor:
         state = {name.removeprefix("model."): tensor for name, tensor in self._state(parameters).items()}
@@ -138,5 +132,4 @@ def _check_model(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
 def _check_pair(batch: object, argument: str) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         raise TypeError(f"{argument} must be a pair (inputs, targets) of tensors, got {type(batch).__name__}")
-    x, y = (tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in batch)
-    return x, y
+    return as_constant(batch[0]), as_constant(batch[1])

@@ -58,9 +58,7 @@ class OptimizerLookahead:
         return [p - self.margin * u for p, u in zip(parameters, steps, strict=True)]
 
 
-def read_step(
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor]
-) -> Step:
+def read_step(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor]) -> Step:
     """The next step of `optimizer` for `parameters`, with copies of its settings and state as they stand: a function
     u(θ, g) of lists in the order of `parameters`, with θ_next = θ − u, differentiable, twice too, in both.
 
