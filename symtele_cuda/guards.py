@@ -44,9 +44,7 @@ class Bounds:
         limits: list[float | Tensor] = []
         texts: list[Callable[[float], str]] = []
         if holdout is not None:
-            size = holdout.abs() if isinstance(holdout, Tensor) else abs(holdout)
-            room = math.inf if math.isinf(guards.holdout_tol) else guards.holdout_tol * size
-            limits.append(holdout + room)
+            limits.append(most_on_holdout(guards, holdout))
             texts.append(lambda value: on_holdout(float(holdout), value))
         if guards.bound_noise:
             limits.append(guards.max_sensitivity * sensitivity)
@@ -56,6 +54,11 @@ class Bounds:
     def broken_by(self, figures: Sequence[Tensor]) -> list[Tensor]:
         """Which of the figures lie beyond their limits, or are NaN: bool scalars."""
         return [(figure <= limit).logical_not() for figure, limit in zip(figures, self.limits, strict=True)]
+
+
+def most_on_holdout(guards: Guards, before: float | Tensor) -> float | Tensor:
+    """The largest loss that the holdout may have, given that at the start, which may be 0."""
+    return before + (math.inf if math.isinf(guards.holdout_tol) else guards.holdout_tol * abs(before))
 
 
 def is_futile(guards: Guards, looks_ahead: bool, before: Measurement) -> bool:
@@ -152,7 +155,7 @@ def on_change(most: float, changes: Sequence[float]) -> str:
 def _harm_elsewhere(guards: Guards, before: Measurement, after: Measurement) -> str | None:
     """Why the new weights are not acceptable on the holdout, or under noise in the inputs, or None."""
     old, new = before.holdout, after.holdout
-    if old is not None and new is not None and not new <= old + guards.holdout_tol * abs(old):
+    if old is not None and new is not None and not new <= most_on_holdout(guards, old):
         return on_holdout(old, new)
     calm, noisy = before.sensitivity, after.sensitivity
     if guards.bound_noise and calm is not None and noisy is not None and not noisy <= guards.max_sensitivity * calm:

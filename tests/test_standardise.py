@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import ACTIVATIONS, make_batch, make_mlp, snapshot, unchanged
 from torch import Tensor, nn
 
 import symtele_cuda as st
@@ -17,7 +18,6 @@ from symtele_cuda.methods.standardise import NOTICED, RIDGES, fit_ridge
 from symtele_cuda.model.problem import Problem
 from symtele_cuda.model.reader import read_chain
 from symtele_cuda.objectives.best_decrease import SHARES, BestDecrease
-from tests.networks import ACTIVATIONS, make_batch, make_mlp, snapshot, unchanged
 
 FREE = st.Guards(max_sensitivity=math.inf, max_weight_change=math.inf, holdout_tol=math.inf)
 KINDS = [*ACTIVATIONS, "relu"]

@@ -107,3 +107,12 @@ def test_what_is_written_is_finite_in_every_dtype(activation, dtype):
         assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
         assert all(map(math.isfinite, report.weight_changes))
     assert accepted > 0
+
+
+def test_a_holdout_that_the_model_fits_exactly_does_not_refuse_where_its_loss_is_only_reported():
+    model, (x, _) = make_mlp(DIMS), make_batch(12, 20, 5)
+    others, _ = make_batch(9, 20, 5, seed=2)
+    holdout = others, model(others).detach()  # a loss of 0
+    report = teleport_mlp(model, (x, torch.randn(12, 5, dtype=x.dtype)), holdout=holdout, holdout_tol=math.inf)
+    assert report.accepted, report.reason
+    assert report.holdout_before == 0 < report.holdout_after
