@@ -58,7 +58,8 @@ class Bounds:
 
 def most_on_holdout(guards: Guards, before: float | Tensor) -> float | Tensor:
     """The largest loss that the holdout may have, given that at the start, which may be 0."""
-    return before + (math.inf if math.isinf(guards.holdout_tol) else guards.holdout_tol * abs(before))
+    size = before.abs() if isinstance(before, Tensor) else abs(before)
+    return before + (math.inf if math.isinf(guards.holdout_tol) else guards.holdout_tol * size)
 
 
 def is_futile(guards: Guards, looks_ahead: bool, before: Measurement) -> bool:
