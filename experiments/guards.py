@@ -32,7 +32,8 @@ from experiments.tables import format_table
 from experiments.training import TeleportSettings
 from symtele_cuda.model.chain import Chain
 from symtele_cuda.report import TeleportReport
-from symtele_cuda.teleporter import Batch, Teleporter
+from symtele_cuda.schedule import Batch
+from symtele_cuda.teleporter import Teleporter
 from symtele_cuda.transaction import Transaction
 
 PROBLEM = PROBLEMS["digits"]

@@ -20,8 +20,9 @@ from symtele_cuda.methods.published import Published
 from symtele_cuda.objectives import Objective
 from symtele_cuda.objectives.next_step import orthogonalized
 from symtele_cuda.report import TeleportReport
+from symtele_cuda.schedule import Schedule
 from symtele_cuda.settings import Ascent, Guards
-from symtele_cuda.teleporter import Schedule, Teleporter
+from symtele_cuda.teleporter import Teleporter
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

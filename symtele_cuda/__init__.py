@@ -13,9 +13,10 @@ from .objectives.next_step import OptimizerLookahead, read_step
 from .operator.teleport_layer import teleport_layer
 from .plasticity import Plasticity, plasticity
 from .report import LayerReport, TeleportReport
+from .schedule import Schedule
 from .settings import Ascent, Guards
 from .teleport import teleport, teleport_mlp
-from .teleporter import Schedule, Teleporter
+from .teleporter import Teleporter
 
 __all__ = [
     "Ascent",

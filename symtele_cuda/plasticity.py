@@ -43,6 +43,13 @@ class Plasticity:
 
     layers: tuple[LayerPlasticity, ...]
 
+    def lost(self, silent: float = 0.5, effective_rank: float = 0.1) -> bool:
+        """Whether a hidden layer has more than this share of silent units, or an effective rank below this share of
+        its width."""
+        return any(
+            layer.silent > silent or layer.effective_rank < effective_rank * layer.width for layer in self.layers
+        )
+
     def __str__(self) -> str:
         rows = [f"{'hidden layer':<14}{'units':>6}{'spread':>9}{'silent':>9}{'effective rank':>16}{'norm':>9}"]
         rows += [

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_int, check_name
+from .checks import check_bool, check_int, check_name
 from .errors import TeleportError
 from .kernels.library import check_backend
 from .measure import measure_own
@@ -27,7 +27,9 @@ from .objectives import GradNorm
 from .objectives.next_step import OptimizerLookahead
 from .objectives.own_steps import OwnSteps
 from .optimizers import PendingGradients, check_holds, unwrap
+from .plasticity import plasticity
 from .report import TeleportReport, check_list, restore
+from .schedule import Batch, Progress, Schedule
 from .settings import GL, LOOKAHEAD, NEXT_STEP, Ascent, Guards
 from .teleport import Reading, check_possible, check_settings, refuse_futile, teleport_problem
 from .transaction import Transaction
@@ -37,47 +39,12 @@ AUTO_HOLDOUT_SIZE = 200  # so many tell a change of the loss by a few percent fr
 OPTIMIZER_STATES = ("keep", "reset")
 ON_ERROR = ("raise", "warn")
 
-Batch = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When to teleport: `teleports_per_epoch` times at the start of each of `epochs`.
-
-    Epochs are counted from 0: epochs=[1] means after one whole epoch of training. They are kept sorted, each once.
-    """
-
-    epochs: Collection[int]
-    teleports_per_epoch: int = 1
-
-    def __post_init__(self) -> None:
-        if isinstance(self.epochs, (str, bytes)) or not isinstance(self.epochs, Collection):
-            raise TypeError(f"epochs must be a collection of ints >= 0, got {self.epochs!r}")
-        epochs = {check_int("epochs", epoch, at_least=0) for epoch in self.epochs}
-        object.__setattr__(self, "epochs", tuple(sorted(epochs)))
-        count = check_int("teleports_per_epoch", self.teleports_per_epoch, at_least=1)
-        object.__setattr__(self, "teleports_per_epoch", count)
-
-
 EARLY = Schedule(epochs=(0,), teleports_per_epoch=3)
 ONCE = Schedule(epochs=(0,))
 LOOK_AHEAD = Ascent(LOOKAHEAD, margin=8.0, steps=4, first_radius=0.1)
 CAREFUL = Guards(holdout_tol=0.03, min_gain=2.0)
 WORTHWHILE = Guards(holdout_tol=0.03, min_gain=1.4)
 AUTO, LAST = "auto", "last"
-
-
-@dataclass(frozen=True)
-class _Progress:
-    """Where a teleporter is in an epoch: the teleports done, and the batches gathered for the next one.
-
-    waited: whether the next one was put off as gradients were pending.
-    """
-
-    epoch: int | None = None
-    done: int = 0
-    gathered: tuple[Batch, ...] = ()
-    waited: bool = False
 
 
 class Teleporter:
@@ -198,14 +165,13 @@ class Teleporter:
         self.on_error, self.backend = on_error, backend
         self._optimizers, self._chain, self._mark = optimizers, chain, mark_of(model)
         self._pending_gradients = PendingGradients(model, optimizers)
-        self._progress = _Progress()
+        self._progress = Progress()
 
     def __repr__(self) -> str:
-        epochs = ", ".join(map(str, self.schedule.epochs))
         which = "all hidden layers" if self._layers is None else f"hidden layers {list(self._layers)}"
         accepted = sum(report.accepted for report in self.reports)
         return (
-            f"Teleporter({self.schedule.teleports_per_epoch} × in epochs [{epochs}]: {which} of "
+            f"Teleporter({self.schedule}: {which} of "
             f"{len(self._chain.activations)}, {self._wanted} samples + {self._holdout_size} held out; "
             f"so far {accepted} of {len(self.reports)} accepted)"
         )
@@ -224,7 +190,7 @@ class Teleporter:
             )
         if epoch != progress.epoch:
             self._warn_of_epoch_without(progress)
-            progress = _Progress(epoch)
+        progress = progress.called(epoch, self.schedule)
         if not self._is_due(progress):
             self._progress = progress
             return None
@@ -235,7 +201,7 @@ class Teleporter:
             if self.on_error == "raise":
                 raise
             warnings.warn(f"a teleport failed, {type(error).__name__}: {error}", stacklevel=2)
-            self._progress = _Progress(epoch, progress.done + 1)
+            self._progress = progress.finished(self.schedule)
             return None
 
     def refresh(self, batch: Batch, *, holdout: Batch | None = None) -> TeleportReport:
@@ -272,6 +238,8 @@ class Teleporter:
             "epoch": self._progress.epoch,
             "done": self._progress.done,
             "gathered": list(self._progress.gathered),
+            "calls": self._progress.calls,
+            "owed": self._progress.owed,
             "reports": [asdict(report) for report in self.reports],
         }
 
@@ -294,10 +262,12 @@ class Teleporter:
         self._keep(transaction)
         chain = self._read_model()
         transaction.compute_on(chain.linears[0].weight.device)
-        progress = _Progress(
+        progress = Progress(
             epoch=None if state["epoch"] is None else check_int("state: epoch", state["epoch"], at_least=0),
             done=check_int("state: done", state["done"], at_least=0),
             gathered=_restore_batches(state["gathered"], chain),
+            calls=check_int("state: calls", state["calls"], at_least=0),
+            owed=check_bool("state: owed", state["owed"]),
         )
         reports = [restore(TeleportReport, values) for values in check_list("state: reports", state["reports"])]
         self._progress, self.reports[:] = progress, reports
@@ -308,7 +278,7 @@ class Teleporter:
             transaction.keep_attribute(self, name)
         transaction.on_failure(functools.partial(self.reports.__setitem__, slice(None), [*self.reports]))
 
-    def _warn_of_epoch_without(self, progress: _Progress) -> None:
+    def _warn_of_epoch_without(self, progress: Progress) -> None:
         """Say that an epoch of the schedule has ended without one teleport, and why."""
         seen = sum(len(x) for x, _ in progress.gathered)
         if progress.done > 0 or not (seen > 0 or progress.waited):
@@ -325,11 +295,9 @@ class Teleporter:
             )
         warnings.warn(f"epoch {progress.epoch} {reason}", stacklevel=3)
 
-    def _is_due(self, progress: _Progress) -> bool:
+    def _is_due(self, progress: Progress) -> bool:
         """Whether the schedule wants one more teleport, and the optimizer takes steps to look ahead to."""
-        if progress.epoch not in self.schedule.epochs or progress.done >= self.schedule.teleports_per_epoch:
-            return False
-        return not self.method.reads_step or self._own_steps.largest_lr > 0
+        return progress.is_due(self.schedule) and (not self.method.reads_step or self._own_steps.largest_lr > 0)
 
     def _read_model(self) -> Chain:
         """The chain, read again only where something of the model has changed that it depends on."""
@@ -339,7 +307,7 @@ class Teleporter:
             self._chain, self._mark = chain, mark
         return self._chain
 
-    def _advance(self, transaction: Transaction, progress: _Progress, batch: Batch) -> TeleportReport | None:
+    def _advance(self, transaction: Transaction, progress: Progress, batch: Batch) -> TeleportReport | None:
         """Gather `batch`, or teleport if that makes enough samples and no gradients are pending."""
         self._keep(transaction)
         check_holds(self.model, self._optimizers)
@@ -358,8 +326,11 @@ class Teleporter:
         inputs, targets = (torch.cat(tensors) for tensors in zip(*pending, strict=True))
         own, held = slice(self._wanted), slice(self._wanted, self._wanted + self._holdout_size)
         holdout = (inputs[held], targets[held]) if self._holdout_size > 0 else None
+        self._progress = progress.finished(self.schedule)
+        when = None if progress.is_of_epoch(self.schedule) else self.schedule.when
+        if when is not None and not when(plasticity(self.model, inputs)):
+            return None
         report = self._teleport(transaction, chain, (inputs[own], targets[own]), holdout)
-        self._progress = _Progress(progress.epoch, progress.done + 1)
         self.reports.append(report)
         return report
 

@@ -29,6 +29,7 @@ ORDER = [
     {"guards"},
     {"search"},
     {"teleport"},
+    {"schedule"},
     {"teleporter"},
     {"demo"},
 ]

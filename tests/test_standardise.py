@@ -347,6 +347,61 @@ def test_a_batch_that_does_not_fit_leaves_everything_after_refresh() -> None:
     assert unchanged(model, before) and teleporter.reports == []
 
 
+def stream(teleporter: st.Teleporter, calls: int, per_epoch: int = 100) -> list[int]:
+    """The calls of `step`, from 1, that teleported."""
+    batches = [make_batch(20, 12, 4, seed=call) for call in range(calls)]
+    steps = (teleporter.step(batch, epoch=call // per_epoch) for call, batch in enumerate(batches))
+    return [call for call, report in enumerate(steps, start=1) if report is not None]
+
+
+def test_a_schedule_may_ask_for_a_teleport_after_every_so_many_steps_in_any_epoch() -> None:
+    model = make("tanh")
+    options: dict[str, Any] = {"batch_size": 40, "holdout_size": 0}
+    teleporter = make_teleporter(
+        model, torch.optim.SGD(model.parameters(), 0.1), schedule=st.Schedule([0], every=5), **options
+    )
+    assert "1 × in epochs [0] and every 5 steps" in repr(teleporter)
+    assert stream(teleporter, 13, per_epoch=4) == [2, 6, 11]  # gathered over two calls from the fifth and the tenth on
+
+
+def test_it_goes_on_from_its_state_in_the_middle_of_such_a_schedule() -> None:
+    results = []
+    for interrupted in (False, True):
+        model = make("tanh")
+        options: dict[str, Any] = {"schedule": st.Schedule(every=5), "batch_size": 40, "holdout_size": 0}
+        teleporter = make_teleporter(model, torch.optim.SGD(model.parameters(), 0.1), **options)
+        batches = [make_batch(20, 12, 4, seed=call) for call in range(12)]
+        for call, batch in enumerate(batches):
+            if interrupted and call == 5:
+                state = teleporter.state_dict()
+                teleporter = make_teleporter(model, torch.optim.SGD(model.parameters(), 0.1), **options)
+                teleporter.load_state_dict(state)
+            teleporter.step(batch, epoch=0)
+        results.append(snapshot(model))
+        assert len(teleporter.reports) == 2
+    assert all(map(torch.equal, *results))
+
+
+def test_a_condition_leaves_out_what_is_not_needed() -> None:
+    model, seen = make("tanh"), list[st.Plasticity]()
+
+    def when(found: st.Plasticity) -> bool:
+        seen.append(found)
+        return found.lost()
+
+    schedule = st.Schedule(every=3, when=when)
+    options: dict[str, Any] = {"schedule": schedule, "batch_size": 20, "holdout_size": 0}
+    teleporter = make_teleporter(model, torch.optim.SGD(model.parameters(), 0.1), **options)
+    assert stream(teleporter, 4) == [] and len(seen) == 1
+    with torch.no_grad():
+        model[0].bias[:20] = 50.0  # most units are saturated
+    assert stream(teleporter, 2) == [2] and len(seen) == 2
+    with pytest.raises(ValueError, match="when must be given together with every"):
+        st.Schedule([0], when=when)
+    with pytest.raises(TypeError, match=r"when must be callable as when\(plasticity\), got str"):
+        st.Schedule([0], every=3, when="lost")  # type: ignore[arg-type]
+
+
 # --- plasticity -------------------------------------------------------------------------------------------------------
 
 

@@ -590,10 +590,10 @@ BAD_STATES: dict[str, tuple[Callable[[dict], object], type[Exception], str]] = {
     "empty": (
         lambda state: {},
         ValueError,
-        r"state must have the entries \['done', 'epoch', 'gathered', 'reports'\], got \[\]",
+        r"state must have the entries \['calls', 'done', 'epoch', 'gathered', 'owed', 'reports'\], got \[\]",
     ),
     "list": (lambda state: [1], ValueError, "state must have .* got list"),
-    "one entry too many": (lambda state: {**state, 1: 2}, ValueError, r"got \['1', 'done'"),
+    "one entry too many": (lambda state: {**state, 1: 2}, ValueError, r"got \['1', 'calls', 'done'"),
     "epoch": (set_entry("epoch", value="1"), TypeError, "state: epoch must be an int, got '1'"),
     "negative epoch": (set_entry("epoch", value=-1), ValueError, "state: epoch must be >= 0, got -1"),
     "done": (set_entry("done", value=None), TypeError, "state: done must be an int, got None"),
