@@ -38,7 +38,7 @@ from experiments import classification
 from experiments.data import load_mnist
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS, STANDARDISE = evidence_tables.PAGES
+EXPERIMENTS, STANDARDISE = evidence_tables.EXPERIMENTS, evidence_tables.STANDARDISE
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Row:
     minutes: about how long it takes with a core for each process. data: whether it needs MNIST's files. alone: whether
     it uses several processes itself. drawn: whether it has figures. quick: its further options in the quick profile.
     records: a pattern of files from which the command goes on where they are in its folder. of: the row of whose longer
-    runs its own are the beginning. page: the one in docs/ that shows it.
+    runs its own are the beginning. page: the one that shows it.
     """
 
     name: str

@@ -3,7 +3,7 @@
     python -m bench.evidence_tables
 
 A table stands between the lines `<!-- table NAME -->` and `<!-- end of table -->`; NAME.json is the file of its row. In
-the place of a table, NAME `minutes` is how long they all took.
+the place of a table, NAME `minutes` is how long they all took, and NAME `advice` README's answer to who should use it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from experiments.classification import PLAIN
 from experiments.study import tables
 from experiments.study.summary import summaries_of
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("experiments.md", "standardise.md")
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = EXPERIMENTS, STANDARDISE, README = ("docs/experiments.md", "docs/standardise.md", "README.md")
 FOLDER = RESULTS / "evidence"
 NOT_RUN = "Not run yet."
-MINUTES, STUDY = "minutes", "study"
+MINUTES, ADVICE, STUDY = "minutes", "advice", "study"
 MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 
 Document = dict[str, Any]
@@ -36,7 +36,7 @@ Runs = list[dict[str, Any]]
 
 def write() -> None:
     """Put the tables of today's files into the pages."""
-    for page in (DOCS / name for name in PAGES):
+    for page in (ROOT / name for name in PAGES):
         page.write_text(filled(page.read_text(encoding="utf-8"), FOLDER), encoding="utf-8")
 
 
@@ -46,6 +46,8 @@ def filled(page: str, folder: Path) -> str:
     def fill(found: re.Match[str]) -> str:
         if found["name"] == MINUTES:
             return f"{found[1]}\n{time_sentence([read(path) for path in sorted(folder.glob('*.json'))])}\n\n"
+        if found["name"] == ADVICE:
+            return f"{found[1]}\n{advice_table(folder)}\n\n"
         path = folder / f"{found['name']}.json"
         if not path.exists():
             return f"{found[1]}\n{NOT_RUN}\n\n"
@@ -283,6 +285,64 @@ def plasticity_table(document: Document) -> str:
         cells[1] += f" ({row['refused']} refused)" if row["refused"] else ""
         found.setdefault(row["protocol"], []).append([*cells, f"{row['last'] + row['kept']:.1f}"])
     return "\n\n".join(f"**{protocol}**\n\n{table(header, rows)}" for protocol, rows in found.items())
+
+
+def advice_table(folder: Path) -> str:
+    """README's answer to who should use it, from the files of starts, starts-mnist and plasticity."""
+    starts, mnist, tasks = (read(folder / f"{name}.json") for name in ("starts", "starts-mnist", "plasticity"))
+    new = "`Teleporter(model, optimizer)`"
+    smooth = [f"{sigma} {_epochs(starts, 'digits', sigma, 'sgd', 0.01)}" for sigma in ("tanh", "sigmoid")]
+    slow = "a rate that is too small and must stay"
+    rows = [
+        ["a new MLP, LeakyReLU", new, _several(starts, "digits", "LeakyReLU 0.1", ("sgd", "momentum", "adam"), 0.01)],
+        ["… tanh and sigmoid, SGD", new, "; ".join(smooth)],
+        ["… four sigmoid layers, SGD", new, _epochs(starts, "digits, deep", "sigmoid", "sgd", 0.03)],
+        ["… 784-512-512-10 on MNIST digits, SGD", new, _epochs(mnist, "mnist", "LeakyReLU 0.1", "sgd", 0.1)],
+        [
+            "a network that goes on to other tasks",
+            '`teleporter.refresh((x, y))`, `Standardise(refit="all")`',
+            "; ".join(_tasks(tasks, protocol, sigma) for protocol, sigma in _TOLD),
+        ],
+        [slow, '`method=Ascent("lookahead", …)`', "several times faster, see below"],
+    ]
+    return table(["situation", "call", "effect"], rows)
+
+
+_TOLD = (("random labels", "tanh"), ("random labels", "LeakyReLU 0.01"), ("relabelled", "tanh"))
+_INITS = ("He or Glorot", "orthogonal", "LSUV")
+
+
+def _several(document: Document, problem: str, activation: str, optimizers: Sequence[str], level: float) -> str:
+    return "; ".join(
+        f"{optimizer} {_epochs(document, problem, activation, optimizer, level)}" for optimizer in optimizers
+    )
+
+
+def _epochs(document: Document, problem: str, activation: str, optimizer: str, level: float) -> str:
+    """The epochs to a train loss of the standardised start, PyTorch's and the best of the initialisations."""
+    place = document["settings"]["levels"].index(level)
+    setting = (problem, activation, optimizer)
+    found = {
+        row["arm"]: _float(row["epochs"][place])
+        for row in document["rows"]
+        if (row["problem"], row["activation"], row["optimizer"]) == setting
+    }
+    least = min(found[arm] for arm in _INITS if arm in found)
+    ours, plain, best = (_finite(value) for value in (found["standardise"], found["plain"], least))
+    return f"{ours} epochs to {level:g} (PyTorch's start {plain}, best initialisation {best})"
+
+
+def _finite(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "never"
+
+
+def _tasks(document: Document, protocol: str, activation: str) -> str:
+    """The accuracy on the last tasks, and the share of predictions kept."""
+    found = {r["arm"]: r for r in document["rows"] if (r["protocol"], r["activation"]) == (protocol, activation)}
+    ours = found["standardise, whatever is kept"]
+    others = {name: found[name]["last"] for name in ("plain", "optimizer reset", "fresh network")}
+    listed = ", ".join(f"{name} {value:.1f}" for name, value in others.items())
+    return f"{protocol}, {activation}: {ours['last']:.1f} % on the last tasks ({listed}), {ours['kept']:.0f} % kept"
 
 
 def study_tables(document: Document) -> str:

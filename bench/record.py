@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import symtele_cuda as st
+from symtele_cuda.teleporter import LOOK_AHEAD
 
 SHAPES = {
     "wide": (30, 40, 36, 5),
@@ -122,7 +123,9 @@ def train(make_optimizer: Callable[..., torch.optim.Optimizer], activation: str)
     model = make_model(SHAPES["wide"], activation, True, torch.float32)
     optimizer = make_optimizer(model.parameters(), lr=0.01)
     guards = st.Guards(holdout_tol=0.03, min_gain=1.0, max_weight_change=math.inf, max_sensitivity=math.inf)
-    teleporter = st.Teleporter(model, optimizer, batch_size=SAMPLES, holdout_size=HELD_OUT, guards=guards)
+    teleporter = st.Teleporter(
+        model, optimizer, method=LOOK_AHEAD, batch_size=SAMPLES, holdout_size=HELD_OUT, guards=guards
+    )
     for seed in range(12):
         batch = make_batch(SAMPLES, torch.float32, seed)
         teleporter.step(batch, epoch=0)

@@ -163,7 +163,7 @@ def run_plasticity(options: argparse.Namespace) -> str:
 
 def run_starts(options: argparse.Namespace) -> str:
     on_mnist = {"mnist"} if options.data_dir else set()
-    names = options.problems or [name for name in starts.PROBLEMS if (name in on_mnist) == bool(on_mnist)]
+    names = options.problems or [name for name in starts.PROBLEMS if (name == "mnist") == bool(on_mnist)]
     if "mnist" in names and not on_mnist:
         raise ValueError("--data-dir must be given for the problem mnist")
     datasets = {name: load_mnist(options.data_dir) if name in on_mnist else load_digits() for name in names}

@@ -17,7 +17,7 @@ from .errors import TeleportError
 from .kernels.library import check_backend
 from .measure import measure_own
 from .methods.published import Published
-from .methods.standardise import Standardise
+from .methods.standardise import ALL, Standardise
 from .model.chain import Chain, as_constant, check_batch, check_layers, check_same_structure, mark_of
 from .model.loss import LossFunction
 from .model.problem import Problem
@@ -43,7 +43,8 @@ EARLY = Schedule(epochs=(0,), teleports_per_epoch=3)
 ONCE = Schedule(epochs=(0,))
 LOOK_AHEAD = Ascent(LOOKAHEAD, margin=8.0, steps=4, first_radius=0.1)
 CAREFUL = Guards(holdout_tol=0.03, min_gain=2.0)
-WORTHWHILE = Guards(holdout_tol=0.03, min_gain=1.4)
+STANDARDISED = Standardise(refit=ALL, least_kept=0.0)  # at the start predictions mean nothing
+WORTHWHILE = Guards(holdout_tol=0.03, min_gain=1.0)
 AUTO, LAST = "auto", "last"
 
 
@@ -70,7 +71,8 @@ class Teleporter:
         optimizer: holds all trainable parameters of the model: a torch.optim.Optimizer, a wrapper that holds one in
             `.optimizer`, or a sequence of these (Muon for the matrices and AdamW for the biases, say).
         loss_fn: loss_fn(outputs, y) → scalar; default as for `teleport_mlp`.
-        method: how a teleport finds its point. "lookahead" without `lr` looks `margin` times the optimizer's own steps
+        method: how a teleport finds its point; the default standardises all hidden layers at the start, on whatever
+            activations. "lookahead" without `lr` looks `margin` times the optimizer's own steps
             ahead, read at each teleport (schedulers are followed). For torch.optim.SGD it is a gradient step of the
             rate that its steps come to with momentum, lr (1 − dampening)/(1 − momentum), the largest over the groups
             that hold parameters of the model. For Muon, whose steps are of one length whatever the gradient, it is a
@@ -79,9 +81,8 @@ class Teleporter:
             `OptimizerLookahead`, weight decay included. While the lr of all these groups is 0, as at the start of a
             warm-up, `step` does nothing: there is no step to look ahead to. With `lr` it is the gradient step of that
             rate, for any optimizer. "next_step" is `OptimizerLookahead` for all: with momentum it sees little of what
-            the new gradient will do, since the buffer stays as it is. The default takes few and large steps, since
-            several teleports follow one another.
-        schedule: a Schedule; the default is three teleports at the start of epoch 0, one with `Standardise`.
+            the new gradient will do, since the buffer stays as it is.
+        schedule: a Schedule; the default is one teleport at the start of epoch 0, with a search three.
         batch_size: samples of one teleport. "auto" gathers the smaller of 200 and the number of columns of the inputs
             of the layers that GL is to move (the bias' column included), and teleports on those of them that all these
             layers can tell apart well, `matched_samples`; `report.layers[0].n` says how many. Where the step ahead does
@@ -98,8 +99,9 @@ class Teleporter:
         optimizer_state: what an accepted teleport does to the optimizer's state of the model's parameters: "keep"
             leaves it, "reset" empties it.
         guards: as for `teleport_mlp`. By default the loss of the holdout may rise by 3 %, and the step ahead must lower
-            the loss twice as much, with `Standardise` the best step 1.4 times as much: where the rate suits the weights
-            well, no point of the level set gives that, and the run goes on as it would have without the teleporter.
+            the loss twice as much: where the rate suits the weights well, no point of the level set gives that, and
+            the run goes on as it would have without the teleporter. With `Standardise` the best step must not lower it
+            less than before.
         on_error: "raise", or "warn": a teleport that fails is a warning, its samples are dropped, it counts as made,
             and training goes on.
         backend: as for `teleport_mlp`.
@@ -121,7 +123,7 @@ class Teleporter:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         loss_fn: LossFunction | None = None,
         *,
-        method: Ascent | Published | Standardise = LOOK_AHEAD,
+        method: Ascent | Published | Standardise = STANDARDISED,
         schedule: Schedule | None = None,
         batch_size: int | str = AUTO,
         holdout_size: int | str = AUTO,

@@ -32,8 +32,8 @@ from experiments.study.summary import summaries_of
 from experiments.training import TeleportSettings, TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {name: (evidence_tables.DOCS / name).read_text(encoding="utf-8") for name in evidence_tables.PAGES}
-PAGE = PAGES["experiments.md"]
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in evidence_tables.PAGES}
+PAGE = PAGES[evidence_tables.EXPERIMENTS]
 LARGEST = 300_000  # bytes of one file of numbers
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs symtele_cuda[demo]")
 

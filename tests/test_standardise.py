@@ -313,6 +313,22 @@ def test_a_teleporter_standardises_once_on_the_samples_of_successive_batches() -
     assert unchanged(model, snapshot(twin))
 
 
+@pytest.mark.parametrize("kind", ["relu", "tanh"])
+def test_by_default_a_teleporter_standardises_once_at_the_start(kind: str) -> None:
+    model = make(kind, [12, 64, 64, 4], dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)  # about as small as torch's own start
+    teleporter = st.Teleporter(model, torch.optim.Adam(model.parameters(), 1e-3))
+    for call in range(12):
+        x, _ = make_batch(50, 12, 4, dtype=torch.float32, seed=call)
+        teleporter.step((x, x[:, :4].argmax(1)), epoch=0)
+    (report,) = teleporter.reports  # on 200 samples, with 200 behind them as the holdout
+    assert report.layers[0].n == 200 and report.holdout_before is not None
+    assert report.reason == "standardised", report.reason
+    assert report.objective_after > report.objective_before
+
+
 def test_the_exact_refit_gathers_no_more_samples_than_it_can_take() -> None:
     model = make("tanh")
     teleporter = make_teleporter(model, torch.optim.SGD(model.parameters(), 0.1), method=st.Standardise())

@@ -12,13 +12,13 @@ from torch import Tensor
 from ..measure import WeightsOnBatch
 from ..model.loss import LossOfParameters
 
-SHARES = (1 / 4, 1.0, 4.0)
+SHARES = tuple(2.0**exponent for exponent in range(-4, 3))
 """The lengths that are tried, as shares of |L| / ‖∇L‖², at which the loss's tangent along the step reaches zero."""
 
 
 @dataclass(frozen=True)
 class BestDecrease:
-    """f = max_η L(θ) − L(θ − η∇L(θ)) over three lengths η = s |L| / ‖∇L‖², s = 1/4, 1, 4; at least 0.
+    """f = max_η L(θ) − L(θ − η∇L(θ)) over the lengths η = s |L| / ‖∇L‖², s = 1/16, 1/8, …, 4; at least 0.
 
     It has a value and no gradient: nothing searches for it.
     """
