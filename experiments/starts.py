@@ -37,7 +37,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "LeakyReLU 0.1": lambda: nn.LeakyReLU(0.1),
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "ELU": nn.ELU,
+    "SELU": nn.SELU,
+    "CELU": nn.CELU,
+    "softsign": nn.Softsign,
+    "ReLU": nn.ReLU,
 }
+STUDIED = ("LeakyReLU 0.1", "tanh", "sigmoid")
 GAINS = {"LeakyReLU 0.1": math.sqrt(2 / 1.01), "tanh": 5 / 3, "sigmoid": 4.0}
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr, fused=True),
@@ -68,14 +75,18 @@ INITS = ("He or Glorot", "orthogonal", "LSUV")
 ON_BEST = "orthogonal, then standardise"
 SMALL = "standardise, spread halved"
 TRAINED = "standardise after two epochs"
+SPREADS = {f"standardise, spread {spread}": float(spread) for spread in (1, 2, 4)}
 STARTS = (PLAIN, *INITS, LAST, ALL, SMALL, ON_BEST)
 PROBLEMS = {
     "digits": Problem(
-        (128, 128), 12, 0.01, (*ACTIVATIONS,), ("sgd", "momentum", "adam"), (*STARTS, TRAINED)
+        (128, 128), 12, 0.01, STUDIED, ("sgd", "momentum", "adam"), (*STARTS, TRAINED)
     ),
     "digits, deep": Problem((128,) * 4, 8, 0.03, ("sigmoid",), ("sgd", "adam"), (PLAIN, *INITS, ALL, ON_BEST)),
     "digits, other rules": Problem(
         (128, 128), 12, 0.01, ("LeakyReLU 0.1",), ("adagrad", "adamw"), (PLAIN, *INITS, ALL)
+    ),
+    "digits, spreads": Problem(
+        (128, 128), 12, 0.01, tuple(name for name in ACTIVATIONS if name not in STUDIED), ("sgd",), (PLAIN, *SPREADS)
     ),
     "mnist": Problem((512, 512), 5, 0.1, ("LeakyReLU 0.1", "tanh"), ("sgd",), (PLAIN, "He or Glorot", ALL)),
 }
@@ -173,7 +184,7 @@ class Runs:
             for kind in INITS:
                 if job.arm.startswith(kind):
                     initialise(model, kind, job.activation, self.x[k, :200])
-        if job.arm in (LAST, ALL, SMALL, ON_BEST):
+        if job.arm in (LAST, ALL, SMALL, ON_BEST, *SPREADS):
             self.teleport(model, k)
         return model
 
@@ -185,7 +196,8 @@ class Runs:
         """
         exact, small, trained = (self.job.arm == arm for arm in (LAST, SMALL, TRAINED))
         count = 100 if exact else len(self.x[k]) if trained else 200
-        spread = {"LeakyReLU 0.1": 1.0, "tanh": 1.0, "sigmoid": 2.0}[self.job.activation] if small else "auto"
+        halves = {"LeakyReLU 0.1": 1.0, "tanh": 1.0, "sigmoid": 2.0}
+        spread = halves[self.job.activation] if small else SPREADS.get(self.job.arm, "auto")
         method = st.Standardise(spread=spread, refit="last" if exact else "all", least_kept=0.0)
         holdout = self.x[k, count : count + 200], self.y[k, count : count + 200]
         if trained:
