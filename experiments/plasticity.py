@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import symtele_cuda as st
 from experiments import figures
 from experiments.data import Dataset
-from experiments.records import go_on, save_json
+from experiments.records import Ledger, save_json
 from experiments.side_by_side import SideBySide, make_mlp
 from experiments.tables import format_table
 from symtele_cuda.guards import STANDARDISED
@@ -344,7 +344,8 @@ def run(dataset: Dataset, wanted: Sequence[Job], out: Path, on_run: Callable[[st
         on_run(f"{job.protocol}, {job.activation}, {job.arm}, {job.lr:g}")
         return run_job(job, dataset)
 
-    outcomes = go_on(out / "plasticity.jsonl", wanted, work, restore)
+    ledger = Ledger(out / "plasticity.jsonl", restore)
+    outcomes = [ledger.outcome(job, work) for job in wanted]
     everything = [describe(outcome) for outcome in outcomes]
     rows = best_of(everything)
     settings = {"data": dataset.name, "samples": SAMPLES, "tested": TESTED, "batch": BATCH_SIZE, "width": WIDTH}

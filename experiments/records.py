@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -133,28 +133,25 @@ JobKind = TypeVar("JobKind")
 OutcomeKind = TypeVar("OutcomeKind", bound="DataclassInstance")
 
 
-def go_on(
-    record: Path,
-    jobs: Sequence[JobKind],
-    work: Callable[[JobKind], OutcomeKind],
-    restore: Callable[[dict[str, Any]], OutcomeKind],
-) -> list[OutcomeKind]:
-    """The outcomes of the jobs, from the lines of `record` or else from `work`, each a line as soon as it is done.
+class Ledger(Generic[OutcomeKind]):
+    """The outcomes of an experiment's jobs: a line each in a file, from which an interrupted experiment goes on.
 
     restore: the inverse of dataclasses.asdict for an outcome, whose `job` it knows again.
     """
-    lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
-    done: dict[Any, OutcomeKind] = {}
-    for line in lines:
-        outcome = restore(json.loads(line))
-        done[outcome.job] = outcome  # type: ignore[attr-defined]
-    with record.open("a", encoding="utf-8") as file:
-        for job in jobs:
-            if job not in done:
-                done[job] = work(job)
-                file.write(json.dumps(asdict(done[job])) + "\n")
-                file.flush()
-    return [done[job] for job in jobs]
+
+    def __init__(self, path: Path, restore: Callable[[dict[str, Any]], OutcomeKind]) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        outcomes = [restore(json.loads(line)) for line in lines]
+        self.known: dict[Any, OutcomeKind] = {outcome.job: outcome for outcome in outcomes}  # type: ignore[attr-defined]
+
+    def outcome(self, job: JobKind, work: Callable[[JobKind], OutcomeKind]) -> OutcomeKind:
+        """The one on record, or else that of `work`, which is kept as soon as it is done."""
+        if job not in self.known:
+            self.known[job] = work(job)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(self.known[job])) + "\n")
+        return self.known[job]
 
 
 def finite_or_infinity(fields: Mapping[str, Any]) -> dict[str, Any]:

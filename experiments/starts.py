@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import symtele_cuda as st
 from experiments.data import Dataset, split
-from experiments.records import go_on, save_json
+from experiments.records import Ledger, save_json
 from experiments.side_by_side import SideBySide, make_mlp
 from experiments.tables import format_table
 from symtele_cuda.guards import STANDARDISED
@@ -315,6 +315,7 @@ def run(
 
     datasets: those of the problems, by the names of these. epochs: of each run, in place of the problem's own.
     """
+    ledger = Ledger(out / "starts.jsonl", restore)
     rows, found = list[Row](), list[Outcome]()
     for problem, activation, optimizer, arm in settings(datasets):
         own = PROBLEMS[problem]
@@ -322,8 +323,7 @@ def run(
         job = Job(problem, activation, optimizer, arm, 0.0, epochs or own.epochs, numbers)
 
         def work(lr: float, job: Job = job) -> Outcome:
-            jobs = [replace(job, lr=lr)]
-            (outcome,) = go_on(out / "starts.jsonl", jobs, lambda one: run_job(one, datasets[one.problem]), restore)
+            outcome = ledger.outcome(replace(job, lr=lr), lambda one: run_job(one, datasets[one.problem]))
             on_run(f"{job.problem}, {job.activation}, {job.optimizer}, {job.arm}, {lr:.3g}")
             return outcome
 
