@@ -278,6 +278,10 @@ class Softplus(Activation):
     def __post_init__(self) -> None:
         check_invertible("beta", self.parameter)
 
+    @property
+    def spread(self) -> float:  # type: ignore[override]
+        return 4.0 / self.parameter
+
     def forward(self, z: Tensor) -> Tensor:
         return F.softplus(z, self.parameter, self.threshold)
 

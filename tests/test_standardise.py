@@ -21,7 +21,7 @@ from symtele_cuda.objectives.best_decrease import SHARES, BestDecrease
 
 FREE = st.Guards(max_sensitivity=math.inf, max_weight_change=math.inf, holdout_tol=math.inf)
 KINDS = [*ACTIVATIONS, "relu"]
-SPREADS = {"sigmoid": 4.0, "flipped_tanh": 2.0 / 0.7}
+SPREADS = {"sigmoid": 4.0, "softplus": 4.0, "flipped_tanh": 2.0 / 0.7}
 
 
 def make(kind: str, dims: list[int] | None = None, **options: Any) -> nn.Sequential:
@@ -121,6 +121,36 @@ def test_it_is_deterministic() -> None:
         st.teleport_mlp(model, (x, y), method=st.Standardise(refit="all"))
         results.append(snapshot(model))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_models_are_rounded_once_at_the_end_and_judged_as_they_will_stand(dtype: torch.dtype) -> None:
+    model, x, y = trained("leaky_relu")
+    model, x = model.to(dtype), x.to(dtype)
+    twin = copy.deepcopy(model).float()
+    method = st.Standardise(refit="all")
+    report = st.teleport_mlp(model, (x, y), method=method, guards=FREE)
+    st.teleport_mlp(twin, (x.float(), y), method=method, guards=FREE)
+    assert report.accepted, report.reason
+    for parameter, exact in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter.float(), exact.to(dtype).float())
+    assert report.loss_after == pytest.approx(F.cross_entropy(model.float()(x.float()), y).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_an_error_of_the_loss_leaves_the_model(call: int) -> None:
+    model, (x, y) = make("tanh"), make_batch(10, 12, 4)
+    before, calls = snapshot(model), [0]
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] == call:
+            raise RuntimeError("no loss")
+        return F.cross_entropy(outputs, targets)
+
+    with pytest.raises(RuntimeError, match="no loss"):
+        st.teleport_mlp(model, (x, y), loss_fn, method=st.Standardise(), guards=FREE)
+    assert unchanged(model, before) and torch.is_grad_enabled()
 
 
 # --- the ridge --------------------------------------------------------------------------------------------------------
