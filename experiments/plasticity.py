@@ -262,6 +262,7 @@ ARMS = {
 
 
 DRAWN = (PLAIN, "optimizer reset", "shrink and perturb 0.8", FRESH, "standardise, whatever is kept")
+DRAWN_PROTOCOLS = ("relabelled", "random labels")
 
 
 @dataclass(frozen=True)
@@ -416,8 +417,8 @@ def best_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """The accuracy task by task, of the arms that say most."""
-    shown = [row for row in rows if row.arm in DRAWN]
+    """The accuracy task by task, of the arms and protocols that say most."""
+    shown = [row for row in rows if row.arm in DRAWN and row.protocol in DRAWN_PROTOCOLS]
     groups: dict[tuple[str, str], list[figures.Series]] = {}
     for row in shown:
         curve = figures.Series(row.arm, list(range(1, len(row.curve) + 1)), [row.curve])

@@ -317,9 +317,9 @@ def run(
     """
     ledger = Ledger(out / "starts.jsonl", restore)
     rows, found = list[Row](), list[Outcome]()
+    numbers = tuple(FIRST_SEED + seed for seed in range(seeds))
     for problem, activation, optimizer, arm in settings(datasets):
         own = PROBLEMS[problem]
-        numbers = tuple(FIRST_SEED + seed for seed in range(seeds))
         job = Job(problem, activation, optimizer, arm, 0.0, epochs or own.epochs, numbers)
 
         def work(lr: float, job: Job = job) -> Outcome:
@@ -331,10 +331,17 @@ def run(
         found += outcomes
         rows.append(describe(min(outcomes, key=score)))
     data = {name: dataset.name for name, dataset in datasets.items()}
-    described = {"data": data, "batch": BATCH_SIZE, "noise": NOISE, "noise_level": NOISE_LEVEL, "levels": LEVELS}
-    runs = [{**vars(outcome.job), "runs": runs_of(outcome)} for outcome in found]
-    save_json(out / "starts.json", "starts", described, rows=rows, runs=runs)
+    described: dict[str, Any] = {"data": data, "batch": BATCH_SIZE, "levels": LEVELS, "seeds": list(numbers)}
+    described |= {"noise": NOISE, "noise_level": NOISE_LEVEL}
+    save_json(out / "starts.json", "starts", described, rows=rows, runs=[_in_short(outcome) for outcome in found])
     return table(rows)
+
+
+def _in_short(outcome: Outcome) -> dict[str, Any]:
+    """Every run of a job, as much as its place among the rates depends on: a list over the seeds each."""
+    job, runs = outcome.job, runs_of(outcome)
+    setting = {name: getattr(job, name) for name in ("problem", "activation", "optimizer", "arm", "lr")}
+    return setting | {name: [getattr(run, name) for run in runs] for name in ("epochs", "train", "lowest")}
 
 
 def settings(problems: Iterable[str]) -> list[tuple[str, str, str, str]]:
