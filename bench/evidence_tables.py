@@ -305,7 +305,7 @@ def advice_table(folder: Path) -> str:
         ],
         [slow, '`method=Ascent("lookahead", …)`', "several times faster, see below"],
     ]
-    return table(["situation", "call", "effect"], rows)
+    return table(["situation", "call", "effect"], rows).replace("--:", "---")  # text, not numbers
 
 
 _TOLD = (("random labels", "tanh"), ("random labels", "LeakyReLU 0.01"), ("relabelled", "tanh"))
