@@ -376,23 +376,16 @@ def restore(values: dict[str, Any]) -> Outcome:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One arm at its best rate: the means of its `Run`s, and the standard deviation of the epochs to the problem's own
-    level. refused: how many of the teleports."""
+class Row(Run):
+    """One arm at its best rate: the means of its `Run`s. spread: the standard deviation of the epochs to the problem's
+    own level. refused: how many of the teleports."""
 
     problem: str
     activation: str
     optimizer: str
     arm: str
     lr: float
-    epochs: tuple[float, ...]
     spread: float
-    train: float
-    lowest: float
-    final: float
-    clean: float
-    noisy: float
-    norm: float
     refused: int
 
 
@@ -404,11 +397,11 @@ def describe(outcome: Outcome) -> Row:
         for name in ("train", "lowest", "final", "clean", "noisy", "norm")
     }
     return Row(
-        job.problem,
-        job.activation,
-        job.optimizer,
-        job.arm,
-        job.lr,
+        problem=job.problem,
+        activation=job.activation,
+        optimizer=job.optimizer,
+        arm=job.arm,
+        lr=job.lr,
         epochs=tuple(map(statistics.fmean, zip(*(run.epochs for run in runs), strict=True))),
         spread=statistics.stdev(times) if len(times) > 1 and all(map(math.isfinite, times)) else math.nan,
         refused=sum(reason != STANDARDISED for reason in outcome.reasons),
