@@ -41,11 +41,11 @@ from .model.loss import LossFunction
 from .model.network import parameter_list
 from .model.problem import Problem, begin
 from .model.reader import read_chain
-from .model.sites import Site
 from .model.surroundings import Surroundings
 from .model.whole import WholeModel, begin_whole
 from .objectives import GradNorm
 from .objectives.best_decrease import BestDecrease
+from .optimizers import check_holds, unwrap
 from .orbits import Candidate
 from .orbits.batch import BatchOrbit
 from .orbits.batch_plan import check_matchable, make_plan, match_inputs, report_unmatched
@@ -54,6 +54,10 @@ from .report import LayerReport, StepRecord, TeleportReport
 from .search import device
 from .search.trust_region import Search, SearchResult, ascend, holding
 from .settings import GL, Ascent, Guards
+from .sites import Declaration, Site, resolve
+from .sites.action import ORTHOGONAL
+from .sites.exactness import KEPT, change_of, check_exact
+from .sites.state import transport
 from .transaction import Transaction
 
 
@@ -121,17 +125,25 @@ def teleport(
     batch: tuple[Tensor, Tensor],
     loss_fn: LossFunction | None = None,
     *,
-    sites: Iterable[Site],
+    sites: Iterable[Site | Declaration] | str = "auto",
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     method: Ascent = Ascent(),
     guards: Guards = Guards(),
 ) -> TeleportReport:
     """Move the weights of any model, in place, along symmetries that keep its outputs on every input.
 
+    That the sites are symmetries is measured on the batch before anything moves, and again afterwards.
+
     Args:
-        model: any module of one input, with float32 or float64 parameters; it computes the same twice (no dropout).
+        model: any module of one input, with parameters of one dtype; it computes the same twice (no dropout). 16-bit
+            ones are computed in float32 and rounded once at the end.
         batch: (x, y), the samples on which the objective counts, x as the model takes them.
         loss_fn: loss_fn(outputs, y) → scalar; default as for `teleport_mlp`.
-        sites: where a group acts, from `find_sites(model)` or of your own.
+        sites: where a group acts: "auto" is `find_sites(model)`; or declared ones, see `LinearPair`, `QueryKey` and
+            `Scales`. A rotation (`Stream`) changes neither ‖∇L‖ nor a gradient step, and is left where it is:
+            `EigenbasisTeleporter` is for these.
+        optimizer: one or several whose state moves along: first moments by g^{-T}, second ones by its squared entries.
+            None leaves every state as it is.
         method: how the point on the orbit is found; its group is that of the sites.
         guards: what the teleport must keep to be written. Noise in the inputs sees nothing of it.
 
@@ -140,7 +152,8 @@ def teleport(
 
     Raises:
         TypeError, ValueError: an argument is not what is said above.
-        TeleportError: there is no site.
+        TeleportError: there is no site, one is no symmetry of the model, or the optimizer's state cannot be moved.
+            Nothing has changed.
     """
 
     def work() -> TeleportReport:
@@ -149,15 +162,42 @@ def teleport(
         if not isinstance(method, Ascent):
             raise TypeError(f"method must be an Ascent, got {type(method).__name__}")
         begin_whole(transaction, model)
-        listed = _check_sites(model, sites)
+        optimizers = () if optimizer is None else unwrap(optimizer)
+        if optimizers:
+            check_holds(model, optimizers)
+        listed = _that_search_moves(resolve(model, sites))
         whole = WholeModel.make(model, batch, loss_fn, guards.holdout)
-        values = {name: parameter.detach() for name, parameter in whole.parameters.items()}
-        dtype = next(iter(values.values())).dtype
-        orbit = ExactOrbit.make(values, whole.losses, listed, method.make_objective(), dtype)
-        return _run(transaction, orbit, method, suited, list(whole.parameters.values()), ()).timed(started)
+        values, parameters = whole.values, list(whole.parameters.values())
+        check_exact(whole.outputs, values, listed)
+        orbit = ExactOrbit.make(values, whole.losses, listed, method.make_objective(), parameters[0].dtype)
+        outputs = whole.outputs({})
+        found = _climb(orbit, method, suited)
+        report, weights = _settle(orbit, method, suited, found, ())
+        if weights is not None:
+            transaction.write(parameters, weights)
+            moved = zip(listed, found.result.waypoints[report.steps], strict=True)
+            transport(transaction, optimizers, whole.parameters, moved)
+            _check_kept(outputs, whole.outputs({}), orbit.written)
+        return report.timed(started)
 
     transaction = Transaction()
     return transaction.run(work)
+
+
+def _that_search_moves(sites: Sequence[Site]) -> list[Site]:
+    found = [site for site in sites if site.group != ORTHOGONAL]
+    if not found:
+        raise TeleportError(
+            "sites: expected one whose group changes gradients, got rotations alone: EigenbasisTeleporter is for these"
+        )
+    return found
+
+
+def _check_kept(before: Sequence[Tensor], after: Sequence[Tensor], written: torch.dtype) -> None:
+    """Raise if the outputs have changed by more than rounding to the dtype in which the weights are written."""
+    change, allowed = change_of(before, after), max(KEPT, 10 * torch.finfo(written).eps)
+    if not change <= allowed:
+        raise TeleportError(f"the outputs changed by {change:.1e} of their norm, expected at most {allowed:.1e}")
 
 
 @dataclass(frozen=True)
@@ -454,19 +494,3 @@ def check_settings(method: object, guards: object) -> Guards:
     if not isinstance(guards, Guards):
         raise TypeError(f"guards must be Guards, got {type(guards).__name__}")
     return guards.suited_to(method)
-
-
-def _check_sites(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
-    """The sites as a list; raise unless each has the methods of one and names trainable parameters of the model."""
-    if isinstance(sites, str) or not isinstance(sites, Iterable):
-        raise TypeError(f"sites must be a sequence of sites, got {type(sites).__name__}")
-    listed = list(sites)
-    if not listed:
-        raise TeleportError("sites: expected at least one place where a group acts, got none")
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for site in listed:
-        if not (hasattr(site, "names") and callable(getattr(site, "act", None))):
-            raise TypeError(f"sites must have names and act(parameters, g), got {type(site).__name__}")
-        if missing := [name for name in site.names if name not in trainable]:
-            raise ValueError(f"sites must name trainable parameters of the model, got {missing} in {site}")
-    return listed

@@ -87,6 +87,8 @@ class Transaction:
         for tensor, value in zip(tensors, values, strict=True):
             if tensor.shape != value.shape:
                 raise ValueError(f"values must have the shapes of the tensors, got {value.shape} for {tensor.shape}")
+        if not tensors:  # of which torch makes an error
+            return
         saved = [tensor.detach().clone() for tensor in tensors]
         self.on_failure(functools.partial(_copy, tensors, saved))
         _copy(tensors, values)

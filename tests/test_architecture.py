@@ -20,7 +20,7 @@ ORDER = [
     {"errors", "checks", "report", "transaction", "_version", "spelling"},
     {"activations"},
     {"kernels"},
-    {"operator", "info"},
+    {"operator", "info", "sites"},
     {"model"},
     {"measure", "optimizers", "plasticity"},
     {"orbits"},

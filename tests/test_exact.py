@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,6 @@ from teleports import UNBOUNDED, make_teleporter, teleport_mlp
 from torch import Tensor, nn
 
 import symtele_cuda as st
-from symtele_cuda.model.sites import Parameters
 from symtele_cuda.model.whole import WholeModel
 from symtele_cuda.orbits.exact import LARGEST_RATE, ExactOrbit
 
@@ -58,8 +57,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def make_orbit(model: nn.Module, batch: tuple[Tensor, Tensor], objective: Any, loss_fn: Any = None) -> ExactOrbit:
     whole = WholeModel.make(model, batch, loss_fn, None)
-    values = {name: parameter.detach() for name, parameter in whole.parameters.items()}
-    return ExactOrbit.make(values, whole.losses, st.find_sites(model), objective, torch.float64)
+    return ExactOrbit.make(whole.values, whole.losses, st.find_sites(model), objective, torch.float64)
 
 
 def random_point(orbit: ExactOrbit) -> tuple[Tensor, ...]:
@@ -258,16 +256,19 @@ def test_layers_that_are_not_named_or_not_homogeneous_stay():
 # --- sites --------------------------------------------------------------------------------------------------------
 
 
+def scales(up: str, down: str, units: int, name: str = "Scales") -> st.Site:
+    axes = st.Axis(f"{up}.weight", 0), st.Axis(f"{up}.bias", 0), st.Axis(f"{down}.weight", 1, power=-1)
+    return st.Site(name, "positive diagonal", axes, units)
+
+
 def test_sites_are_found_in_chains_and_in_their_parts():
     sites = st.find_sites(Blocks())
-    assert list(sites) == [
-        st.Scales("first.0.weight", "first.0.bias", "first.2.weight"),
-        st.LinearPair("second.0.weight", "second.0.bias", "second.2.weight"),
-    ]
+    pair = st.Axis("second.0.weight", 0), st.Axis("second.0.bias", 0), st.Axis("second.2.weight", 1, power=-1)
+    assert list(sites) == [scales("first.0", "first.2", 9), st.Site("LinearPair", "GL", pair, 10)]
     assert str(sites).splitlines() == [
-        "site        group              exact on     parameters",
-        "Scales      positive diagonal  every input  first.0.weight, first.0.bias, first.2.weight",
-        "LinearPair  GL                 every input  second.0.weight, second.0.bias, second.2.weight",
+        "site        group                 exact on     parameters",
+        "Scales      positive diagonal(9)  every input  first.0.weight, first.0.bias, first.2.weight",
+        "LinearPair  GL(10)                every input  second.0.weight, second.0.bias, second.2.weight",
     ]
     assert len(st.find_sites(make_model([12, 9, 5], ["tanh"]))) == 0
 
@@ -275,37 +276,15 @@ def test_sites_are_found_in_chains_and_in_their_parts():
 def test_no_site_has_a_parameter_that_is_frozen():
     model = make_model([12, 9, 8, 7, 5], ["relu"] * 3)
     model[0].weight.requires_grad_(False)
-    assert [site.up for site in st.find_sites(model)] == ["2.weight", "4.weight"]
+    sites = st.find_sites(model)
+    assert [site.names[0] for site in sites] == ["2.weight", "4.weight"]
+    assert "it would change '0.weight', which is frozen" in str(sites)
     with pytest.raises(ValueError, match=r"sites must name trainable parameters of the model, got \['0.weight'\]"):
-        st.teleport(model, make_batch(8, 12, 5), sites=[st.Scales("0.weight", "0.bias", "2.weight")])
-
-
-@dataclass(frozen=True)
-class Convolutions:
-    """A made-up site: scales between two convolutions with a ReLU in between."""
-
-    up: str = "0.weight"
-    bias: str = "0.bias"
-    down: str = "2.weight"
-    group: str = "positive diagonal"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.up, self.bias, self.down
-
-    def identity(self, parameters: Parameters) -> Tensor:
-        return torch.ones_like(parameters[self.bias])
-
-    def act(self, parameters: Parameters, g: Tensor) -> dict[str, Tensor]:
-        return {
-            self.up: parameters[self.up] * g[:, None, None, None],
-            self.bias: parameters[self.bias] * g,
-            self.down: parameters[self.down] / g[:, None, None],
-        }
+        st.teleport(model, make_batch(8, 12, 5), sites=[st.Scales("0", "2")])
 
 
 @pytest.mark.parametrize("objective", ["grad_norm", "lookahead"])
-def test_a_site_of_the_caller_s_own_is_a_class_and_nothing_else(objective):
+def test_a_site_of_the_caller_s_own_is_a_group_and_axes(objective):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
@@ -314,7 +293,7 @@ def test_a_site_of_the_caller_s_own_is_a_class_and_nothing_else(objective):
     others = torch.randn(5, 1, 9, 9).double()
     before = model(others)
     method = st.Ascent(objective, lr=0.5)
-    report = st.teleport(model, (x, y), sites=[Convolutions()], method=method, guards=UNBOUNDED)
+    report = st.teleport(model, (x, y), sites=[scales("0", "2", 6, "mine")], method=method, guards=UNBOUNDED)
     assert report.accepted and report.steps > 1
     assert relative(model(others), before) <= 1e-12
 
@@ -330,9 +309,12 @@ X, Y = make_batch(8, 12, 5)
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, Any], dict[str, Any], type[Exception], str]] = {
     "model": (lambda: "model", (X, Y), {"sites": []}, TypeError, "model must be a torch.nn.Module, got str"),
     "no site": (Blocks, (X, Y), {"sites": []}, st.TeleportError, "sites: expected at least one place"),
-    "no sites": (Blocks, (X, Y), {"sites": ["first"]}, TypeError, "sites must have names and act.*, got str"),
-    "one site": (Blocks, (X, Y), {"sites": Convolutions()}, TypeError, "sites must be a sequence .* got Convolutions"),
-    "other names": (Blocks, (X, Y), {"sites": [st.Scales("a", None, "b")]}, ValueError, r"got \['a', 'b'\] in Scales"),
+    "no sites": (Blocks, (X, Y), {"sites": ["first"]}, TypeError, "sites must be Sites, or declare them .*, got str"),
+    "one site": (Blocks, (X, Y), {"sites": st.Scales("first.0", "first.2")}, TypeError, "sequence .* got Scales"),
+    "other names": (Blocks, (X, Y), {"sites": [st.Scales("a", "b")]}, ValueError, "got 'a', which fits none"),
+    "no symmetry": (Blocks, (X, Y), {"sites": [st.LinearPair("first.0", "first.2")]}, st.TeleportError, "of first"),
+    "overlap": (Blocks, (X, Y), {"sites": [st.Scales("first.0", "first.2")] * 2}, ValueError, "must not overlap"),
+    "heads": (Blocks, (X, Y), {"sites": [st.LinearPair("second.0", "second.2", 3)]}, ValueError, "heads must divide"),
     "published": (Blocks, (X, Y), {"method": st.Published(0.1)}, TypeError, "method must be an Ascent, got Published"),
     "guards": (Blocks, (X, Y), {"guards": 0.1}, TypeError, "guards must be Guards, got float"),
     "lookahead without lr": (Blocks, (X, Y), {"method": st.Ascent("lookahead")}, ValueError, "lr must be given"),
@@ -355,7 +337,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, Any], dict[str, An
         ValueError,
         "model must compute the same twice, got '1', a Dropout with p = 0.5 in training mode",
     ),
-    "half": (lambda: Blocks().half(), (X.half(), Y), {}, TypeError, "must be float32 or float64 .*, got torch.float16"),
+    "mixed": (lambda: mixed(Blocks()), (X, Y), {}, TypeError, "float of the dtype of all others, got torch.float16"),
     "NaN weights": (
         lambda: broken(Blocks()),
         (X, Y),
@@ -364,6 +346,11 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, Any], dict[str, An
         "parameter 'head.bias' must be finite",
     ),
 }
+
+
+def mixed(model: nn.Module) -> nn.Module:
+    model.head.half()
+    return model
 
 
 def broken(model: nn.Module) -> nn.Module:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .pieces import Piece
 
@@ -72,7 +74,7 @@ class BatchLoss:
             value, gradient = _default_value_and_gradient(self.output.forward(logits), self.targets)
             return value, self.output.pull_back(gradient, logits)
         with torch.enable_grad():
-            leaf = logits.detach().requires_grad_()
+            leaf = tree_map(_as_leaf, logits)
             loss = self(leaf)
             (gradient,) = torch.autograd.grad(loss, leaf)
         return loss.detach(), gradient
@@ -138,8 +140,9 @@ class LossAtStart:
     weight_terms: bool
 
 
-def examine(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor], samples: str = "batch") -> LossAtStart:
-    """Call the loss for the first time. samples: what errors call those that the logits are of.
+def examine(loss: BatchLoss, logits: Any, parameters: Sequence[Tensor], samples: str = "batch") -> LossAtStart:
+    """Call the loss for the first time. logits: what the model returns, a tensor or several in any container. samples:
+    what errors call those that the logits are of.
 
     Raises:
         ValueError: the loss is no scalar, is not finite, or does not depend on the logits.
@@ -149,7 +152,7 @@ def examine(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor], sampl
         value, gradient = loss.value_and_gradient(logits.detach())
         return LossAtStart(finite_loss(value, samples), gradient, False)
     with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
+        leaf = tree_map(_as_leaf, logits)
         try:
             value = loss(leaf)
         except Exception as error:
@@ -159,10 +162,17 @@ def examine(loss: BatchLoss, logits: Tensor, parameters: Sequence[Tensor], sampl
         if not value.requires_grad:
             raise ValueError("loss_fn must depend on the model's output, got a value that carries no gradient")
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
-        gradient, *direct = torch.autograd.grad(value, [leaf, *trainable], allow_unused=True)
-    if gradient is None:
+        leaves = [each for each in tree_leaves(leaf) if isinstance(each, Tensor) and each.requires_grad]
+        gradients = torch.autograd.grad(value, [*leaves, *trainable], allow_unused=True)
+    gradient, direct = gradients[0], gradients[len(leaves) :]
+    if all(each is None for each in gradients[: len(leaves)]):
         raise ValueError("loss_fn must depend on the model's output, got a value that does not")
     return LossAtStart(number, gradient, any(term is not None for term in direct))
+
+
+def _as_leaf(value: Any) -> Any:
+    """A floating tensor without its past; anything else as it is."""
+    return value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _check_order(loss: BatchLoss, logits: Tensor, error: Exception) -> None:

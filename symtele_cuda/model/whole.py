@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,17 @@ from torch.func import functional_call
 
 from ..activations import Identity
 from ..errors import TeleportError
+from ..sites.exactness import floating_outputs
 from ..transaction import Transaction
 from .chain import as_constant
 from .loss import BatchLoss, Losses, LossFunction, LossModule, check_default_targets, default_loss, examine
 
-DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def as_computed(value: Tensor) -> Tensor:
+    """16-bit values in float32, in which all is computed; others as they are."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class WholeModel:
 
     parameters: dict[str, nn.Parameter]
     losses: Losses
+    on_batch: _LossOf
 
     @classmethod
     def make(
@@ -46,7 +54,18 @@ class WholeModel:
         if holdout is not None:
             on_holdout = _LossOf(model, tuple(parameters), *_check_pair(holdout, "holdout"), on_batch.function)
             on_holdout.check("holdout", default=loss_fn is None)
-        return cls(parameters, Losses(on_batch, on_batch.with_own_weight_terms, on_holdout, weight_terms))
+        losses = Losses(on_batch, on_batch.with_own_weight_terms, on_holdout, weight_terms)
+        return cls(parameters, losses, on_batch)
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The parameters as they are computed with."""
+        return {name: as_computed(parameter.detach()) for name, parameter in self.parameters.items()}
+
+    def outputs(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the model makes of the batch with some of its parameters replaced: all floating tensors of it."""
+        values = list((self.values | dict(parameters)).values())
+        return floating_outputs(self.on_batch.outputs(values))
 
 
 def begin_whole(transaction: Transaction, model: nn.Module) -> None:
@@ -83,26 +102,29 @@ class _LossOf:
         return functional_call(LossModule(self.model, self.function), self._state(parameters), (self.x, self.y))
 
     def with_own_weight_terms(self, parameters: Sequence[Tensor]) -> Tensor:
-        return self.function(self._outputs(parameters), self.y)
+        return self.function(self.outputs(parameters), self.y)
 
     def check(self, argument: str, default: bool) -> bool:
         """Raise unless the loss is a finite scalar at the model's own parameters; whether it has weight terms."""
         own = dict(self.model.named_parameters())
         parameters = [own[name] for name in self.names]
-        outputs = self._outputs([parameter.detach() for parameter in parameters])
+        outputs = self.outputs([as_computed(parameter.detach()) for parameter in parameters])
         if default:
+            if not isinstance(outputs, Tensor):
+                kind = type(outputs).__name__
+                raise TypeError(f"loss_fn must be given for a model that returns no tensor, got None for a {kind}")
             check_default_targets(self.y, outputs.shape)
         return examine(
             BatchLoss(self.function, self.y, Identity(), default), outputs, parameters, argument
         ).weight_terms
 
-    def _outputs(self, parameters: Sequence[Tensor]) -> Tensor:
+    def outputs(self, parameters: Sequence[Tensor]) -> Any:
         state = {name.removeprefix("model."): tensor for name, tensor in self._state(parameters).items()}
         return functional_call(self.model, state, (self.x,))
 
     def _state(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Parameters and copies of the buffers, by their names in a `LossModule`."""
-        buffers = {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
+        buffers = {f"model.{name}": as_computed(buffer).clone() for name, buffer in self.model.named_buffers()}
         return buffers | {f"model.{name}": tensor for name, tensor in zip(self.names, parameters, strict=True)}
 
 
@@ -114,7 +136,7 @@ def _check_model(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         if type(parameter) is not nn.Parameter:
             raise TypeError(f"parameter {name!r} must be a plain torch.nn.Parameter, got {type(parameter).__name__}")
         if parameter.dtype not in DTYPES or parameter.dtype != first.dtype:
-            raise TypeError(f"parameter {name!r} must be float32 or float64 like all others, got {parameter.dtype}")
+            raise TypeError(f"parameter {name!r} must be a float of the dtype of all others, got {parameter.dtype}")
         if parameter.is_inference():
             raise ValueError(
                 f"parameter {name!r} must be one that autograd can follow, got one made in torch.inference_mode()"
@@ -132,4 +154,4 @@ def _check_model(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
 def _check_pair(batch: object, argument: str) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         raise TypeError(f"{argument} must be a pair (inputs, targets) of tensors, got {type(batch).__name__}")
-    return as_constant(batch[0]), as_constant(batch[1])
+    return as_computed(as_constant(batch[0])), as_constant(batch[1])

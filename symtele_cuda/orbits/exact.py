@@ -24,13 +24,13 @@ from ..measure import Measurement
 from ..model.chain import Chain
 from ..model.loss import Losses
 from ..model.objective import LooksAhead, Objective, knows_gradients
-from ..model.sites import Parameters, Site, scales_of
-from ..report import NOT_ASKED_FOR, TELEPORTED, LayerReport
+from ..report import NOT_ASKED_FOR, TELEPORTED, LayerReport, frozen_text
+from ..sites.action import POSITIVE_DIAGONAL, Axis, Parameters, Site
 from . import Candidate, Evaluation, Hindrance
 
 # The largest change of the logarithm of a scale, and the largest ‖εT‖_F of a matrix, in one step: beyond it a step to
 # first order says nothing.
-LARGEST_RATE = {1: 1.0, 2: 0.5}
+LARGEST_RATE = {1: 1.0, 3: 0.5}
 
 Point = tuple[Tensor, ...]
 """The element g of every site."""
@@ -113,7 +113,8 @@ class ExactOrbit:
 
     def gradients_at(self, point: Point) -> list[Tensor]:
         """∇L at the point."""
-        return self.at(tuple(map(_contragredient, point)), self.gradients)
+        dual = tuple(site.contragredient(g) for site, g in zip(self.sites, point, strict=True))
+        return self.at(dual, self.gradients)
 
     # --- the objective ------------------------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ class ExactOrbit:
         for generator in direction.generators:
             scales = generator.dim() == 1
             length = generator.abs().max() if scales else torch.linalg.matrix_norm(generator).max()
-            largest = torch.minimum(largest, LARGEST_RATE[1 if scales else 2] / length.double())
+            largest = torch.minimum(largest, LARGEST_RATE[generator.dim()] / length.double())
         return torch.sign(size) * largest
 
     def advance(
@@ -202,11 +203,6 @@ def _stepped(g: Tensor, generator: Tensor) -> Tensor:
     return g * generator.exp() if g.dim() == 1 else g + generator @ g
 
 
-def _contragredient(g: Tensor) -> Tensor:
-    """g^{-T}, or for scales 1/g."""
-    return g.reciprocal() if g.dim() == 1 else torch.linalg.inv(g).mT
-
-
 def _change(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """‖new − old‖ / ‖old‖ of all pairs (old, new) together; 0 where nothing has changed."""
     change = torch.stack([dot(new - old, new - old) for old, new in pairs]).sum().sqrt()
@@ -228,12 +224,12 @@ def plan_scales(
         if layers is not None and index not in layers:
             reason = NOT_ASKED_FOR
         elif frozen := chain.frozen_beside(index):
-            reason = refused[index] = f"it would change {frozen[0]!r}, which is frozen"
+            reason = refused[index] = frozen_text(frozen[0])
         elif not sigma.positively_homogeneous:
             reason = refused[index] = f"{sigma} is not positively homogeneous"
         moves = reason == TELEPORTED
         if moves:
-            sites.append(scales_of(chain, index))
+            sites.append(_scales_of(chain, index))
         width = len(chain.linears[index - 1].weight)
         group = "positive_diagonal" if moves else None
         reports.append(LayerReport(index, n, width, None, None, moves, reason, group))
@@ -244,3 +240,12 @@ def plan_scales(
             f'or none) between weights that are not frozen, got {details}. Use group="gl", or other layers.'
         )
     return sites, tuple(reports)
+
+
+def _scales_of(chain: Chain, index: int) -> Site:
+    """The scales of hidden layer `index` (1..m) of a chain."""
+    up, down = chain.names[index - 1 : index + 1]
+    linear = chain.linears[index - 1]
+    before = [f"{up}.weight", *([] if linear.bias is None else [f"{up}.bias"])]
+    axes = (*(Axis(name, 0) for name in before), Axis(f"{down}.weight", 1, power=-1))
+    return Site("Scales", POSITIVE_DIAGONAL, axes, len(linear.weight))
