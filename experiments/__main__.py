@@ -32,6 +32,8 @@ from experiments import (
     trade,
 )
 from experiments.data import Dataset, load_digits, load_mnist
+from experiments.gpt import results as transformer
+from experiments.gpt.model import Text
 from experiments.records import Run
 from experiments.study import program
 from experiments.study.jobs import FULL, QUICK
@@ -159,6 +161,13 @@ def run_plasticity(options: argparse.Namespace) -> str:
     jobs = plasticity.jobs(options.seeds, protocols, options.tasks)
     with _named_runs(len(jobs)) as on_run:
         return plasticity.run(load_digits(), jobs, options.out, on_run)
+
+
+def run_transformer(options: argparse.Namespace) -> str:
+    names = options.settings or [*transformer.SETTINGS]
+    text = Text.of_standard_library()
+    with _named_runs(transformer.count_runs(names, options.seeds)) as on_run:
+        return transformer.run(text, names, options.seeds, options.steps, options.out, on_run)
 
 
 def run_starts(options: argparse.Namespace) -> str:
@@ -328,6 +337,12 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--protocols", choices=plasticity.PROTOCOLS, nargs="+", help="these only (default: all)")
     command.add_argument("--tasks", type=positive_int, help="so many of a protocol at most")
     command.add_argument("--seeds", type=positive_int, default=5, help="how many seeds (default: %(default)s)")
+    _add_out(command)
+    command = commands.add_parser("transformer", help=transformer.TEXT, description=transformer.TEXT)
+    command.set_defaults(run=lambda options: _with_results(run_transformer, options))
+    command.add_argument("--settings", choices=transformer.SETTINGS, nargs="+", help="these only (default: all)")
+    command.add_argument("--steps", type=positive_int, help="of each run (default: the setting's own)")
+    command.add_argument("--seeds", type=positive_int, default=3, help="how many seeds (default: %(default)s)")
     _add_out(command)
     command = add(
         run_minima, 5, "784-16-10-10 on MNIST, teleported to flatter and sharper, less and more curved places"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,3 +24,24 @@ def test_a_refreshed_network_learns_on_where_one_left_alone_does_not(capsys: pyt
     assert min(refreshed) > 0.9
     assert sum(refreshed[-5:]) > sum(alone[-5:])
     assert capsys.readouterr().out.count("standardised") >= 15
+
+
+def example(name: str) -> Any:
+    """`run` of an example; the test skips where a package that it needs is absent."""
+    try:
+        return runpy.run_path(str(next(path for path in EXAMPLES if path.stem == name)))["run"]
+    except ImportError as error:
+        pytest.skip(f"needs {error.name}")
+
+
+@pytest.mark.parametrize(("name", "steps"), [("transformer", 60), ("llama", 60)])
+def test_adamw_learns_faster_in_the_eigenbasis(name: str, steps: int) -> None:
+    run = example(name)
+    assert run(True, steps) < run(False, steps)
+
+
+@pytest.mark.parametrize("name", ["lora", "convolutions"])
+def test_a_teleport_along_pairs_and_scales_keeps_the_outputs(name: str) -> None:
+    report, change = example(name)()
+    assert report.accepted and report.grad_norm_after > 1.2 * report.grad_norm_before
+    assert change < 1e-5

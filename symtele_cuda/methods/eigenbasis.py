@@ -185,7 +185,7 @@ class EigenbasisTeleporter:
     @torch.no_grad()
     def _rotate(self, transaction: Transaction) -> None:
         before = None if self._checked else self._outputs()
-        rotations = [(basis, basis.rotation()) for basis in self._bases]
+        rotations = [(basis, self._choose(basis.covariance())) for basis in self._bases]
         turned = [basis.turned(rotation) for basis, rotation in rotations]
         for parameters in (self._parameters, *self._averages):
             _move(transaction, dict(parameters), rotations)
@@ -206,6 +206,10 @@ class EigenbasisTeleporter:
                     f"{change:.1e} of their norm: find the site with teleport(model, batch, sites=[site])"
                 )
         self._checked, self._seen = True, None
+
+    def _choose(self, covariance: Tensor) -> Tensor:
+        """Q (heads×k×k) for C."""
+        return torch.linalg.eigh(covariance).eigenvectors.flip(-1).mT
 
     def _outputs(self) -> list[Tensor] | None:
         """What the model makes of the batch that it has seen last, in evaluation mode; None where it has seen none."""
@@ -249,15 +253,15 @@ class _Basis:
             columns = axis.columns(gradient, self.site.heads, self.site.units)
             covariance.baddbmm_(columns, columns.mT, beta=DECAY, alpha=1 - DECAY)
 
-    def rotation(self) -> Tensor:
-        """Q (heads×k×k) in float64."""
+    def covariance(self) -> Tensor:
+        """C (heads×k×k) in float64."""
         total = torch.zeros_like(self.covariances[0], dtype=torch.float64)
         for covariance, size in zip(self.covariances, self.sizes, strict=True):
             traces = covariance.double().diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
             total += torch.where(traces == 0, 0, size * covariance.double() / traces)
         if not bool(torch.isfinite(total).all()):
             raise TeleportError("gradients must be finite for a rotation, got NaN or Inf since the last one")
-        return torch.linalg.eigh(total).eigenvectors.flip(-1).mT
+        return total
 
     def turned(self, rotation: Tensor) -> list[Tensor]:
         """Q C_W Qᵀ of all axes."""

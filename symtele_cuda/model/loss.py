@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .pieces import Piece
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""loss_fn(outputs, targets) → scalar."""
+LossFunction = Callable[[Any, Tensor], Tensor]
+"""loss_fn(outputs, targets) → scalar. The outputs are what the model returns: a tensor, or another object."""
 
 LossOfParameters = Callable[[Sequence[Tensor]], Tensor]
 """The loss on the batch as a function of a network's weights and biases."""
