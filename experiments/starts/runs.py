@@ -57,9 +57,10 @@ class Look:
 class Teleport:
     """One teleport of the network of a seed before an epoch, and what guards look at.
 
-    rise: of the holdout's loss, as a share. gain: the best decrease by a gradient step, over that before. noise: how
-    far noise in the inputs moves the logits, over that before. change: the largest ‖ΔW‖/‖W‖ of a layer. kept: the share
-    of the predictions on the holdout. NaN where it is refused or not measured.
+    rise: of the holdout's loss, as a share. gain: the objective, over that before, which is the best decrease by a
+    gradient step where it standardises. noise: how far noise in the inputs moves the logits, over that before. change:
+    the largest ‖ΔW‖/‖W‖ of a layer. kept: the share of the predictions on the holdout. NaN where it is refused or not
+    measured.
     """
 
     seed: int
@@ -87,7 +88,9 @@ class Teleport:
 
 
 def _ratio(after: float | None, before: float | None) -> float:
-    return after / before if after is not None and before else math.nan
+    if after is None or before is None:
+        return math.nan
+    return after / before if before else math.inf
 
 
 @dataclass(frozen=True)
