@@ -21,7 +21,7 @@ from bench.harness import RESULTS
 from bench.tables import table
 from experiments import spike
 from experiments.classification import PLAIN
-from experiments.starts.arms import INITS
+from experiments.starts.arms import ALL, INITS
 from experiments.study import tables
 from experiments.study.summary import summaries_of
 
@@ -283,6 +283,9 @@ def advice_table(folder: Path) -> str:
         ["… tanh and sigmoid, SGD", new, "; ".join(smooth)],
         ["… four sigmoid layers, SGD", new, _epochs(starts, "digits, deep", "sigmoid", "sgd", 0.03)],
         ["… 784-512-512-10 on MNIST digits, SGD", new, _epochs(starts, "mnist", "LeakyReLU 0.1", "sgd", 0.1)],
+        ["… 784-128-10 there", "no teleport", _epochs(starts, "mnist, narrow", "LeakyReLU 0.1", "sgd", 0.1)],
+        ["… eight tanh layers, SGD", "an initialisation", _epochs(starts, "digits, deep tanh", "tanh", "sgd", 0.01)],
+        ["… a regression, 10-64-64-1 with tanh, SGD", "no teleport", _lost(starts, "diabetes", "tanh", "sgd")],
         [
             "a network that goes on to other tasks",
             '`teleporter.refresh((x, y))`, `Standardise(refit="all")`',
@@ -302,6 +305,17 @@ def _epochs(documents: Sequence[Document], problem: str, activation: str, optimi
     least = min(found[arm] for arm in INITS if arm in found)
     ours, plain, best = (_finite(value) for value in (found["standardise"], found["plain"], least))
     return f"{ours} epochs to {level:g} (PyTorch's start {plain}, best initialisation {best})"
+
+
+def _lost(documents: Sequence[Document], problem: str, activation: str, optimizer: str) -> str:
+    """How many more runs diverge with the standardised start at the rate that is best without it."""
+    setting = starts_tables.Setting(problem, activation, optimizer)
+    rows = [row for document in documents for row in document["rows"] if starts_tables.Setting.of(row) == setting]
+    (best,) = (row["lr"] for row in rows if row["arm"] == PLAIN)
+    pairs = starts_tables.pairs_of(documents, ALL)
+    (pair,) = (pair for pair in pairs if pair.setting == setting and pair.lr == best)
+    compared = starts_tables.Comparison.make(pair, "train")
+    return f"at the best rate of PyTorch's start {compared.lost} more runs of {len(pair.plain['train'])} diverge"
 
 
 def _finite(value: float) -> str:

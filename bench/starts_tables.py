@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ def epochs_of(
     """The epochs to a level of each arm at its best rate; infinite where it is not reached."""
     (document,) = (document for document in documents if problem in document["settings"]["levels"])
     place = document["settings"]["levels"][problem].index(level)
-    rows = [row for row in document["rows"] if (row["problem"], row["activation"]) == (problem, activation)]
-    own = {row["arm"]: row["epochs"][place] for row in rows if row["optimizer"] == optimizer}
+    setting = Setting(problem, activation, optimizer)
+    own = {row["arm"]: row["epochs"][place] for row in document["rows"] if Setting.of(row) == setting}
     return {arm: math.inf if epochs is None else epochs for arm, epochs in own.items()}
 
 
@@ -72,6 +72,11 @@ class Setting:
     problem: str
     activation: str
     optimizer: str
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Setting:
+        """That of a row, or of the runs of an arm."""
+        return cls(entry["problem"], entry["activation"], entry["optimizer"])
 
     def __str__(self) -> str:
         return f"{self.problem}: {self.activation}, {self.optimizer}"
@@ -111,8 +116,7 @@ def pairs_of(documents: Sequence[Document], arm: str) -> list[Pair]:
     """All settings that have both arms, at all rates that both have."""
     rates: dict[tuple[Setting, str], dict[float, dict[str, Any]]] = {}
     for entry in (entry for document in documents for entry in document["runs"]):
-        setting = Setting(entry["problem"], entry["activation"], entry["optimizer"])
-        rates[setting, entry["arm"]] = {figures["lr"]: figures for figures in entry["rates"]}
+        rates[Setting.of(entry), entry["arm"]] = {figures["lr"]: figures for figures in entry["rates"]}
     return [
         Pair(setting, lr, plain[lr], figures)
         for (setting, name), own in rates.items()
