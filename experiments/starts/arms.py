@@ -62,7 +62,7 @@ def standardise(
     trained = moment.epoch > 0
     batch = samples.train if trained else samples.part(0, SAMPLES)
     holdout = samples.half_of_validation() if trained else samples.part(SAMPLES, SAMPLES)
-    guards = replace(WORTHWHILE, min_gain=LEAST) if trained else WORTHWHILE
+    guards = replace(WORTHWHILE, min_gain=0.0) if trained else WORTHWHILE
     guards = replace(guards if guarded else UNGUARDED, holdout=holdout)
     method = st.Standardise(refit="all", least_kept=0.0, **options)
     return st.teleport_mlp(model, batch, method=method, guards=guards)

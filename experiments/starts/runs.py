@@ -58,9 +58,9 @@ class Teleport:
     """One teleport of the network of a seed before an epoch, and what guards look at.
 
     rise: of the holdout's loss, as a share. gain: the objective, over that before, which is the best decrease by a
-    gradient step where it standardises. noise: how far noise in the inputs moves the logits, over that before. change:
-    the largest ‖ΔW‖/‖W‖ of a layer. kept: the share of the predictions on the holdout. NaN where it is refused or not
-    measured.
+    gradient step where it standardises with a `min_gain` above 0. noise: how far noise in the inputs moves the logits,
+    over that before. change: the largest ‖ΔW‖/‖W‖ of a layer. kept: the share of the predictions on the holdout. NaN
+    where it is refused or not measured.
     """
 
     seed: int
