@@ -80,6 +80,13 @@ def _spike(name: str, *options: str) -> Row:
     return Row(name, ("spike", *options), 4, data=True, quick=("--seeds", "1", "--epochs", "1"))
 
 
+def _starts(name: str, minutes: float, *problems: str, quick: str, data: bool = False) -> Row:
+    short = ("--seeds", "1", "--epochs", "1", "--problems", quick)
+    arguments = ("starts", *(("--problems", *problems) if problems else ()))
+    return Row(name, arguments, minutes, data=data, drawn=False, quick=short, page=STANDARDISE)
+
+
+FURTHER = ("digits, deep", "digits, deep tanh", "digits, other rules", "digits, Muon", "digits, spreads")
 ROWS = (
     Row("booth", ("booth",), 0.1),
     Row("rosenbrock", ("rosenbrock",), 0.1),
@@ -101,23 +108,10 @@ ROWS = (
     Row("guards", ("guards",), 9, quick=("--seeds", "1", "--epochs", "1")),
     Row("noise", ("noise",), 15, drawn=False, quick=("--seeds", "1", "--epochs", "1")),
     Row("noise-mnist", ("noise",), 20, data=True, drawn=False, quick=("--seeds", "1", "--epochs", "1")),
-    Row(
-        "starts",
-        ("starts",),
-        25,
-        drawn=False,
-        quick=("--seeds", "1", "--epochs", "1", "--problems", "digits, deep"),
-        page=STANDARDISE,
-    ),
-    Row(
-        "starts-mnist",
-        ("starts",),
-        15,
-        data=True,
-        drawn=False,
-        quick=("--seeds", "1", "--epochs", "1"),
-        page=STANDARDISE,
-    ),
+    _starts("starts", 30, "digits", quick="digits, deep"),
+    _starts("starts-further", 35, *FURTHER, quick="digits, deep tanh"),
+    _starts("starts-diabetes", 4, "diabetes", quick="diabetes"),
+    _starts("starts-mnist", 25, quick="mnist, narrow", data=True),
     Row(
         "plasticity",
         ("plasticity",),

@@ -2,8 +2,8 @@
 
     python -m bench.evidence_tables
 
-A table stands between the lines `<!-- table NAME -->` and `<!-- end of table -->`; NAME.json is the file of its row. In
-the place of a table, NAME `minutes` is how long they all took, and NAME `advice` README's answer to who should use it.
+A table stands between the lines `<!-- table NAME -->` and `<!-- end of table -->`; NAME.json is the file of its row.
+What is made of several files has a NAME of its own, see `ACROSS`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import starts_tables
 from bench.evidence_files import read
 from bench.harness import RESULTS
 from bench.tables import table
 from experiments import spike
 from experiments.classification import PLAIN
+from experiments.starts.arms import ALL, INITS
 from experiments.study import tables
 from experiments.study.summary import summaries_of
 
@@ -27,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = EXPERIMENTS, STANDARDISE, README = ("docs/experiments.md", "docs/standardise.md", "README.md")
 FOLDER = RESULTS / "evidence"
 NOT_RUN = "Not run yet."
-MINUTES, ADVICE, STUDY = "minutes", "advice", "study"
+STUDY = "study"
 MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 
 Document = dict[str, Any]
@@ -44,10 +46,8 @@ def filled(page: str, folder: Path) -> str:
     """The page with the table of each file between its markers, or a line that says that there is none yet."""
 
     def fill(found: re.Match[str]) -> str:
-        if found["name"] == MINUTES:
-            return f"{found[1]}\n{time_sentence([read(path) for path in sorted(folder.glob('*.json'))])}\n\n"
-        if found["name"] == ADVICE:
-            return f"{found[1]}\n{advice_table(folder)}\n\n"
+        if (of_several := ACROSS.get(found["name"])) is not None:
+            return f"{found[1]}\n{of_several(folder)}\n\n"
         path = folder / f"{found['name']}.json"
         if not path.exists():
             return f"{found[1]}\n{NOT_RUN}\n\n"
@@ -258,22 +258,6 @@ def noise_table(document: Document) -> str:
     return table(header, rows)
 
 
-def starts_table(document: Document) -> str:
-    """A table a problem, a line for each arm at its best rate."""
-    levels = document["settings"]["levels"]
-    header = ["activation, optimizer", "start", "rate", *(f"epochs to {level:g}" for level in levels), "±"]
-    header += ["validation loss, lowest", "at the end", "accuracy", "under noise", "‖W‖"]
-    found: dict[str, list[list[str]]] = {}
-    for row in document["rows"]:
-        cells = [f"{row['activation']}, {row['optimizer']}", row["arm"], f"{row['lr']:.3g}"]
-        cells += [_optional(value, ".2f") for value in (*row["epochs"], row["spread"])]
-        cells += [_optional(row[name], ".3f") for name in ("lowest", "final")]
-        cells += [_optional(row[name], ".1f") for name in ("clean", "noisy", "norm")]
-        cells[1] += f" ({row['refused']} refused)" if row["refused"] else ""
-        found.setdefault(row["problem"], []).append(cells)
-    return "\n\n".join(f"**{problem}**\n\n{table(header, rows)}" for problem, rows in found.items())
-
-
 def plasticity_table(document: Document) -> str:
     """A table a protocol, a line for each arm at its best rate; accuracies and shares in %."""
     header = ["activation", "arm", "rate", "first task", "last tasks", "±"]
@@ -288,16 +272,20 @@ def plasticity_table(document: Document) -> str:
 
 
 def advice_table(folder: Path) -> str:
-    """README's answer to who should use it, from the files of starts, starts-mnist and plasticity."""
-    starts, mnist, tasks = (read(folder / f"{name}.json") for name in ("starts", "starts-mnist", "plasticity"))
+    """README's answer to who should use it, from the files of starts and of plasticity."""
+    starts, tasks = starts_tables.read_starts(folder), read(folder / "plasticity.json")
     new = "`Teleporter(model, optimizer)`"
+    leaky = [f"{rule} {_epochs(starts, 'digits', 'LeakyReLU 0.1', rule, 0.01)}" for rule in ("sgd", "momentum", "adam")]
     smooth = [f"{sigma} {_epochs(starts, 'digits', sigma, 'sgd', 0.01)}" for sigma in ("tanh", "sigmoid")]
     slow = "a rate that is too small and must stay"
     rows = [
-        ["a new MLP, LeakyReLU", new, _several(starts, "digits", "LeakyReLU 0.1", ("sgd", "momentum", "adam"), 0.01)],
+        ["a new MLP, LeakyReLU", new, "; ".join(leaky)],
         ["… tanh and sigmoid, SGD", new, "; ".join(smooth)],
         ["… four sigmoid layers, SGD", new, _epochs(starts, "digits, deep", "sigmoid", "sgd", 0.03)],
-        ["… 784-512-512-10 on MNIST digits, SGD", new, _epochs(mnist, "mnist", "LeakyReLU 0.1", "sgd", 0.1)],
+        ["… 784-512-512-10 on MNIST digits, SGD", new, _epochs(starts, "mnist", "LeakyReLU 0.1", "sgd", 0.1)],
+        ["… 784-128-10 there", "no teleport", _epochs(starts, "mnist, narrow", "LeakyReLU 0.1", "sgd", 0.1)],
+        ["… eight tanh layers, SGD", "an initialisation", _epochs(starts, "digits, deep tanh", "tanh", "sgd", 0.01)],
+        ["… a regression, 10-64-64-1 with tanh, SGD", "no teleport", _lost(starts, "diabetes", "tanh", "sgd")],
         [
             "a network that goes on to other tasks",
             '`teleporter.refresh((x, y))`, `Standardise(refit="all")`',
@@ -309,27 +297,25 @@ def advice_table(folder: Path) -> str:
 
 
 _TOLD = (("random labels", "tanh"), ("random labels", "LeakyReLU 0.01"), ("relabelled", "tanh"))
-_INITS = ("He or Glorot", "orthogonal", "LSUV")
 
 
-def _several(document: Document, problem: str, activation: str, optimizers: Sequence[str], level: float) -> str:
-    return "; ".join(
-        f"{optimizer} {_epochs(document, problem, activation, optimizer, level)}" for optimizer in optimizers
-    )
-
-
-def _epochs(document: Document, problem: str, activation: str, optimizer: str, level: float) -> str:
+def _epochs(documents: Sequence[Document], problem: str, activation: str, optimizer: str, level: float) -> str:
     """The epochs to a train loss of the standardised start, PyTorch's and the best of the initialisations."""
-    place = document["settings"]["levels"].index(level)
-    setting = (problem, activation, optimizer)
-    found = {
-        row["arm"]: _float(row["epochs"][place])
-        for row in document["rows"]
-        if (row["problem"], row["activation"], row["optimizer"]) == setting
-    }
-    least = min(found[arm] for arm in _INITS if arm in found)
+    found = starts_tables.epochs_of(documents, problem, activation, optimizer, level)
+    least = min(found[arm] for arm in INITS if arm in found)
     ours, plain, best = (_finite(value) for value in (found["standardise"], found["plain"], least))
     return f"{ours} epochs to {level:g} (PyTorch's start {plain}, best initialisation {best})"
+
+
+def _lost(documents: Sequence[Document], problem: str, activation: str, optimizer: str) -> str:
+    """How many more runs diverge with the standardised start at the rate that is best without it."""
+    setting = starts_tables.Setting(problem, activation, optimizer)
+    rows = [row for document in documents for row in document["rows"] if starts_tables.Setting.of(row) == setting]
+    (best,) = (row["lr"] for row in rows if row["arm"] == PLAIN)
+    pairs = starts_tables.pairs_of(documents, ALL)
+    (pair,) = (pair for pair in pairs if pair.setting == setting and pair.lr == best)
+    compared = starts_tables.Comparison.make(pair, "train")
+    return f"at the best rate of PyTorch's start {compared.lost} more runs of {len(pair.plain['train'])} diverge"
 
 
 def _finite(value: float) -> str:
@@ -361,9 +347,15 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "guards": guards_table,
     "noise": noise_table,
     "minima": training_table,
-    "starts": starts_table,
+    "starts": starts_tables.best_rates_table,
     "plasticity": plasticity_table,
     "study": study_tables,
+}
+ACROSS: dict[str, Callable[[Path], str]] = {
+    "minutes": lambda folder: time_sentence([read(path) for path in sorted(folder.glob("*.json"))]),
+    "advice": advice_table,
+    "starts-default": starts_tables.default_table,
+    "starts-guards": starts_tables.guards_table,
 }
 
 
@@ -405,11 +397,6 @@ def _range(values: Sequence[float], form: str = "×{:.3g}") -> str:
 def _float(value: float | None) -> float:
     """A loss of a JSON file; null, what is not finite, comes back as infinity."""
     return math.inf if value is None else value
-
-
-def _optional(value: float | None, form: str) -> str:
-    """A number, or a dash where a JSON file has null for one that is not finite."""
-    return "–" if value is None else format(value, form)
 
 
 def _number(value: float) -> str:

@@ -28,15 +28,17 @@ from experiments import (
     regression,
     require_extra,
     spike,
-    starts,
     trade,
 )
 from experiments.data import Dataset, load_digits, load_mnist
 from experiments.gpt import results as transformer
 from experiments.gpt.model import Text
 from experiments.records import Run
+from experiments.starts import results as starts
+from experiments.starts.problems import PROBLEMS
 from experiments.study import program
 from experiments.study.jobs import FULL, QUICK
+from experiments.study.problems import DATA
 from experiments.training import (
     OPTIMIZERS,
     BoundedTeleports,
@@ -171,11 +173,9 @@ def run_transformer(options: argparse.Namespace) -> str:
 
 
 def run_starts(options: argparse.Namespace) -> str:
-    on_mnist = {"mnist"} if options.data_dir else set()
-    names = options.problems or [name for name in starts.PROBLEMS if (name == "mnist") == bool(on_mnist)]
-    if "mnist" in names and not on_mnist:
-        raise ValueError("--data-dir must be given for the problem mnist")
-    datasets = {name: load_mnist(options.data_dir) if name in on_mnist else load_digits() for name in names}
+    on_mnist = options.data_dir is not None
+    names = options.problems or [name for name, problem in PROBLEMS.items() if problem.on_mnist == on_mnist]
+    datasets = {name: DATA[PROBLEMS[name].data](options.data_dir) for name in names}
     with _named_runs(len(starts.settings(names)) * starts.FEWEST_RATES) as on_run:
         return starts.run(datasets, options.seeds, options.epochs, options.out, on_run)
 
@@ -327,8 +327,8 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=positive_int, help="at most so many epochs (default: 60, on MNIST 12)")
     command = commands.add_parser("starts", help=starts.TEXT, description=starts.TEXT)
     command.set_defaults(run=lambda options: _with_results(run_starts, options))
-    command.add_argument("--data-dir", type=Path, help="folder with MNIST-format files: the problem on them alone")
-    command.add_argument("--problems", choices=starts.PROBLEMS, nargs="+", help="these only (default: all on digits)")
+    command.add_argument("--data-dir", type=Path, help="folder with MNIST-format files: the problems on them")
+    command.add_argument("--problems", choices=PROBLEMS, nargs="+", help="these only (default: all others)")
     command.add_argument("--epochs", type=positive_int, help="of each run (default: the problem's own)")
     command.add_argument("--seeds", type=positive_int, default=5, help="how many seeds (default: %(default)s)")
     _add_out(command)

@@ -53,3 +53,31 @@ class SideBySide(nn.Module):
         for stack, *parts in zip(self.stacked, *(model.parameters() for model in models), strict=True):
             for one, part in zip(stack, parts, strict=True):
                 part.copy_(one)
+
+
+class Apart(nn.Module):
+    """The networks `models` themselves, with the interface of `SideBySide`: for optimizers that take matrices only."""
+
+    def __init__(self, models: Sequence[nn.Sequential]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([model(one) for model, one in zip(self.models, x, strict=True)])
+
+    def hidden_matrices(self) -> list[Tensor]:
+        """The weights of all layers but the networks' last ones."""
+        layers = [[module for module in model.modules() if isinstance(module, nn.Linear)] for model in self.models]
+        return [linear.weight for linears in layers for linear in linears[:-1]]
+
+    @property
+    def stacked(self) -> list[Tensor]:
+        """The parameters (S×...) of S networks."""
+        stacks = zip(*(model.parameters() for model in self.models), strict=True)
+        return [torch.stack([p.detach() for p in stack]) for stack in stacks]
+
+    def read(self, models: Sequence[nn.Sequential]) -> None:
+        """The models are the networks."""
+
+    def write(self, models: Sequence[nn.Sequential]) -> None:
+        """The models are the networks."""

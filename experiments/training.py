@@ -241,12 +241,12 @@ class Trainee:
         inputs, targets = batch
         self.optimizer.zero_grad()
         self.task.loss_fn(self.model(inputs), targets).backward()
-        with _muon_in_own_dtype() if inputs.device.type == "cpu" else nullcontext():
+        with muon_in_own_dtype() if inputs.device.type == "cpu" else nullcontext():
             self.optimizer.step()
 
 
 @contextmanager
-def _muon_in_own_dtype() -> Iterator[None]:
+def muon_in_own_dtype() -> Iterator[None]:
     """Let torch's Muon orthogonalize in the dtype of the gradients, not in bfloat16.
 
     A CPU without instructions for bfloat16 takes ten times as long with it. Nothing public says in which dtype.

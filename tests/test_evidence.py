@@ -107,66 +107,6 @@ def test_the_run_that_diverges_in_the_source_completes_here() -> None:
     assert ours["train_loss"] < ends["plain"]["train_loss"]
 
 
-def epochs_of(name: str, problem: str, activation: str, optimizer: str, level: float) -> dict[str, float]:
-    """The epochs to a level of each arm at its best rate; infinite where it is not reached."""
-    document = numbers(name)
-    place = document["settings"]["levels"].index(level)
-    return {
-        row["arm"]: float("inf") if row["epochs"][place] is None else row["epochs"][place]
-        for row in document["rows"]
-        if (row["problem"], row["activation"], row["optimizer"]) == (problem, activation, optimizer)
-    }
-
-
-@pytest.mark.parametrize(
-    ("name", "problem", "activation", "optimizer", "level", "of_plain", "of_best"),
-    [
-        ("starts", "digits", "LeakyReLU 0.1", "sgd", 0.01, 0.65, 0.9),
-        ("starts", "digits", "LeakyReLU 0.1", "momentum", 0.01, 0.65, 0.9),
-        ("starts", "digits", "LeakyReLU 0.1", "adam", 0.01, 0.72, 0.9),  # 0.65 was asked for
-        ("starts", "digits", "tanh", "sgd", 0.01, 0.5, 0.9),
-        ("starts", "digits", "sigmoid", "sgd", 0.03, 0.5, 0.8),
-        ("starts", "digits, deep", "sigmoid", "sgd", 0.03, 0.5, 0.5),
-        ("starts-mnist", "mnist", "LeakyReLU 0.1", "sgd", 0.1, 0.75, 1.0),
-    ],
-)
-def test_standardised_starts_need_the_share_of_epochs_that_the_page_says(
-    name: str, problem: str, activation: str, optimizer: str, level: float, of_plain: float, of_best: float
-) -> None:
-    found = epochs_of(name, problem, activation, optimizer, level)
-    best = min(found[arm] for arm in ("He or Glorot", "orthogonal", "LSUV") if arm in found)
-    assert found["standardise"] <= of_plain * found["plain"]
-    assert found["standardise"] <= of_best * best
-
-
-def test_the_page_on_standardising_says_what_its_numbers_say() -> None:
-    page = " ".join(PAGES[evidence_tables.STANDARDISE].split())
-    of_plain, of_best, noise, noise_best, noise_exact, refused = [], [], [], [], [], []
-    settings: dict[tuple[str, str, str], dict[str, dict]] = {}
-    for row in numbers("starts")["rows"]:
-        settings.setdefault((row["problem"], row["activation"], row["optimizer"]), {})[row["arm"]] = row
-    for (problem, *_), arms in settings.items():
-        if problem == "digits, spreads":
-            continue
-        inits = [arms[arm] for arm in ("He or Glorot", "orthogonal", "LSUV")]
-        epochs = {arm: row["epochs"][2] or float("inf") for arm, row in arms.items()}
-        if epochs["plain"] < float("inf"):
-            of_plain.append(100 * epochs["standardise"] / epochs["plain"])
-            noise.append(arms["plain"]["noisy"] - arms["standardise"]["noisy"])
-        if (best := min(row["epochs"][2] or float("inf") for row in inits)) < float("inf"):
-            of_best.append(100 * epochs["standardise"] / best)
-        most = max(row["noisy"] or 0 for row in inits)
-        noise_best.append(most - arms["standardise"]["noisy"])
-        if "standardise, exact" in arms:
-            noise_exact.append(most - arms["standardise, exact"]["noisy"])
-            refused.append(arms["standardise after two epochs"]["refused"])
-    assert f"{min(of_plain):.0f} to {max(of_plain):.0f} % of the epochs to a train loss of 0.01" in page
-    assert f"it needs {min(of_best):.0f} to {max(of_best):.0f} %" in page
-    assert f"is up to {max(noise):.1f} points below" in page and f"up to {max(noise_best):.1f} below the best" in page
-    assert f"more robustness, up to {max(noise_exact):.1f} points" in page
-    assert f"refuses {sum(refused)} of the {5 * len(refused)} teleports" in page
-
-
 def test_the_page_on_plasticity_says_what_its_numbers_say() -> None:
     page = " ".join(PAGES[evidence_tables.STANDARDISE].split())
     rows = {(row["protocol"], row["activation"], row["arm"]): row for row in numbers("plasticity")["rows"]}

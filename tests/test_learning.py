@@ -1,12 +1,10 @@
-"""The experiments on starts and plasticity: networks side by side, what the arms do, how runs are told and resumed."""
+"""The experiment on plasticity: networks side by side, what the arms do, how runs are told and resumed."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from torch import nn
 
 pytest.importorskip("sklearn", reason="needs symtele_cuda[demo]")
 
-from experiments import plasticity, starts
+from experiments import plasticity
 from experiments.data import Dataset, load_digits
 from experiments.plasticity import ARMS, Learners, Task
 from experiments.side_by_side import SideBySide, make_mlp
@@ -123,65 +121,3 @@ def test_records_are_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(plasticity, "run_job", None)  # nothing is left to run
     plasticity.run(digits(), jobs, tmp_path, lambda _: None)
     assert json.loads((tmp_path / "plasticity.json").read_text()) == first
-
-
-# --- starts -----------------------------------------------------------------------------------------------------------
-
-
-def make_outcome(lr: float, *losses: float) -> starts.Outcome:
-    job = starts.Job("digits", "tanh", "sgd", starts.PLAIN, lr, len(losses) - 1, (0,))
-    looks = tuple(starts.Look((loss,), (loss,), (1 - loss / 10,), (0.5,), (3.0,)) for loss in losses)
-    return starts.Outcome(job, looks, ())
-
-
-def test_the_epochs_to_a_loss_are_between_two_looks_by_its_logarithm() -> None:
-    assert starts.epochs_to(0.1, [1.0, 0.01, 0.001]) == pytest.approx(0.5)
-    assert starts.epochs_to(0.1, [1.0, 0.4, 0.2]) == math.inf
-    (run,) = starts.runs_of(make_outcome(0.1, 1.0, 0.1, 0.01, 0.02))
-    assert run.epochs == pytest.approx((1.0, 1.0 + math.log(0.1 / 0.03) / math.log(10), 2.0))
-    assert (run.train, run.lowest, run.final) == (0.02, 0.01, 0.02)
-    share = math.log(0.1 / starts.NOISE_LEVEL) / math.log(10)
-    assert run.clean == pytest.approx(100 * (0.99 + share * (0.999 - 0.99)))
-
-
-def test_the_best_rate_is_looked_for_beyond_the_last_one() -> None:
-    tried = []
-
-    def work(lr: float) -> starts.Outcome:
-        tried.append(lr)
-        return make_outcome(lr, 1.0, 0.01 if lr == pytest.approx(0.2 * starts.FACTOR**3) else 1 / lr)
-
-    outcomes = starts.at_its_rates(work, 0.2)
-    assert max(tried) == pytest.approx(0.2 * starts.FACTOR**4) and len(outcomes) == 7
-    assert min(outcomes, key=starts.score).job.lr == pytest.approx(0.2 * starts.FACTOR**3)
-
-
-@pytest.mark.parametrize("arm", [*starts.STARTS, starts.TRAINED])
-def test_every_start_of_a_seed_has_the_same_data_and_trains(arm: str) -> None:
-    job = starts.Job("digits", "LeakyReLU 0.1", "sgd", arm, 0.1, 3, SEEDS)
-    plain = starts.Runs(replace(job, arm=starts.PLAIN), digits())
-    runs = starts.Runs(job, digits())
-    assert torch.equal(runs.x, plain.x) and torch.equal(runs.noise, plain.noise)
-    outcome = starts.run_job(job, digits())
-    losses = [look.train for look in outcome.looks]
-    assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))
-    teleports = arm in (starts.LAST, starts.ALL, starts.SMALL, starts.ON_BEST, starts.TRAINED)
-    assert len(outcome.reasons) == (2 if teleports else 0)
-    assert starts.restore(json.loads(json.dumps(_plain(outcome)))) == outcome
-
-
-def _plain(outcome: starts.Outcome) -> dict[str, Any]:
-    return {
-        "job": vars(outcome.job),
-        "looks": [vars(look) for look in outcome.looks],
-        "reasons": list(outcome.reasons),
-    }
-
-
-def test_lsuv_gives_every_layer_outputs_of_variance_one() -> None:
-    model, x = make_mlp((6, 32, 32, 5), nn.Tanh), torch.randn(100, 6)
-    starts.initialise(model, "LSUV", "tanh", x)
-    for module in model:
-        x = module(x)
-        if isinstance(module, nn.Linear):
-            assert x.std().item() == pytest.approx(1.0, rel=1e-4)
