@@ -38,7 +38,7 @@ from experiments import classification
 from experiments.data import load_mnist
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS, STANDARDISE = evidence_tables.EXPERIMENTS, evidence_tables.STANDARDISE
+EXPERIMENTS, STANDARDISE, SYMMETRIES, _ = evidence_tables.PAGES
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,14 @@ ROWS = (
         90,
         quick=("--seeds", "1", "--tasks", "2", "--protocols", "more classes"),
         page=STANDARDISE,
+    ),
+    Row(
+        "transformer",
+        ("transformer",),
+        150,
+        drawn=False,
+        quick=("--settings", "d = 128", "--arms", "AdamW", "eigenbasis, early", "--steps", "20", "--seeds", "1"),
+        page=SYMMETRIES,
     ),
     Row("minima", ("minima",), 7, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
     Row(

@@ -26,7 +26,12 @@ from experiments.study import tables
 from experiments.study.summary import summaries_of
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = EXPERIMENTS, STANDARDISE, README = ("docs/experiments.md", "docs/standardise.md", "README.md")
+PAGES = EXPERIMENTS, STANDARDISE, SYMMETRIES, README = (
+    "docs/experiments.md",
+    "docs/standardise.md",
+    "docs/symmetries.md",
+    "README.md",
+)
 FOLDER = RESULTS / "evidence"
 NOT_RUN = "Not run yet."
 STUDY = "study"
@@ -271,6 +276,20 @@ def plasticity_table(document: Document) -> str:
     return "\n\n".join(f"**{protocol}**\n\n{table(header, rows)}" for protocol, rows in found.items())
 
 
+def transformer_table(document: Document) -> str:
+    """A table a setting, a line for each arm at its best rate, warm-up and β₂."""
+    header = ["arm", "rate", "warm-up", "β₂", "validation loss", "±"]
+    header += ["steps to AdamW's", "time", "a step", "logits changed by"]
+    found: dict[str, list[list[str]]] = {}
+    for row in document["rows"]:
+        cells = [row["arm"], f"{row['lr']:g}", str(row["warm_up"]), f"{row['beta2']:g}"]
+        cells += [f"{row['last']:.3f}", f"{row['spread']:.3f}"]
+        cells += ["never" if row[name] is None else f"{row[name]:.0%}" for name in ("steps_to", "time_to")]
+        cells.append(f"×{row['step_time']:.2f}")
+        found.setdefault(row["setting"], []).append([*cells, f"{row['inexact']:.0e}" if row["inexact"] else ""])
+    return "\n\n".join(f"**{setting}**\n\n{table(header, rows)}" for setting, rows in found.items())
+
+
 def advice_table(folder: Path) -> str:
     """README's answer to who should use it, from the files of starts and of plasticity."""
     starts, tasks = starts_tables.read_starts(folder), read(folder / "plasticity.json")
@@ -350,6 +369,7 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "starts": starts_tables.best_rates_table,
     "plasticity": plasticity_table,
     "study": study_tables,
+    "transformer": transformer_table,
 }
 ACROSS: dict[str, Callable[[Path], str]] = {
     "minutes": lambda folder: time_sentence([read(path) for path in sorted(folder.glob("*.json"))]),

@@ -33,6 +33,7 @@ from experiments import (
 from experiments.data import Dataset, load_digits, load_mnist
 from experiments.gpt import results as transformer
 from experiments.gpt.model import Text
+from experiments.gpt.runs import ARMS
 from experiments.records import Run
 from experiments.starts import results as starts
 from experiments.starts.problems import PROBLEMS
@@ -166,10 +167,10 @@ def run_plasticity(options: argparse.Namespace) -> str:
 
 
 def run_transformer(options: argparse.Namespace) -> str:
-    names = options.settings or [*transformer.SETTINGS]
-    text = Text.of_standard_library()
-    with _named_runs(transformer.count_runs(names, options.seeds)) as on_run:
-        return transformer.run(text, names, options.seeds, options.steps, options.out, on_run)
+    settings, arms = options.settings or [*transformer.SETTINGS], options.arms or [*ARMS]
+    plan, text = transformer.Plan(settings, arms, options.seeds, options.steps), Text.of_standard_library()
+    with _named_runs(plan.count) as on_run:
+        return transformer.run(text, plan, options.out, on_run)
 
 
 def run_starts(options: argparse.Namespace) -> str:
@@ -341,6 +342,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("transformer", help=transformer.TEXT, description=transformer.TEXT)
     command.set_defaults(run=lambda options: _with_results(run_transformer, options))
     command.add_argument("--settings", choices=transformer.SETTINGS, nargs="+", help="these only (default: all)")
+    command.add_argument("--arms", choices=ARMS, nargs="+", help="these only (default: all)")
     command.add_argument("--steps", type=positive_int, help="of each run (default: the setting's own)")
     command.add_argument("--seeds", type=positive_int, default=3, help="how many seeds (default: %(default)s)")
     _add_out(command)

@@ -23,6 +23,8 @@ NONE_IMPROVED = "no trial step improved the objective"
 
 # What a teleport says of its weights.
 STANDARDISED = "standardised"
+STEPS_AHEAD = 2
+"""How many steps of `Guards.rate` must not raise the loss: one that is too long shows in the second at the latest."""
 STEPS_LONG_ENOUGH = "the step ahead does not lower the loss, so that a larger gradient is no gain"
 LATER_TAKEN_BACK = "later steps were taken back: the weights formed from them broke a guard"
 
@@ -95,6 +97,16 @@ def refusal_of_standardised(
             f"{before.objective:.4g}: less than min_gain = {guards.min_gain:g} times as much"
         )
     return None
+
+
+def on_rate(guards: Guards, before: float, after: float) -> str | None:
+    """The refusal where steps of the optimizer's rate take the loss from `before` to more than that, or None."""
+    if after <= before:
+        return None
+    return (
+        f"{STEPS_AHEAD} gradient steps of rate {guards.rate:g} would take the loss on the batch from {before:.4g} to "
+        f"{after:.4g}: the rate is too large for standardised weights"
+    )
 
 
 def _harm(guards: Guards, before: Measurement, after: Measurement, changes: Sequence[float]) -> str | None:

@@ -159,6 +159,17 @@ def measure(
     return torch.stack([value.double() for value in values])
 
 
+def loss_after_steps(problem: Problem, network: Network, rate: float, steps: int) -> Tensor:
+    """The loss on the batch after so many gradient steps of this rate from `network`: a float64 scalar."""
+    loss_of, parameters = problem.loss_of_trainable(network), problem.leaves(network)
+    for _ in range(steps):
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss_of(parameters), parameters, materialize_grads=True)
+        pairs = zip(parameters, gradients, strict=True)
+        parameters = [(p.detach() - rate * gradient).requires_grad_() for p, gradient in pairs]
+    return loss_of(parameters).detach().double()
+
+
 def read(values: Tensor) -> Measurement:
     """The numbers that `measure` took, in one transfer."""
     return Measurement(*values.tolist())

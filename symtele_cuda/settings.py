@@ -143,6 +143,9 @@ class Guards:
             None is what suits the method: 2 for `Ascent`, 25 for `Standardise`, which scales whole layers.
         max_sensitivity: how many times as far as before noise in the inputs may move the logits. The samples are those
             of the holdout, or of the batch without one, see `TeleportReport`; math.inf only reports.
+        rate: with `Standardise`, the rate at which training goes on: two gradient steps of this rate must not take the
+            loss on the batch above what it is now, unless they do without the teleport. None asks for nothing. A
+            `Teleporter` reads it off torch.optim.SGD.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above.
@@ -154,6 +157,7 @@ class Guards:
     min_gain: float = 0.0
     max_weight_change: float | None = None
     max_sensitivity: float = 1.5
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         check_number("drift_tol", self.drift_tol, above=0.0, finite=False)
@@ -162,6 +166,8 @@ class Guards:
         if self.max_weight_change is not None:
             check_number("max_weight_change", self.max_weight_change, above=0.0, finite=False)
         check_number("max_sensitivity", self.max_sensitivity, above=0.0, finite=False)
+        if self.rate is not None:
+            check_number("rate", self.rate, at_least=0.0)
 
     def suited_to(self, method: Method) -> Guards:
         """The same with what suits the method in the place of None."""

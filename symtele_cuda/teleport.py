@@ -15,17 +15,18 @@ from .errors import TeleportError
 from .guards import (
     LATER_TAKEN_BACK,
     STANDARDISED,
+    STEPS_AHEAD,
     STEPS_LONG_ENOUGH,
     Bounds,
     is_futile,
     not_finite,
+    on_rate,
     refusal,
     refusal_of_standardised,
     too_little_gain,
 )
-from .kernels import torch_kernels
 from .kernels.library import check_backend, products_for
-from .measure import Measurement, measure, measure_own, relative_change, weight_changes
+from .measure import Measurement, loss_after_steps, measure, measure_own, weight_changes
 from .methods import published
 from .methods.published import Published
 from .methods.standardise import (
@@ -38,7 +39,7 @@ from .methods.standardise import (
 )
 from .model.chain import Chain, check_layers
 from .model.loss import LossFunction
-from .model.network import parameter_list
+from .model.network import Network, parameter_list
 from .model.problem import Problem, begin
 from .model.reader import read_chain
 from .model.surroundings import Surroundings
@@ -46,11 +47,11 @@ from .model.whole import WholeModel, begin_whole
 from .objectives import GradNorm
 from .objectives.best_decrease import BestDecrease
 from .optimizers import check_holds, unwrap
-from .orbits import Candidate
 from .orbits.batch import BatchOrbit
 from .orbits.batch_plan import check_matchable, make_plan, match_inputs, report_unmatched
 from .orbits.exact import ExactOrbit, plan_scales
-from .report import LayerReport, StepRecord, TeleportReport
+from .outcome import Found, describe_backend, describe_kernels, make_report, report_unchanged
+from .report import LayerReport, TeleportReport
 from .search import device
 from .search.trust_region import Search, SearchResult, ascend, holding
 from .settings import GL, Ascent, Guards
@@ -282,7 +283,7 @@ def _follow(
     if steps == 0 or broken is not None:
         return report_unchanged(before, broken or reason, reports, records, found.backend, orbit.parts)
     transaction.write(parameters, candidate.parameters)
-    return _report(found, after, steps, changes, reports)
+    return make_report(found, after, steps, changes, reports)
 
 
 def _standardise(
@@ -300,20 +301,31 @@ def _standardise(
         weight_changes(problem.network, network),
         shares_kept(problem, around, network, outputs) if rule.refit == ALL else problem.samples.new_empty(0).double(),
         torch.stack([flag.double() for flag, _ in found.hindrances]),
+        _losses_ahead(problem, network, guards),
     ]
     numbers = iter(torch.cat(values).tolist())  # all that the host asks the device for
-    figures, afters, changes, kept, holding = ([*islice(numbers, len(value))] for value in values)
+    figures, afters, changes, kept, holding, ahead = ([*islice(numbers, len(value))] for value in values)
     before, after = Measurement(*figures), Measurement(*afters)
     reason = next((text for flag, (_, text) in zip(holding, found.hindrances, strict=True) if flag), None)
     reason = reason or refusal_of_standardised(guards, rule, before, after, changes[:-1], kept)
-    backend = f"{_kernels(problem)} on {problem.samples.device.type}, in closed form"
+    if reason is None and ahead and (reason := on_rate(guards, before.loss, ahead[0])) is not None:
+        alone = float(_losses_ahead(problem, problem.network, guards))
+        reason = None if on_rate(guards, before.loss, alone) is not None else reason
+    backend = f"{describe_kernels(problem)} on {problem.samples.device.type}, in closed form"
     result = Found(before, SearchResult((), (), reason or STANDARDISED), None, backend)
     if reason is not None:
         return report_unchanged(before, reason, reports, (), backend, len(problem.network))
     parameters = [parameter for _, parameter in reading.chain.named_parameters()]
     reading.transaction.write(parameters, parameter_list(network))
-    report = _report(result, after, 1, changes, reports)
+    report = make_report(result, after, 1, changes, reports)
     return replace(report, kept=kept[0] if kept else None, holdout_kept=kept[1] if len(kept) > 1 else None)
+
+
+def _losses_ahead(problem: Problem, network: Network, guards: Guards) -> Tensor:
+    """The loss on the batch after the steps that `guards.rate` asks about, if it does: float64, of one element or 0."""
+    if guards.rate is None:
+        return problem.samples.new_empty(0).double()
+    return loss_after_steps(problem, network, guards.rate, STEPS_AHEAD).reshape(1)
 
 
 def refuse_futile(problem: Problem, method: Ascent, guards: Guards) -> TeleportReport | None:
@@ -324,7 +336,7 @@ def refuse_futile(problem: Problem, method: Ascent, guards: Guards) -> TeleportR
     before = measure_own(problem, method.make_objective())
     if not is_futile(guards, method.looks_ahead, before):
         return None
-    backend = f"{_kernels(problem)} on {problem.samples.device.type}, decisions on the host"
+    backend = f"{describe_kernels(problem)} on {problem.samples.device.type}, decisions on the host"
     reports = report_unmatched(problem)
     return report_unchanged(before, STEPS_LONG_ENOUGH, reports, (), backend, len(problem.network))
 
@@ -359,19 +371,6 @@ def _run(
     if weights is not None:
         transaction.write(parameters, weights)
     return report
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search has found: the measurement at its start, its accepted points, and the weights of the last of them.
-
-    last: None where it has not been formed yet. backend: what computed, in words.
-    """
-
-    before: Measurement
-    result: SearchResult
-    last: Candidate | None
-    backend: str
 
 
 def _climb(orbit: Any, method: Ascent, guards: Guards) -> Found:
@@ -418,73 +417,8 @@ def _settle(
             break  # an earlier point gains less
         if steps < len(waypoints) - 1:
             found = replace(found, result=replace(found.result, reason=LATER_TAKEN_BACK))
-        return _report(found, after, steps, changes, reports), candidate.parameters
+        return make_report(found, after, steps, changes, reports), candidate.parameters
     return report_unchanged(before, reason, reports, found.result.records, found.backend, orbit.parts), None
-
-
-def _report(
-    found: Found, after: Measurement, steps: int, changes: Sequence[float], reports: tuple[LayerReport, ...]
-) -> TeleportReport:
-    """The report (without its time) of weights that are written. changes: of their parts, and of all."""
-    result = found.result
-    parts = len(changes) - 1
-    unchanged = report_unchanged(found.before, result.reason, reports, result.records, found.backend, parts)
-    return replace(
-        unchanged,
-        accepted=True,
-        steps=steps,
-        loss_after=after.loss,
-        grad_norm_after=after.gradient_norm,
-        objective_after=after.objective,
-        drift=relative_change(found.before.data_loss, after.data_loss),
-        holdout_after=after.holdout,
-        weight_changes=tuple(changes[:parts]),
-        weight_change=changes[parts],
-        sensitivity_after=after.sensitivity,
-    )
-
-
-def report_unchanged(
-    before: Measurement,
-    reason: str,
-    layers: tuple[LayerReport, ...],
-    trace: tuple[StepRecord, ...],
-    backend: str,
-    parts: int,
-) -> TeleportReport:
-    """The report (without its time) of weights that stay as they are, in so many parts."""
-    return TeleportReport(
-        accepted=False,
-        reason=reason,
-        steps=0,
-        loss_before=before.loss,
-        loss_after=before.loss,
-        grad_norm_before=before.gradient_norm,
-        grad_norm_after=before.gradient_norm,
-        objective_before=before.objective,
-        objective_after=before.objective,
-        drift=0.0,
-        holdout_before=before.holdout,
-        holdout_after=before.holdout,
-        weight_changes=(0.0,) * parts,
-        weight_change=0.0,
-        sensitivity_before=before.sensitivity,
-        sensitivity_after=before.sensitivity,
-        layers=layers,
-        trace=trace,
-        seconds=0.0,
-        backend=backend,
-    )
-
-
-def describe_backend(orbit: Any, how: str) -> str:
-    """What computes with an orbit, where, and how the search runs."""
-    kernels = _kernels(orbit.problem) if isinstance(orbit, BatchOrbit) else "torch"
-    return f"{kernels} on {orbit.device.type}, {how}"
-
-
-def _kernels(problem: Problem) -> str:
-    return "torch" if problem.network.products is torch_kernels else "cuda kernels"
 
 
 def check_settings(method: object, guards: object) -> Guards:

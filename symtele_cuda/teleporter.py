@@ -101,7 +101,7 @@ class Teleporter:
         guards: as for `teleport_mlp`. By default the loss of the holdout may rise by 3 %, and the step ahead must lower
             the loss twice as much: where the rate suits the weights well, no point of the level set gives that, and
             the run goes on as it would have without the teleporter. With `Standardise` the best step must not lower it
-            less than before.
+            less than before, and with torch.optim.SGD two steps of its rate must not raise the loss.
         on_error: "raise", or "warn": a teleport that fails is a warning, its samples are dropped, it counts as made,
             and training goes on.
         backend: as for `teleport_mlp`.
@@ -347,6 +347,8 @@ class Teleporter:
         method, guards = self._method_for(problem), self.guards
         if holdout is not None:
             guards = replace(guards, holdout=holdout)
+        if isinstance(method, Standardise) and guards.rate is None:
+            guards = replace(guards, rate=self._own_steps.plain_rate())
         report = None
         if self._matched_layers and isinstance(method, Ascent) and method.looks_ahead and guards.min_gain > 0:
             report = refuse_futile(problem, method, guards)  # choosing samples would take several times as long

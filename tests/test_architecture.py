@@ -28,6 +28,7 @@ ORDER = [
     {"methods", "settings"},
     {"guards"},
     {"search"},
+    {"outcome"},
     {"teleport"},
     {"schedule"},
     {"teleporter"},

@@ -223,6 +223,62 @@ def test_each_guard_refuses_in_plain_words_and_leaves_the_model() -> None:
     refused(model, (x[:10], y[:10]), "the holdout loss rose", st.Guards(holdout=others, max_sensitivity=math.inf))
 
 
+def descend(model: nn.Sequential, batch: tuple[Tensor, Tensor], rate: float, steps: int) -> float:
+    """The loss after so many gradient steps of a copy."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+    return F.mse_loss(model(batch[0]), batch[1]).item()
+
+
+def make_regression() -> tuple[nn.Sequential, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    x = torch.randn(200, 12, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(12, 64), nn.LeakyReLU(0.1), nn.Linear(64, 64), nn.LeakyReLU(0.1), nn.Linear(64, 1))
+    return model.double(), (x, x[:, :1] + 0.1 * torch.randn(200, 1, dtype=torch.float64))
+
+
+def test_a_rate_that_is_too_large_for_standardised_weights_is_seen_in_two_steps() -> None:
+    method, free = st.Standardise(refit="all", least_kept=0.0), dataclasses.replace(FREE, min_gain=0.0)
+    for rate in (1e-4, 1e-3, 1e-2, 1e-1):
+        model, batch = make_regression()
+        teleported = copy.deepcopy(model)
+        assert st.teleport_mlp(teleported, batch, method=method, guards=free).accepted
+        now, alone, ahead = (descend(*run) for run in (
+            (model, batch, rate, 0), (model, batch, rate, 2), (teleported, batch, rate, 2),
+        ))  # fmt: skip
+        assert alone < now
+        before = snapshot(model)
+        report = st.teleport_mlp(model, batch, method=method, guards=dataclasses.replace(free, rate=rate))
+        assert report.accepted == (ahead <= now) == (rate < 0.05)
+        if not report.accepted:
+            assert unchanged(model, before)
+            text = f"2 gradient steps of rate {rate:g} would take the loss on the batch from {now:.4g} to {ahead:.4g}"
+            assert text in report.reason
+    model, batch = make_regression()
+    hopeless = dataclasses.replace(free, rate=1e3)  # for the model as it is, too
+    assert st.teleport_mlp(model, batch, method=method, guards=hopeless).accepted
+    with pytest.raises(ValueError, match="rate must be"):
+        st.Guards(rate=-1.0)
+
+
+def test_a_teleporter_reads_the_rate_off_sgd_alone() -> None:
+    for make_optimizer, accepted in (
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), False),
+        (lambda p: torch.optim.SGD(p, 1e-3), True),
+        (lambda p: torch.optim.Adam(p, 0.1), True),
+    ):
+        model, batch = make_regression()
+        teleporter = st.Teleporter(model, make_optimizer(model.parameters()), guards=dataclasses.replace(FREE))
+        assert teleporter.refresh(batch).accepted == accepted
+    model, batch = make_regression()
+    own = dataclasses.replace(FREE, rate=1e-3)
+    assert st.Teleporter(model, torch.optim.SGD(model.parameters(), 0.1), guards=own).refresh(batch).accepted
+
+
 def test_the_share_of_a_regression_that_is_kept_is_one_less_the_relative_change() -> None:
     model, (x, _) = make("tanh", [12, 16, 16, 2]), make_batch(200, 12, 4)
     targets = torch.stack([x.sum(1), x[:, 0]], 1)

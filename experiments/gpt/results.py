@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from experiments.gpt.model import Text
-from experiments.gpt.runs import ARMS, CONTEXT, LAYERS, LOOK_EVERY, PIECES, PLAIN, Job, Outcome, run_job
+from experiments.gpt.runs import (
+    CONTEXT,
+    EARLY,
+    EARLY_ALONE,
+    LAYERS,
+    LOOK_EVERY,
+    PIECES,
+    PLAIN,
+    Job,
+    Outcome,
+    run_job,
+    time_steps,
+)
 from experiments.records import Ledger, save_json
 from experiments.tables import format_table
 
@@ -70,10 +82,24 @@ def _best(work: Work, jobs: Sequence[Job]) -> Job:
     return min(jobs, key=lambda job: work(job).losses[-1])
 
 
-def run(
-    text: Text, names: Sequence[str], seeds: int, steps: int | None, out: Path, on_run: Callable[[str], None]
-) -> str:
-    """All arms in the settings with these names; each run is kept as soon as it is done. steps: in place of theirs."""
+@dataclass(frozen=True)
+class Plan:
+    """What is run: settings and arms by name, so many seeds, and steps in the place of the settings' own."""
+
+    settings: Sequence[str]
+    arms: Sequence[str]
+    seeds: int
+    steps: int | None = None
+
+    @property
+    def count(self) -> int:
+        """About how many runs there are, where no best rate is the last one tried."""
+        tuning = {True: len(RATES) + len(WARM_UPS) + len(BETAS), False: 3}
+        return len(self.arms) * sum(self.seeds + tuning[SETTINGS[name].tunes_all] for name in self.settings)
+
+
+def run(text: Text, plan: Plan, out: Path, on_run: Callable[[str], None]) -> str:
+    """All arms in all settings; each run is kept as soon as it is done."""
     ledger = Ledger(out / "transformer.jsonl", restore)
 
     def work(job: Job) -> Outcome:
@@ -82,25 +108,21 @@ def run(
         return outcome
 
     tuned, rows = dict[str, Job](), list[Row]()
-    for setting in (SETTINGS[name] for name in names):
-        setting = replace(setting, steps=steps or setting.steps)
+    for setting in (SETTINGS[name] for name in plan.settings):
+        setting = replace(setting, steps=plan.steps or setting.steps)
         found = dict[str, list[Outcome]]()
-        for arm in ARMS:
+        for arm in plan.arms:
             best = tune(work, setting, arm, tuned.get(arm))
             if setting.tunes_all:
                 tuned[arm] = best
-            found[arm] = [work(replace(best, seed=FIRST_SEED + seed)) for seed in range(seeds)]
-        rows += describe(setting.name, found)
-    settings = {"layers": LAYERS, "context": CONTEXT, "pieces": PIECES, "look_every": LOOK_EVERY, "seeds": seeds}
+            found[arm] = [work(replace(best, seed=FIRST_SEED + seed)) for seed in range(plan.seeds)]
+        seconds = time_steps({arm: outcomes[0].job for arm, outcomes in found.items()}, text)
+        rows += describe(setting.name, found, seconds)
+    settings: dict[str, Any] = {"layers": LAYERS, "context": CONTEXT, "pieces": PIECES, "look_every": LOOK_EVERY}
+    settings |= {"seeds": [FIRST_SEED + seed for seed in range(plan.seeds)]}
     everything = [{**vars(outcome.job), "last": outcome.losses[-1]} for outcome in ledger.known.values()]
     save_json(out / "transformer.json", "transformer", settings, rows=rows, runs=everything)
     return table(rows)
-
-
-def count_runs(names: Sequence[str], seeds: int) -> int:
-    """About how many there are, where no best rate is the last one tried."""
-    tuning = {True: len(RATES) + len(WARM_UPS) + len(BETAS), False: 3}
-    return len(ARMS) * sum(seeds + tuning[SETTINGS[name].tunes_all] for name in names)
 
 
 def restore(values: dict[str, Any]) -> Outcome:
@@ -122,8 +144,10 @@ def steps_to(level: float, losses: Sequence[float]) -> float:
 class Row:
     """An arm at its best: means over the seeds. last, spread: the final validation loss and its standard deviation.
 
-    steps_to: of AdamW's final loss, a share of AdamW's steps. step_seconds: of one step, rotations included, and
-    rotating, the share of these. inexact: the largest relative change of the logits at a rotation of any run.
+    steps_to: the final loss of AdamW, as a share of AdamW's steps; time_to: the same of its time, where a step takes
+    `step_time` times as long as one of AdamW. That of the arms that end early counts for their beginning alone.
+    rotating: the share of rotations, and of what they read, in the time of the whole run. inexact: the largest relative
+    change of the logits at a rotation of any run.
     """
 
     setting: str
@@ -134,16 +158,20 @@ class Row:
     last: float
     spread: float
     steps_to: float
-    step_seconds: float
+    step_time: float
+    time_to: float
     rotating: float
     inexact: float
 
 
-def describe(setting: str, found: dict[str, list[Outcome]]) -> Iterator[Row]:
-    """A row an arm."""
+def describe(setting: str, found: dict[str, list[Outcome]], seconds: dict[str, float]) -> Iterator[Row]:
+    """A row an arm. seconds: of a step of each arm, see `time_steps`."""
     level = statistics.fmean(outcome.losses[-1] for outcome in found[PLAIN])
     for arm, outcomes in found.items():
         job, lasts = outcomes[0].job, [outcome.losses[-1] for outcome in outcomes]
+        steps = statistics.fmean(steps_to(level, outcome.losses) for outcome in outcomes)
+        slower = seconds[arm] / seconds[PLAIN]
+        slow = min(steps, EARLY) if arm in EARLY_ALONE else steps
         yield Row(
             setting,
             arm,
@@ -152,15 +180,16 @@ def describe(setting: str, found: dict[str, list[Outcome]]) -> Iterator[Row]:
             job.beta2,
             last=statistics.fmean(lasts),
             spread=statistics.stdev(lasts) if len(lasts) > 1 else 0.0,
-            steps_to=statistics.fmean(steps_to(level, outcome.losses) for outcome in outcomes) / job.steps,
-            step_seconds=statistics.fmean(outcome.seconds for outcome in outcomes) / job.steps,
+            steps_to=steps / job.steps,
+            step_time=slower,
+            time_to=(slow * slower + (steps - slow if math.isfinite(steps) else 0.0)) / job.steps,
             rotating=sum(outcome.rotating for outcome in outcomes) / sum(outcome.seconds for outcome in outcomes),
             inexact=max(outcome.inexact for outcome in outcomes),
         )
 
 
 def table(rows: Sequence[Row]) -> str:
-    header = ("setting", "arm", "rate", "warm-up", "β₂", "loss", "±", "steps", "ms a step", "rotating", "inexact")
+    header = ("setting", "arm", "rate", "warm-up", "β₂", "loss", "±", "steps", "time", "a step", "rotating", "inexact")
     return format_table(
         header,
         [
@@ -173,7 +202,8 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row.last:.3f}",
                 f"{row.spread:.3f}",
                 f"{row.steps_to:.2f}",
-                f"{1e3 * row.step_seconds:.1f}",
+                f"{row.time_to:.2f}",
+                f"{row.step_time:.2f}",
                 f"{row.rotating:.1%}",
                 f"{row.inexact:.0e}",
             )

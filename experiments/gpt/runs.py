@@ -127,40 +127,78 @@ ARMS = {
     SOAP: Arm(_soap),
     MUON: Arm(_muon),
 }
+EARLY_ALONE = (RANDOM, ROTATED, SOAP_START)
+
+
+class Run:
+    """A network on its way: its optimizers, its rotations if it has any, and the seconds of its steps so far."""
+
+    def __init__(self, job: Job, text: Text) -> None:
+        torch.manual_seed(job.seed)
+        self.job, self.arm, self.text = job, ARMS[job.arm], text
+        self.model = GPT(job.width, LAYERS, job.width // HEAD_WIDTH, CONTEXT)
+        self.generator = torch.Generator().manual_seed(1000 + job.seed)
+        self.looked_at = draw(text.validation, LOOKED_AT, CONTEXT, torch.Generator().manual_seed(7))
+        self.optimizers, self.rotations = self.arm.optimizers(self.model, job), None
+        if self.arm.until:
+            sites = sites_of(self.model)
+            self.rotations = self.arm.rotations(self.model, self.optimizers, sites=sites, until=self.arm.until)
+            self.rotations.measure_on(self.model, self.looked_at[0][:PIECES])
+        self.seconds, self.done = 0.0, 0
+
+    def step(self) -> None:
+        started = time.perf_counter()
+        if self.done == EARLY and self.arm.afterwards is not None:
+            self.optimizers = self.arm.afterwards(self.model, self.job)
+        loss = _loss(self.model, draw(self.text.train, PIECES, CONTEXT, self.generator))
+        self.model.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = _rate(self.job, self.done)
+            optimizer.step()
+        self.done += 1
+        self.seconds += time.perf_counter() - started
+
+    @property
+    def measuring(self) -> float:
+        """The seconds that measuring the rotations has taken, which `seconds` contains."""
+        return 0.0 if self.rotations is None else self.rotations.measuring
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        loss = float(_loss(self.model, self.looked_at))
+        return loss if math.isfinite(loss) else math.inf
 
 
 def run_job(job: Job, text: Text) -> Outcome:
-    torch.manual_seed(job.seed)
-    model = GPT(job.width, LAYERS, job.width // HEAD_WIDTH, CONTEXT)
-    arm, generator = ARMS[job.arm], torch.Generator().manual_seed(1000 + job.seed)
-    looked_at = draw(text.validation, LOOKED_AT, CONTEXT, torch.Generator().manual_seed(7))
-    optimizers, rotations = arm.optimizers(model, job), None
-    if arm.until:
-        rotations = arm.rotations(model, optimizers, sites=sites_of(model), until=arm.until)
-        rotations.measure_on(model, looked_at[0][:PIECES])
-    losses, seconds = list[float](), 0.0
-    for step in range(job.steps):
-        started = time.perf_counter()
-        if step == EARLY and arm.afterwards is not None:
-            optimizers = arm.afterwards(model, job)
-        loss = _loss(model, draw(text.train, PIECES, CONTEXT, generator))
-        model.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = _rate(job, step)
-            optimizer.step()
-        seconds += time.perf_counter() - started
-        if (step + 1) % LOOK_EVERY == 0:
-            losses.append(_validate(model, looked_at))
-            if not math.isfinite(losses[-1]):
-                losses += [math.inf] * (job.steps // LOOK_EVERY - len(losses))
-                break
+    run, losses = Run(job, text), list[float]()
+    for _ in range(job.steps // LOOK_EVERY):
+        if losses and not math.isfinite(losses[-1]):
+            losses.append(math.inf)
+            continue
+        for _ in range(LOOK_EVERY):
+            run.step()
+        losses.append(run.validate())
+    seconds, rotations = run.seconds - run.measuring, run.rotations
     if rotations is None:
         return Outcome(job, tuple(losses), seconds, 0.0, 0.0)
-    measuring = rotations.measuring
-    return Outcome(job, tuple(losses), seconds - measuring, rotations.seconds - measuring, rotations.inexact)
+    return Outcome(job, tuple(losses), seconds, rotations.seconds - run.measuring, rotations.inexact)
+
+
+def time_steps(jobs: dict[str, Job], text: Text, rounds: int = 5, steps: int = 10) -> dict[str, float]:
+    """Seconds of a step of each arm at the beginning of a run, rotations included: of the fastest of some rounds, in
+    which the arms take turns."""
+    runs = {arm: Run(job, text) for arm, job in jobs.items()}
+    best = dict.fromkeys(runs, math.inf)
+    for _ in range(rounds):
+        for arm, run in runs.items():
+            before = run.seconds - run.measuring
+            for _ in range(steps):
+                run.step()
+            best[arm] = min(best[arm], (run.seconds - run.measuring - before) / steps)
+    return best
 
 
 def _rate(job: Job, step: int) -> float:
@@ -172,9 +210,3 @@ def _rate(job: Job, step: int) -> float:
 
 def _loss(model: GPT, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-
-
-@torch.no_grad()
-def _validate(model: GPT, batch: tuple[Tensor, Tensor]) -> float:
-    loss = float(_loss(model, batch))
-    return loss if math.isfinite(loss) else math.inf

@@ -41,11 +41,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Moment:
-    """When a network is teleported: before which epoch, at which rate, behind which activation."""
+    """When a network is teleported: before which epoch, at which rate, behind which activation.
+
+    rate: that of plain gradient steps, which the Teleporter's guard reads off SGD; None for other optimizers.
+    """
 
     epoch: int
     lr: float
     activation: str
+    rate: float | None
 
 
 Teleport = Callable[[nn.Sequential, Samples, Moment], st.TeleportReport]
@@ -57,12 +61,13 @@ def standardise(
     """Standardise with refit="all" on the first samples, as a Teleporter would, with those behind them as the holdout.
 
     A network that is trained is standardised on all samples, and held to the first half of the validation's: its
-    training samples are no fresh ones. A gain is not asked of it. guarded: False, whatever the guards would say.
+    training samples are no fresh ones. Neither a gain nor the steps of its rate are asked of it. guarded: False,
+    whatever the guards would say.
     """
     trained = moment.epoch > 0
     batch = samples.train if trained else samples.part(0, SAMPLES)
     holdout = samples.half_of_validation() if trained else samples.part(SAMPLES, SAMPLES)
-    guards = replace(WORTHWHILE, min_gain=0.0) if trained else WORTHWHILE
+    guards = replace(WORTHWHILE, min_gain=0.0) if trained else replace(WORTHWHILE, rate=moment.rate)
     guards = replace(guards if guarded else UNGUARDED, holdout=holdout)
     method = st.Standardise(refit="all", least_kept=0.0, **options)
     return st.teleport_mlp(model, batch, method=method, guards=guards)

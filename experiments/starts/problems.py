@@ -61,7 +61,7 @@ OPTIMIZERS: dict[str, Callable[[SideBySide | Apart, float], Optimizers]] = {
     "adamw": lambda networks, lr: [torch.optim.AdamW(networks.parameters(), lr, fused=True)],
     "muon": _muon,
 }
-MATRICES_ONLY = ("muon",)
+MATRICES_ONLY, GRADIENT_STEPS = ("muon",), ("sgd", "momentum")
 FIRST_RATES = {"sgd": 0.2, "momentum": 0.02, "adagrad": 0.02, "adam": 2e-3, "adamw": 2e-3, "muon": 5e-3}
 
 
@@ -90,6 +90,7 @@ class Problem:
 CLASSES = (0.1, 0.03, 0.01)
 STARTS = (PLAIN, *INITS, LAST, ALL, SMALL, ON_BEST, TRAINED, TRAINED_ANYWAY)
 FEW = (PLAIN, *INITS, ALL)
+ON_MNIST = (PLAIN, "He or Glorot", ALL, ALL_ANYWAY)
 LEAKY_AND_TANH = ("LeakyReLU 0.1", "tanh")
 PROBLEMS = {
     "digits": Problem(
@@ -135,8 +136,6 @@ PROBLEMS = {
         LEAKY_AND_TANH,
         dict.fromkeys(("sgd", "adam"), (*FEW, ALL_ANYWAY, SMALL)),
     ),
-    "mnist": Problem("mnist", (512, 512), 5, CLASSES, 0.1, LEAKY_AND_TANH, {"sgd": (PLAIN, "He or Glorot", ALL)}),
-    "mnist, narrow": Problem(
-        "mnist", (128,), 5, CLASSES, 0.1, LEAKY_AND_TANH, {"sgd": (PLAIN, "He or Glorot", ALL, ALL_ANYWAY)}
-    ),
+    "mnist": Problem("mnist", (512, 512), 5, CLASSES, 0.1, LEAKY_AND_TANH, {"sgd": ON_MNIST}),
+    "mnist, narrow": Problem("mnist", (128,), 5, CLASSES, 0.1, LEAKY_AND_TANH, {"sgd": ON_MNIST}),
 }

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from experiments.data import Dataset, split, standardise
 from experiments.side_by_side import Apart, SideBySide, make_mlp
 from experiments.starts.arms import ARMS, SAMPLES, Moment, Samples, initialise
-from experiments.starts.problems import ACTIVATIONS, BATCH_SIZE, MATRICES_ONLY, NOISE, OPTIMIZERS, PROBLEMS, Optimizers
+from experiments.starts.problems import (
+    ACTIVATIONS,
+    BATCH_SIZE,
+    GRADIENT_STEPS,
+    MATRICES_ONLY,
+    NOISE,
+    OPTIMIZERS,
+    PROBLEMS,
+    Optimizers,
+)
 from experiments.training import muon_in_own_dtype
 from symtele_cuda.report import TeleportReport
 
@@ -143,7 +152,8 @@ class Runs:
         if self.arm.teleport is None or epoch not in self.arm.before:
             return
         self.networks.read(self.models)
-        moment = Moment(epoch, self.job.lr, self.job.activation)
+        rate = self.job.lr if self.job.optimizer in GRADIENT_STEPS else None
+        moment = Moment(epoch, self.job.lr, self.job.activation, rate)
         finite = self.look().train
         for k, model in enumerate(self.models):
             if not math.isfinite(finite[k]):

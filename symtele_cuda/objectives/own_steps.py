@@ -49,6 +49,10 @@ class OwnSteps:
             return None
         return max(map(sgd_rate, groups_of(self.model, self.optimizers)))
 
+    def plain_rate(self) -> float | None:
+        """The largest lr of all groups; None unless all optimizers are SGD. Its momentum is zero at the start."""
+        return self.largest_lr if self._are_all(torch.optim.SGD) else None
+
     def fixed_length(self, chain: Chain) -> float | None:
         """The norm of a step, whatever the gradient; None unless all are Muon."""
         if not self._are_all(torch.optim.Muon):
