@@ -80,6 +80,11 @@ def _spike(name: str, *options: str) -> Row:
     return Row(name, ("spike", *options), 4, data=True, quick=("--seeds", "1", "--epochs", "1"))
 
 
+def _plasticity(name: str, suite: str, minutes: float, quick: str, drawn: bool = False, data: bool = False) -> Row:
+    shorter = ("--seeds", "1", "--tasks", "2", "--protocols", quick)
+    return Row(name, ("plasticity", "--suite", suite), minutes, data, drawn=drawn, quick=shorter, page=STANDARDISE)
+
+
 ROWS = (
     Row("booth", ("booth",), 0.1),
     Row("rosenbrock", ("rosenbrock",), 0.1),
@@ -118,13 +123,12 @@ ROWS = (
         quick=("--seeds", "1", "--epochs", "1"),
         page=STANDARDISE,
     ),
-    Row(
-        "plasticity",
-        ("plasticity",),
-        90,
-        quick=("--seeds", "1", "--tasks", "2", "--protocols", "more classes"),
-        page=STANDARDISE,
-    ),
+    _plasticity("plasticity", "whole", 100, "more classes", drawn=True),
+    _plasticity("plasticity-gradual", "gradual", 45, "gradually relabelled", drawn=True),
+    _plasticity("plasticity-sgd", "sgd", 8, "relabelled"),
+    _plasticity("plasticity-relu", "relu", 9, "relabelled"),
+    _plasticity("plasticity-mnist", "short", 8, "more classes", data=True),
+    _plasticity("plasticity-control", "control", 9, "CartPole"),
     Row("minima", ("minima",), 7, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
     Row(
         "study",
