@@ -183,6 +183,8 @@ def test_the_rate_is_the_best_of_the_last_tasks_or_of_an_earlier_one() -> None:
     first = results.describe(outcome)
     tenth = replace(first, lr=2e-3, first=80.0, last=60.0, curve=(80.0, *[0.0] * 8, 99.0, 60.0))
     last = replace(first, lr=4e-3, first=70.0, last=70.0, curve=(70.0, *[0.0] * 8, 98.0, 70.0))
+    unchanged = results.describe(replace(outcome, kept_own=((),), kept_others=((),)))
+    assert unchanged.kept_own == unchanged.kept_least == 100
     key = ("relabelled", "tanh", "plain")
     assert results.best_of([first, tenth, last]) == {key: last}
     assert results.tuned_earlier([first, tenth, last]) == {key: (50.0, 60.0, 70.0)}

@@ -19,6 +19,7 @@ from experiments.plasticity.arms import (
     MAIN,
     PLAIN,
     RESET,
+    SELECTED,
     SHRUNK,
     Learners,
 )
@@ -50,11 +51,12 @@ NAMES, RANDOM = "relabelled", "random labels"
 WHOLE = "whole"
 SUITES = {
     WHOLE: Suite((NAMES, "permuted inputs", "more classes", "warm start", RANDOM), arms=tuple(ARMS), drawn=True),
-    "gradual": Suite(("gradually relabelled", "online permuted", "slow regression"), drawn=True),
-    "relu": Suite((NAMES, RANDOM), ("ReLU",), (PLAIN, RESET, SHRUNK, DORMANT, FRESH, ANYHOW), tasks=12),
-    "sgd": Suite((NAMES, RANDOM), BOTH, (PLAIN, SHRUNK, FRESH, ANYHOW), "sgd", rates=(0.1, 0.2, 0.4), tasks=12),
-    "control": Suite(("CartPole",), ("ReLU",), (PLAIN, RESET, SHRUNK, INJECTED, FRESH, ANYHOW)),
-    "short": Suite((NAMES, "more classes"), BOTH, (PLAIN, RESET, SHRUNK, FRESH, ANYHOW), tasks=15),
+    "gradual": Suite(("gradually relabelled", "online permuted"), drawn=True),
+    "regression": Suite(("slow regression",), ("tanh",), (PLAIN, RESET, SHRUNK, SELECTED, FRESH, ANYHOW)),
+    "relu": Suite((NAMES, RANDOM), ("ReLU",), (PLAIN, RESET, SHRUNK, DORMANT, FRESH, ANYHOW), tasks=10),
+    "sgd": Suite((NAMES, RANDOM), ("tanh",), (PLAIN, SHRUNK, FRESH, ANYHOW), "sgd", (0.1, 0.2, 0.4), tasks=10),
+    "control": Suite(("CartPole",), ("ReLU",), (PLAIN, RESET, FRESH, ANYHOW, SHRUNK, INJECTED)),
+    "short": Suite((NAMES, "more classes"), BOTH, (PLAIN, RESET, SHRUNK, FRESH, ANYHOW), tasks=10),
 }
 
 

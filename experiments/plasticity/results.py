@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiments import figures
 from experiments.data import Dataset
-from experiments.plasticity.arms import ANYHOW, FRESH, PLAIN, RESET, SHRUNK
+from experiments.plasticity.arms import ANYHOW, FRESH, PLAIN, RESET, SELECTED, SHRUNK
 from experiments.plasticity.jobs import NAMES, RANDOM, Job, Outcome, restore
 from experiments.plasticity.runs import WIDTH, run_job
 from experiments.plasticity.tasks import BATCH_SIZE, SAMPLES, TESTED
@@ -17,7 +17,7 @@ from experiments.records import Ledger, save_json
 from experiments.tables import format_table
 
 LAST_TASKS, TENTH = 5, 10
-DRAWN = (PLAIN, RESET, SHRUNK, FRESH, ANYHOW)
+DRAWN = (PLAIN, RESET, SHRUNK, SELECTED, FRESH, ANYHOW)
 SAYING_LITTLE = ("permuted inputs", "more classes", "warm start")
 TRADED = (NAMES, RANDOM)
 
@@ -72,7 +72,8 @@ def run(dataset: Dataset, wanted: Sequence[Job], drawn: bool, out: Path, on_run:
 def describe(outcome: Outcome) -> Row:
     job = outcome.job
     lasts = [100 * last for last in lasts_of(outcome)]
-    own, others, jumps = (_percent(shares) for shares in (outcome.kept_own, outcome.kept_others, outcome.jumps))
+    own, others = (_percent(kept) or [100.0] for kept in (outcome.kept_own, outcome.kept_others))  # without an act all
+    jumps = _percent(outcome.jumps)
     return Row(
         job.protocol,
         job.activation,
