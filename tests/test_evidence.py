@@ -26,7 +26,8 @@ from bench.tables import load
 from experiments import __main__ as command_line
 from experiments import classification, noise, planar
 from experiments.data import Dataset
-from experiments.plasticity.arms import ANYHOW, DORMANT, FRESH, PLAIN, SELECTED, SHRUNK
+from experiments.plasticity.arms import ANYHOW, DORMANT, FRESH, PLAIN, RESET, SELECTED, SHRUNK
+from experiments.plasticity.jobs import BOTH
 from experiments.plasticity.results import Row as Learned
 from experiments.plasticity.results import Setting, best_of, tuned_earlier
 from experiments.study.jobs import DEFAULTS, FULL, Job, Study
@@ -177,10 +178,10 @@ def test_the_page_on_plasticity_says_what_its_numbers_say() -> None:
     rows = best_of(rows_of(numbers("plasticity")))
 
     def last(protocol: str, arm: str) -> list[float]:
-        return [rows[protocol, activation, arm].last for activation in ("tanh", "LeakyReLU 0.01")]
+        return [rows[protocol, activation, arm].last for activation in BOTH]
 
     def kept(protocol: str, arm: str) -> list[float]:
-        return [rows[protocol, activation, arm].kept for activation in ("tanh", "LeakyReLU 0.01")]
+        return [rows[protocol, activation, arm].kept for activation in BOTH]
 
     anyhow, fresh, shrunk = "standardise, whatever is kept", "fresh network", "shrink and perturb 0.8"
     names, random = "relabelled", "random labels"
@@ -208,7 +209,7 @@ def test_the_page_on_gradual_changes_says_what_its_numbers_say() -> None:
     def both(
         protocol: str, arm: str, figure: Callable[[Learned], float], found: dict[Setting, Learned] = rows
     ) -> list[float]:
-        return [figure(found[protocol, activation, arm]) for activation in ("tanh", "LeakyReLU 0.01")]
+        return [figure(found[protocol, activation, arm]) for activation in BOTH]
 
     def last(row: Learned) -> float:
         return row.last
@@ -244,7 +245,7 @@ def test_the_page_on_rates_and_other_optimizers_says_what_its_numbers_say() -> N
     names, random = "relabelled", "random labels"
 
     def both(protocol: str) -> list[float]:
-        return [rows[protocol, activation, SELECTED].last for activation in ("tanh", "LeakyReLU 0.01")]
+        return [rows[protocol, activation, SELECTED].last for activation in BOTH]
 
     assert "it ends at {:.1f} and {:.1f} %, with permuted".format(*both(names)) in page
     assert "inputs at {:.1f} and {:.1f}, and".format(*both("permuted inputs")) in page
@@ -265,6 +266,14 @@ def test_the_page_on_rates_and_other_optimizers_says_what_its_numbers_say() -> N
     ours, shrunk, plain = (relu[random, "ReLU", arm] for arm in (ANYHOW, SHRUNK, PLAIN))
     assert f"random labels it ends at {ours.last:.1f} and keeps {ours.kept:.0f} % of the predictions" in page
     assert f"ends at {shrunk.last:.1f} and keeps {shrunk.kept:.0f}, the plain network at {plain.last:.1f}." in page
+    mnist = best_of(rows_of(numbers("plasticity-mnist")))
+    ends = {arm: [mnist[names, one, arm].last for one in BOTH] for arm in (PLAIN, RESET, ANYHOW, FRESH, SHRUNK)}
+    assert "ends at {:.1f} % behind tanh and at {:.1f} behind LeakyReLU, with".format(*ends[PLAIN]) in page
+    assert "optimizer at {:.1f} and {:.1f}, standardised at {:.1f}".format(*ends[RESET], ends[ANYHOW][0]) in page
+    assert "and {:.1f}, a fresh one at {:.1f} and {:.1f}.".format(ends[ANYHOW][1], *ends[FRESH]) in page
+    assert "is ahead with {:.1f} and {:.1f}, and".format(*ends[SHRUNK]) in page
+    shares = [round(mnist[names, one, arm].kept) for arm in (SHRUNK, ANYHOW) for one in BOTH]
+    assert "keeps {} and {} % of the predictions, the standardised network {} and {}.".format(*shares) in page
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
