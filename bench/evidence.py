@@ -129,6 +129,7 @@ ROWS = (
     _plasticity("plasticity-sgd", "sgd", 4, "relabelled"),
     _plasticity("plasticity-relu", "relu", 7, "relabelled"),
     _plasticity("plasticity-mnist", "short", 6, "relabelled", data=True),
+    _plasticity("plasticity-control", "control", 10, "CartPole"),
     Row("minima", ("minima",), 7, data=True, quick=("--seeds", "1", "--epochs", "2", "--teleport-epochs", "1")),
     Row(
         "study",

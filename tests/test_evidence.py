@@ -276,6 +276,19 @@ def test_the_page_on_rates_and_other_optimizers_says_what_its_numbers_say() -> N
     assert "keeps {} and {} % of the predictions, the standardised network {} and {}.".format(*shares) in page
 
 
+def test_the_page_on_control_says_what_its_numbers_say() -> None:
+    page = " ".join(PAGES[evidence_tables.STANDARDISE].split())
+    rows = best_of(rows_of(numbers("plasticity-control")))
+    ours, plain, reset, fresh, shrunk = (rows["CartPole", "ReLU", arm] for arm in (ANYHOW, PLAIN, RESET, FRESH, SHRUNK))
+    assert f"keeps {ours.kept:.0f} % of the values, and the return changes by {ours.jump:+.1f}" in page
+    assert f"A fresh network loses {-fresh.jump:.1f} and shrink and perturb {-shrunk.jump:.1f}:" in page
+    ends = [f"{row.last:.1f} ± {row.spread:.1f}" for row in (plain, ours)]
+    assert f"ends at {ends[0]} %, the standardised one at {ends[1]}, with a new optimizer at {reset.last:.1f}" in page
+    assert f"fresh one at {fresh.last:.1f}, shrunk and perturbed at {shrunk.last:.1f}." in page
+    means = [statistics.fmean(row.curve) for row in (plain, reset, ours)]
+    assert "the plain one has {:.1f} %, with a new optimizer {:.1f}, standardised {:.1f}.".format(*means) in page
+
+
 # --- the files -------------------------------------------------------------------------------------------------------
 
 

