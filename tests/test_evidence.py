@@ -256,6 +256,7 @@ def test_the_page_on_rates_and_other_optimizers_says_what_its_numbers_say() -> N
     ours = [tuned[one, "tanh", ANYHOW] for one in (names, random)]
     assert "standardised one ends at {:.1f} and {:.1f} either way".format(*(three[0] for three in ours)) in page
     assert all(three[0] == three[2] for three in ours)
+    assert "best on the tenth task at {:.1f} and {:.1f}.".format(*(three[1] for three in ours)) in page
     sgd = best_of(rows_of(numbers("plasticity-sgd")))
     ends = [sgd[one, "tanh", PLAIN] for one in (names, random)]
     assert f"from {ends[0].first:.1f} to {ends[0].last:.1f} % with new names" in page
