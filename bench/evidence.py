@@ -86,6 +86,11 @@ def _starts(name: str, minutes: float, *problems: str, quick: str, data: bool = 
     return Row(name, arguments, minutes, data=data, drawn=False, quick=short, page=STANDARDISE)
 
 
+def _plasticity(name: str, suite: str, minutes: float, quick: str, drawn: bool = False, data: bool = False) -> Row:
+    shorter = ("--seeds", "1", "--tasks", "2", "--protocols", quick)
+    return Row(name, ("plasticity", "--suite", suite), minutes, data, drawn=drawn, quick=shorter, page=STANDARDISE)
+
+
 FURTHER = ("digits, deep", "digits, deep tanh", "digits, other rules", "digits, Muon", "digits, spreads")
 ROWS = (
     Row("booth", ("booth",), 0.1),
@@ -112,13 +117,13 @@ ROWS = (
     _starts("starts-further", 35, *FURTHER, quick="digits, deep tanh"),
     _starts("starts-diabetes", 4, "diabetes", quick="diabetes"),
     _starts("starts-mnist", 25, quick="mnist, narrow", data=True),
-    Row(
-        "plasticity",
-        ("plasticity",),
-        90,
-        quick=("--seeds", "1", "--tasks", "2", "--protocols", "more classes"),
-        page=STANDARDISE,
-    ),
+    _plasticity("plasticity", "whole", 110, "more classes", drawn=True),
+    _plasticity("plasticity-gradual", "gradual", 22, "gradually relabelled", drawn=True),
+    _plasticity("plasticity-regression", "regression", 10, "slow regression"),
+    _plasticity("plasticity-sgd", "sgd", 4, "relabelled"),
+    _plasticity("plasticity-relu", "relu", 7, "relabelled"),
+    _plasticity("plasticity-mnist", "short", 6, "relabelled", data=True),
+    _plasticity("plasticity-control", "control", 10, "CartPole"),
     Row(
         "transformer",
         ("transformer",),

@@ -17,10 +17,13 @@ from typing import Any
 
 from bench import starts_tables
 from bench.evidence_files import read
+from bench.evidence_plasticity import plasticity_table, rows_of
 from bench.harness import RESULTS
 from bench.tables import table
 from experiments import spike
 from experiments.classification import PLAIN
+from experiments.plasticity import arms
+from experiments.plasticity.results import best_of
 from experiments.starts.arms import ALL, INITS
 from experiments.study import tables
 from experiments.study.summary import summaries_of
@@ -263,19 +266,6 @@ def noise_table(document: Document) -> str:
     return table(header, rows)
 
 
-def plasticity_table(document: Document) -> str:
-    """A table a protocol, a line for each arm at its best rate; accuracies and shares in %."""
-    header = ["activation", "arm", "rate", "first task", "last tasks", "±"]
-    header += ["kept, own", "kept, others", "at least", "sum"]
-    found: dict[str, list[list[str]]] = {}
-    for row in document["rows"]:
-        figures = [row[name] for name in ("first", "last", "spread", "kept_own", "kept", "kept_least")]
-        cells = [row["activation"], row["arm"], f"{row['lr']:g}", *(f"{value:.1f}" for value in figures)]
-        cells[1] += f" ({row['refused']} refused)" if row["refused"] else ""
-        found.setdefault(row["protocol"], []).append([*cells, f"{row['last'] + row['kept']:.1f}"])
-    return "\n\n".join(f"**{protocol}**\n\n{table(header, rows)}" for protocol, rows in found.items())
-
-
 def transformer_table(document: Document) -> str:
     """A table a setting, a line for each arm at its best rate, warm-up and β₂."""
     header = ["arm", "rate", "warm-up", "β₂", "validation loss", "±"]
@@ -343,11 +333,11 @@ def _finite(value: float) -> str:
 
 def _tasks(document: Document, protocol: str, activation: str) -> str:
     """The accuracy on the last tasks, and the share of predictions kept."""
-    found = {r["arm"]: r for r in document["rows"] if (r["protocol"], r["activation"]) == (protocol, activation)}
-    ours = found["standardise, whatever is kept"]
-    others = {name: found[name]["last"] for name in ("plain", "optimizer reset", "fresh network")}
-    listed = ", ".join(f"{name} {value:.1f}" for name, value in others.items())
-    return f"{protocol}, {activation}: {ours['last']:.1f} % on the last tasks ({listed}), {ours['kept']:.0f} % kept"
+    best = best_of(rows_of(document))
+    ours = best[protocol, activation, arms.ANYHOW]
+    others = {arm: best[protocol, activation, arm].last for arm in (arms.PLAIN, arms.RESET, arms.FRESH)}
+    listed = ", ".join(f"{arm} {last:.1f}" for arm, last in others.items())
+    return f"{protocol}, {activation}: {ours.last:.1f} % on the last tasks ({listed}), {ours.kept:.0f} % kept"
 
 
 def study_tables(document: Document) -> str:

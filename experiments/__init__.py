@@ -7,6 +7,7 @@ minima          a narrow network on MNIST, teleported to flatter and sharper pla
 spike           the loss spike of a teleport, taken apart
 study           seven tuned optimizers without and with teleports
 training        the training loop that these five share; data, records, tables, figures: in and out
+plasticity      one task after another, and what restores the ability to learn: a loop of its own
 """
 
 from __future__ import annotations

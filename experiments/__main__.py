@@ -34,6 +34,9 @@ from experiments.data import Dataset, load_digits, load_mnist
 from experiments.gpt import results as transformer
 from experiments.gpt.model import Text
 from experiments.gpt.runs import ARMS
+from experiments.plasticity import results
+from experiments.plasticity.jobs import SUITES, WHOLE, jobs_of
+from experiments.plasticity.tasks import PROTOCOLS
 from experiments.records import Run
 from experiments.starts import results as starts
 from experiments.starts.problems import PROBLEMS
@@ -160,10 +163,11 @@ def run_noise(options: argparse.Namespace) -> str:
 
 
 def run_plasticity(options: argparse.Namespace) -> str:
-    protocols = options.protocols or [*plasticity.PROTOCOLS]
-    jobs = plasticity.jobs(options.seeds, protocols, options.tasks)
+    dataset = load_digits() if options.data_dir is None else load_mnist(options.data_dir)
+    suite = SUITES[options.suite]
+    jobs = jobs_of(suite, options.seeds, options.protocols, options.tasks)
     with _named_runs(len(jobs)) as on_run:
-        return plasticity.run(load_digits(), jobs, options.out, on_run)
+        return results.run(dataset, jobs, suite.drawn, options.out, on_run)
 
 
 def run_transformer(options: argparse.Namespace) -> str:
@@ -335,7 +339,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_out(command)
     command = commands.add_parser("plasticity", help=plasticity.TEXT, description=plasticity.TEXT)
     command.set_defaults(run=lambda options: _with_results(run_plasticity, options))
-    command.add_argument("--protocols", choices=plasticity.PROTOCOLS, nargs="+", help="these only (default: all)")
+    command.add_argument("--suite", choices=SUITES, default=WHOLE, help="which runs (default: %(default)s)")
+    command.add_argument("--protocols", choices=PROTOCOLS, nargs="+", help="of the suite these only (default: all)")
+    command.add_argument("--data-dir", type=Path, help="folder with MNIST-format files, in place of the digits")
     command.add_argument("--tasks", type=positive_int, help="so many of a protocol at most")
     command.add_argument("--seeds", type=positive_int, default=5, help="how many seeds (default: %(default)s)")
     _add_out(command)

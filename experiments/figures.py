@@ -80,10 +80,11 @@ class Point:
 
 @dataclass(frozen=True)
 class PointPanel:
-    """One pair of axes with a logarithmic vertical scale."""
+    """One pair of axes."""
 
     title: str
     points: Sequence[Point]
+    y_scale: str = "log"
 
 
 def epoch_series(runs: Sequence[Run], field: str) -> list[Series]:
@@ -122,11 +123,11 @@ def curves(path: Path, title: str, panels: Sequence[Panel]) -> Path:
 
 
 def points(path: Path, title: str, x_label: str, y_label: str, panels: Sequence[PointPanel]) -> Path:
-    """The panels side by side, a marker a label."""
+    """The panels side by side, from four on in two rows, a marker a label."""
     with _styled():
-        figure, all_axes = _figure(len(panels), width=5.2, height=4.6)
+        figure, all_axes = _figure(len(panels), width=5.2, height=4.6, rows=1 if len(panels) < 4 else 2)
         for axes, panel in zip(all_axes, panels, strict=True):
-            axes.set(yscale="log", xlabel=x_label, ylabel=y_label, title=panel.title)
+            axes.set(yscale=panel.y_scale, xlabel=x_label, ylabel=y_label, title=panel.title)
             for index, point in enumerate(panel.points):
                 mean = float(np.mean(point.ys))
                 reach = [[mean - min(point.ys)], [max(point.ys) - mean]]

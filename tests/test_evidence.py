@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,15 @@ import torch
 from bench import evidence, evidence_again, evidence_cut, evidence_tables
 from bench.evidence import ROWS, Place, Row
 from bench.evidence_files import as_text, read
+from bench.evidence_plasticity import plasticity_table, rows_of
 from bench.tables import load
 from experiments import __main__ as command_line
 from experiments import classification, noise, planar
 from experiments.data import Dataset
+from experiments.plasticity.arms import ANYHOW, DORMANT, FRESH, PLAIN, RESET, SELECTED, SHRUNK
+from experiments.plasticity.jobs import BOTH
+from experiments.plasticity.results import Row as Learned
+from experiments.plasticity.results import Setting, best_of, tuned_earlier
 from experiments.study.jobs import DEFAULTS, FULL, Job, Study
 from experiments.study.problems import Problem
 from experiments.study.records import Check, Record, Teleport, Validation
@@ -109,13 +115,13 @@ def test_the_run_that_diverges_in_the_source_completes_here() -> None:
 
 def test_the_page_on_plasticity_says_what_its_numbers_say() -> None:
     page = " ".join(PAGES[evidence_tables.STANDARDISE].split())
-    rows = {(row["protocol"], row["activation"], row["arm"]): row for row in numbers("plasticity")["rows"]}
+    rows = best_of(rows_of(numbers("plasticity")))
 
     def last(protocol: str, arm: str) -> list[float]:
-        return [rows[protocol, activation, arm]["last"] for activation in ("tanh", "LeakyReLU 0.01")]
+        return [rows[protocol, activation, arm].last for activation in BOTH]
 
     def kept(protocol: str, arm: str) -> list[float]:
-        return [rows[protocol, activation, arm]["kept"] for activation in ("tanh", "LeakyReLU 0.01")]
+        return [rows[protocol, activation, arm].kept for activation in BOTH]
 
     anyhow, fresh, shrunk = "standardise, whatever is kept", "fresh network", "shrink and perturb 0.8"
     names, random = "relabelled", "random labels"
@@ -125,7 +131,7 @@ def test_the_page_on_plasticity_says_what_its_numbers_say() -> None:
     assert "{:.1f} and {:.1f} % against".format(*last(random, anyhow)) in page
     assert "% against {:.1f} and {:.1f}.".format(*last(random, fresh)) in page
     assert min(kept(names, "standardise")) >= 97.95
-    assert min(rows[names, one, "standardise"]["kept_least"] for one in ("tanh", "LeakyReLU 0.01")) >= 96
+    assert min(rows[names, one, "standardise"].kept_least for one in ("tanh", "LeakyReLU 0.01")) >= 96
     assert "({:.1f} and {:.1f} %)".format(*last(random, "optimizer reset")) in page
     assert "({:.1f} and {:.1f} %) and keeps more".format(*last(random, shrunk)) in page
     both = [*kept(random, shrunk), *kept(random, anyhow)]
@@ -133,6 +139,95 @@ def test_the_page_on_plasticity_says_what_its_numbers_say() -> None:
     assert "{:.0f} to {:.0f} % of them stay".format(*kept("permuted inputs", anyhow)) in page
     for protocol in (names, random, "warm start"):
         assert all(ours >= theirs for ours, theirs in zip(last(protocol, anyhow), last(protocol, fresh), strict=True))
+
+
+def test_the_page_on_gradual_changes_says_what_its_numbers_say() -> None:
+    page = " ".join(PAGES[evidence_tables.STANDARDISE].split())
+    whole, rows = (best_of(rows_of(numbers(name))) for name in ("plasticity", "plasticity-gradual"))
+    bit_by_bit, online = "gradually relabelled", "online permuted"
+
+    def both(
+        protocol: str, arm: str, figure: Callable[[Learned], float], found: dict[Setting, Learned] = rows
+    ) -> list[float]:
+        return [figure(found[protocol, activation, arm]) for activation in BOTH]
+
+    def last(row: Learned) -> float:
+        return row.last
+
+    def mean(row: Learned) -> float:
+        return statistics.fmean(row.curve)
+
+    def kept(row: Learned) -> float:
+        return row.kept
+
+    plain = both(bit_by_bit, PLAIN, last)
+    assert "ends at {:.1f} % behind tanh and {:.1f} % behind LeakyReLU".format(*plain) in page
+    assert "at a stroke at {:.1f} and {:.1f} (with".format(*both("relabelled", PLAIN, last, whole)) in page
+    assert "A fresh network ends at {:.1f} and {:.1f}, the".format(*both(bit_by_bit, FRESH, last)) in page
+    assert "standardised one at {:.1f} and {:.1f}. Behind".format(*both(bit_by_bit, ANYHOW, last)) in page
+    ends = zip(both(online, PLAIN, lambda row: row.first), both(online, PLAIN, last), strict=True)
+    assert "falls from {:.1f} to {:.1f} % and from {:.1f} to {:.1f}.".format(*itertools.chain(*ends)) in page
+    assert "the standardised one has {:.1f} and {:.1f} %".format(*both(online, ANYHOW, mean)) in page
+    assert "every 150 steps {:.1f} and {:.1f}, the".format(*both(online, FRESH, mean)) in page
+    assert "plain one {:.1f} and {:.1f}.".format(*both(online, PLAIN, mean)) in page
+    assert "Shrink and perturb ({:.1f} and {:.1f})".format(*both(online, SHRUNK, mean)) in page
+    assert "reinitialization ({:.1f} and {:.1f})".format(*both(online, SELECTED, mean)) in page
+    shares = [*both(online, SHRUNK, kept), *both(online, SELECTED, kept), *both(online, ANYHOW, kept)]
+    assert "they keep {:.0f} and {:.0f}, and {:.0f} and {:.0f} %, the standardised network {:.0f} and {:.0f}:".format(
+        *shares
+    ) in page
+
+
+def test_the_page_on_rates_and_other_optimizers_says_what_its_numbers_say() -> None:
+    page = " ".join(PAGES[evidence_tables.STANDARDISE].split())
+    everything = rows_of(numbers("plasticity"))
+    rows, tuned = best_of(everything), tuned_earlier(everything)
+    names, random = "relabelled", "random labels"
+
+    def both(protocol: str) -> list[float]:
+        return [rows[protocol, activation, SELECTED].last for activation in BOTH]
+
+    assert "it ends at {:.1f} and {:.1f} %, with permuted".format(*both(names)) in page
+    assert "inputs at {:.1f} and {:.1f}, and".format(*both("permuted inputs")) in page
+    assert "at {:.1f} % behind tanh, with as much kept, but behind LeakyReLU at {:.1f}".format(*both(random)) in page
+    (first, _, last), (first_random, _, last_random) = (tuned[one, "tanh", PLAIN] for one in (names, random))
+    assert f"ends at {first:.1f} % with new names and at {first_random:.1f} on random labels" in page
+    assert f"on the last ones at {last:.1f} and {last_random:.1f}." in page
+    ours = [tuned[one, "tanh", ANYHOW] for one in (names, random)]
+    assert "standardised one ends at {:.1f} and {:.1f} either way".format(*(three[0] for three in ours)) in page
+    assert all(three[0] == three[2] for three in ours)
+    assert "best on the tenth task at {:.1f} and {:.1f}.".format(*(three[1] for three in ours)) in page
+    sgd = best_of(rows_of(numbers("plasticity-sgd")))
+    ends = [sgd[one, "tanh", PLAIN] for one in (names, random)]
+    assert f"from {ends[0].first:.1f} to {ends[0].last:.1f} % with new names" in page
+    assert f"from {ends[1].first:.1f} to {ends[1].last:.1f} on random labels" in page
+    relu = best_of(rows_of(numbers("plasticity-relu")))
+    shown = [relu[names, "ReLU", arm].last for arm in (ANYHOW, PLAIN, DORMANT, FRESH)]
+    assert "it ends at {:.1f} % (plain {:.1f}, ReDo {:.1f}, fresh {:.1f})".format(*shown) in page
+    ours, shrunk, plain = (relu[random, "ReLU", arm] for arm in (ANYHOW, SHRUNK, PLAIN))
+    assert f"random labels it ends at {ours.last:.1f} and keeps {ours.kept:.0f} % of the predictions" in page
+    assert f"ends at {shrunk.last:.1f} and keeps {shrunk.kept:.0f}, the plain network at {plain.last:.1f}." in page
+    mnist = best_of(rows_of(numbers("plasticity-mnist")))
+    ends = {arm: [mnist[names, one, arm].last for one in BOTH] for arm in (PLAIN, RESET, ANYHOW, FRESH, SHRUNK)}
+    assert "ends at {:.1f} % behind tanh and at {:.1f} behind LeakyReLU, with".format(*ends[PLAIN]) in page
+    assert "optimizer at {:.1f} and {:.1f}, standardised at {:.1f}".format(*ends[RESET], ends[ANYHOW][0]) in page
+    assert "and {:.1f}, a fresh one at {:.1f} and {:.1f}.".format(ends[ANYHOW][1], *ends[FRESH]) in page
+    assert "is ahead with {:.1f} and {:.1f}, and".format(*ends[SHRUNK]) in page
+    shares = [round(mnist[names, one, arm].kept) for arm in (SHRUNK, ANYHOW) for one in BOTH]
+    assert "keeps {} and {} % of the predictions, the standardised network {} and {}.".format(*shares) in page
+
+
+def test_the_page_on_control_says_what_its_numbers_say() -> None:
+    page = " ".join(PAGES[evidence_tables.STANDARDISE].split())
+    rows = best_of(rows_of(numbers("plasticity-control")))
+    ours, plain, reset, fresh, shrunk = (rows["CartPole", "ReLU", arm] for arm in (ANYHOW, PLAIN, RESET, FRESH, SHRUNK))
+    assert f"keeps {ours.kept:.0f} % of the values, and the return changes by {ours.jump:+.1f}" in page
+    assert f"A fresh network loses {-fresh.jump:.1f} and shrink and perturb {-shrunk.jump:.1f}:" in page
+    ends = [f"{row.last:.1f} ± {row.spread:.1f}" for row in (plain, ours)]
+    assert f"ends at {ends[0]} %, the standardised one at {ends[1]}, with a new optimizer at {reset.last:.1f}" in page
+    assert f"fresh one at {fresh.last:.1f}, shrunk and perturbed at {shrunk.last:.1f}." in page
+    means = [statistics.fmean(row.curve) for row in (plain, reset, ours)]
+    assert "the plain one has {:.1f} %, with a new optimizer {:.1f}, standardised {:.1f}.".format(*means) in page
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
@@ -313,6 +408,19 @@ def test_the_table_of_a_run_that_diverges() -> None:
     run = {"label": "plain", "epochs": epochs, "teleports": [teleport]}
     line = evidence_tables.training_table({"runs": [run]}).splitlines()[-1]
     assert line == "| plain | 1 | inf | inf | 50.00% | ×3 | +inf% |"
+
+
+def test_the_tables_on_plasticity_show_the_best_rate_and_what_an_earlier_choice_costs() -> None:
+    row = {"protocol": "relabelled", "activation": "tanh", "arm": "plain", "lr": 1e-3, "first": 90.0, "last": 70.0}
+    row |= {"spread": 1.0, "kept_own": 100.0, "kept": 99.0, "kept_least": 98.0, "refused": 2}
+    slow = row | {"curve": [90.0] * 10, "jump": None}
+    fast = row | {"lr": 4e-3, "first": 80.0, "last": 75.0, "curve": [80.0] * 10, "jump": None}
+    hidden = row | {"arm": "shrink and perturb 0.4", "curve": [90.0] * 10, "jump": None}
+    text = plasticity_table({"rows": [slow, fast, hidden]})
+    assert "| plain | 0.004 | 80.0 → 75.0 ± 1.0 | 80.0 | 100.0 / 99.0 / 98.0 (2 refused) |" in text.splitlines()
+    assert "| plain | 70.0 / 70.0 / 75.0 |" in text.splitlines() and "0.4" not in text
+    jumping = plasticity_table({"rows": [row | {"curve": [0.0, 90.0], "jump": -12.5}]})
+    assert jumping.splitlines()[-1].endswith("| -12.5 |") and "best on the first task" not in jumping
 
 
 # --- the study trained another time -----------------------------------------------------------------------------------
