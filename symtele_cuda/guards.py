@@ -99,13 +99,14 @@ def refusal_of_standardised(
     return None
 
 
-def on_rate(guards: Guards, before: float, after: float) -> str | None:
-    """The refusal where steps of the optimizer's rate take the loss from `before` to more than that, or None."""
-    if after <= before:
+def on_rate(guards: Guards, before: float, alone: float, ahead: float) -> str | None:
+    """The refusal where steps of the optimizer's rate take the loss from `before` to more than that, and to more than
+    they do `alone`, without the teleport; or None."""
+    if ahead <= max(before, alone) or not math.isfinite(alone):
         return None
     return (
         f"{STEPS_AHEAD} gradient steps of rate {guards.rate:g} would take the loss on the batch from {before:.4g} to "
-        f"{after:.4g}: the rate is too large for standardised weights"
+        f"{ahead:.4g}, without the teleport to {alone:.4g}: the rate is too large for standardised weights"
     )
 
 

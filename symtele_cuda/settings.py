@@ -144,8 +144,8 @@ class Guards:
         max_sensitivity: how many times as far as before noise in the inputs may move the logits. The samples are those
             of the holdout, or of the batch without one, see `TeleportReport`; math.inf only reports.
         rate: with `Standardise`, the rate at which training goes on: two gradient steps of this rate must not take the
-            loss on the batch above what it is now, unless they do without the teleport. None asks for nothing. A
-            `Teleporter` reads it off torch.optim.SGD.
+            loss on the batch above both what it is now and what they take it to without the teleport. None asks for
+            nothing. A `Teleporter` reads it off torch.optim.SGD.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above.

@@ -308,9 +308,8 @@ def _standardise(
     before, after = Measurement(*figures), Measurement(*afters)
     reason = next((text for flag, (_, text) in zip(holding, found.hindrances, strict=True) if flag), None)
     reason = reason or refusal_of_standardised(guards, rule, before, after, changes[:-1], kept)
-    if reason is None and ahead and (reason := on_rate(guards, before.loss, ahead[0])) is not None:
-        alone = float(_losses_ahead(problem, problem.network, guards))
-        reason = None if on_rate(guards, before.loss, alone) is not None else reason
+    if reason is None and ahead and not ahead[0] <= before.loss:
+        reason = on_rate(guards, before.loss, float(_losses_ahead(problem, problem.network, guards)), ahead[0])
     backend = f"{describe_kernels(problem)} on {problem.samples.device.type}, in closed form"
     result = Found(before, SearchResult((), (), reason or STANDARDISED), None, backend)
     if reason is not None:

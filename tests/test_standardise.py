@@ -257,9 +257,12 @@ def test_a_rate_that_is_too_large_for_standardised_weights_is_seen_in_two_steps(
         if not report.accepted:
             assert unchanged(model, before)
             text = f"2 gradient steps of rate {rate:g} would take the loss on the batch from {now:.4g} to {ahead:.4g}"
-            assert text in report.reason
+            assert f"{text}, without the teleport to {alone:.4g}" in report.reason
     model, batch = make_regression()
-    hopeless = dataclasses.replace(free, rate=1e3)  # for the model as it is, too
+    too_large = dataclasses.replace(free, rate=1.0)  # for the model as it is, too, but less so
+    assert descend(model, batch, 1.0, 2) > descend(model, batch, 1.0, 0)
+    assert "without the teleport" in st.teleport_mlp(model, batch, method=method, guards=too_large).reason
+    hopeless = dataclasses.replace(free, rate=1e300)
     assert st.teleport_mlp(model, batch, method=method, guards=hopeless).accepted
     with pytest.raises(ValueError, match="rate must be"):
         st.Guards(rate=-1.0)

@@ -13,6 +13,7 @@ from bench import evidence_tables, starts_tables
 from bench.starts_tables import GUARDS, Comparison, Guard, Pair, judge
 from experiments.starts.arms import (
     ALL,
+    ALL_ANYWAY,
     EACH,
     EACH_ANYWAY,
     INITS,
@@ -177,18 +178,21 @@ def _first(arms: Rows, arm: str) -> float:
 def test_what_the_page_says_of_the_regression() -> None:
     settings = rows_of("diabetes")
     sgd, adam = ([settings["diabetes", name, optimizer] for name in (LEAKY, TANH)] for optimizer in ("sgd", "adam"))
-    for name, of_both in (("SGD", sgd), ("Adam", adam)):
-        lowest = [[arms[arm]["lowest"] for arms in of_both] for arm in (ALL, PLAIN)]
-        says(f"with {name} {{:.3f}} and {{:.3f}} in place of", *lowest[0])
-        says("of {:.3f} and {:.3f}", *lowest[1])
-    says("refuses {} seeds of 5 behind LeakyReLU and {} behind tanh", *(arms[ALL]["refused"] for arms in sgd))
+    for text, of_both, arm in (("SGD and no guard {:.3f}", sgd, ALL_ANYWAY), ("With Adam it is {:.3f}", adam, ALL)):
+        lowest = [[arms[which]["lowest"] for arms in of_both] for which in (arm, PLAIN)]
+        says(text + " and {:.3f} in place of {:.3f} and {:.3f}", *lowest[0], *lowest[1])
+    for name in (LEAKY, TANH):
+        assert all(Comparison.make(pair, "train").lost == 0 for pair in pairs("diabetes", ALL, name, "sgd"))
     lost = []
     for name in (LEAKY, TANH):
-        made = [Comparison.make(pair, "train") for pair in pairs("diabetes", ALL, name, "sgd")]
+        made = [Comparison.make(pair, "train") for pair in pairs("diabetes", ALL_ANYWAY, name, "sgd")]
         lost.append([one for one in made if one.lost > 0])
-    says("From a rate of {:.3f} on behind LeakyReLU and of {:.3f} on behind tanh", *(own[0].lr for own in lost))
-    assert [max(one.lost for one in own) for own in lost] == [2, 4]
+    says("{} of {} runs diverge from a rate of", sum(one.lost for one in lost[0]), 5 * len(lost[0]))
+    says("rate of {:.3f} on behind LeakyReLU", lost[0][0].lr)
+    says("it is {} of {} from", sum(one.lost for one in lost[1]), 5 * len(lost[1]))
+    says("from {:.3f} to {:.2f}. The plain", lost[1][0].lr, lost[1][-1].lr)
     assert all(any(one.lr == arms[PLAIN]["lr"] for one in own) for own, arms in zip(lost, sgd, strict=True))
+    assert [arms[ALL]["refused"] for arms in sgd] == [5, 5] and all(arms[ALL]["lr"] == arms[PLAIN]["lr"] for arms in sgd)
     middle = {arm: row["epochs"][1] for arm, row in adam[1].items()}
     says("to 0.4 it takes {:.1f} epochs in place of {:.1f}, the initialisations", middle[ALL], middle[PLAIN])
     says("the initialisations {}.", between([middle[init] for init in INITS], ".1f"))
@@ -207,8 +211,8 @@ def test_what_the_page_says_of_the_default_at_every_rate() -> None:
         says(f"{text} is better at {{}} and worse at {{}}", sum(one.is_better for one in made), len(worse))
         cases.append(Counter(setting.problem for setting in worse))
     assert cases == [
-        {"diabetes": 8, "mnist": 1, "mnist, narrow": 1},
-        {"diabetes": 10, "mnist": 3, "mnist, narrow": 6},
+        {"mnist, narrow": 1},
+        {"diabetes": 6, "mnist": 2, "mnist, narrow": 6},
     ]
 
 

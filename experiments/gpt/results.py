@@ -12,13 +12,18 @@ from typing import Any
 
 from experiments.gpt.model import Text
 from experiments.gpt.runs import (
+    ARMS,
     CONTEXT,
     EARLY,
     EARLY_ALONE,
     LAYERS,
     LOOK_EVERY,
+    MUON,
     PIECES,
     PLAIN,
+    ROTATED,
+    SOAP,
+    SOAP_START,
     Job,
     Outcome,
     run_job,
@@ -30,23 +35,22 @@ from experiments.tables import format_table
 TEXT = "a small Transformer on text: AdamW in its gradients' eigenbasis, SOAP, Muon; goes on where it stopped"
 TUNED_ON, FIRST_SEED = 0, 1
 RATES, FACTOR, MOST_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2), 2.0, 7
-WARM_UPS, BETAS = (50, 20, 120), (0.95, 0.9, 0.99)
+WARM_UPS, BETAS = (50, 20, 120, 200), (0.95, 0.9, 0.99)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A size of the network and a length of the run. tunes_all: warm-up and β₂ too, not the rate alone."""
+    """A size of the network, a length of the run, the arms. tunes_all: warm-up and β₂ too, not the rate alone."""
 
     name: str
     width: int
     steps: int
     tunes_all: bool = False
+    arms: tuple[str, ...] = tuple(ARMS)
 
 
-SETTINGS = {
-    one.name: one
-    for one in (Setting("d = 64", 64, 400, tunes_all=True), Setting("d = 128", 128, 300), Setting("long", 64, 2000))
-}
+LONG = Setting("long", 64, 2000, arms=(PLAIN, ROTATED, SOAP_START, SOAP, MUON))
+SETTINGS = {one.name: one for one in (Setting("d = 64", 64, 400, tunes_all=True), Setting("d = 128", 128, 300), LONG)}
 """The first tunes warm-up and β₂ as well; the others take these from it and tune the rate."""
 
 Work = Callable[[Job], Outcome]
@@ -95,7 +99,8 @@ class Plan:
     def count(self) -> int:
         """About how many runs there are, where no best rate is the last one tried."""
         tuning = {True: len(RATES) + len(WARM_UPS) + len(BETAS), False: 3}
-        return len(self.arms) * sum(self.seeds + tuning[SETTINGS[name].tunes_all] for name in self.settings)
+        settings = [SETTINGS[name] for name in self.settings]
+        return sum(len({*self.arms} & {*one.arms}) * (self.seeds + tuning[one.tunes_all]) for one in settings)
 
 
 def run(text: Text, plan: Plan, out: Path, on_run: Callable[[str], None]) -> str:
@@ -111,7 +116,7 @@ def run(text: Text, plan: Plan, out: Path, on_run: Callable[[str], None]) -> str
     for setting in (SETTINGS[name] for name in plan.settings):
         setting = replace(setting, steps=plan.steps or setting.steps)
         found = dict[str, list[Outcome]]()
-        for arm in plan.arms:
+        for arm in (arm for arm in setting.arms if arm in plan.arms):
             best = tune(work, setting, arm, tuned.get(arm))
             if setting.tunes_all:
                 tuned[arm] = best
