@@ -285,6 +285,15 @@ def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), **options)
 
 
+class Shard(torch.Tensor):
+    """As FSDP's parameters are: a parameter of another class."""
+
+
+def sharded(model: nn.Module) -> torch.optim.Optimizer:
+    model.head.weight = nn.Parameter(model.head.weight.detach().as_subclass(Shard))
+    return torch.optim.AdamW(model.parameters())
+
+
 REFUSALS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Exception], str]] = {
     "optimizer": (lambda m: torch.optim.SGD(m.parameters(), 0.1), {}, TypeError, "one of Adam, .*, got SGD"),
     "own step": (lambda m: OwnStep(m.parameters()), {}, TypeError, "one of Adam, .*, got OwnStep"),
@@ -293,6 +302,7 @@ REFUSALS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Excep
     "until": (adamw, {"until": 1.5}, TypeError, "until must be"),
     "scales": (adamw, {"sites": [st.Scales("blocks.*.up", "blocks.*.down", 2)]}, st.TeleportError, "can be rotated"),
     "no sites": (adamw, {"sites": "auto"}, st.TeleportError, "sites: expected"),
+    "shards": (sharded, {}, TypeError, "plain parameters, not of shards or subclasses, got Shard 'head.weight'"),
     "heads": (adamw, {"sites": [st.LinearPair("blocks.*.v", "blocks.*.o", 5)]}, ValueError, "heads must divide"),
 }
 

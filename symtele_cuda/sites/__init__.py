@@ -92,7 +92,7 @@ def _find(model: nn.Module) -> Sites:
         try:
             sites = list(declared.sites_in(names))
         except ValueError as error:
-            refused.append(Refused(_place(declared), str(error)))
+            refused.append(Refused(str(declared), str(error)))
             continue
         for site in sites:
             entries = {(axis.name, axis.dim, axis.start) for axis in site.axes}
@@ -103,7 +103,7 @@ def _find(model: nn.Module) -> Sites:
             if reason is None:
                 found.append(site)
             else:
-                refused.append(Refused(_place(declared), reason))
+                refused.append(Refused(str(declared), reason))
     for stream in known_streams(names):
         (site,) = stream.sites_in(names)
         norms = (obstacle(names.modules[norm], norm) for norm, _ in stream.norms_in(names))
@@ -116,15 +116,10 @@ def _find(model: nn.Module) -> Sites:
     return Sites(tuple(found), tuple(refused))
 
 
-def _place(declared: Declaration) -> str:
-    return str(declared)
-
-
 def _reasons(names: ModelNames, site: Site, untied: Sequence[str]) -> Iterator[str]:
     """Why a site cannot act. untied: those of its parameters that no other module may share."""
-    parameters = dict(names.model.named_parameters())
     for name in site.names:
-        if not parameters[name].requires_grad:
+        if not names.parameters[name].requires_grad:
             yield frozen_text(name)
         if name in untied and name in names.tied:
             yield TIED.format(name)
@@ -134,7 +129,7 @@ def resolve(model: nn.Module, sites: Iterable[Site | Declaration] | str) -> list
     """The sites that `sites` come to in a model, checked: "auto" is `find_sites`.
 
     Raises:
-        TypeError: one is no site and declares none.
+        TypeError: one is no site and declares none, or has a parameter that is a shard of FSDP or another subclass.
         ValueError: they name what the model does not have, or parameters that do not train; they overlap.
         TeleportError: there is none.
     """
@@ -157,5 +152,9 @@ def resolve(model: nn.Module, sites: Iterable[Site | Declaration] | str) -> list
         if missing := [name for name in site.names if name not in trainable]:
             raise ValueError(f"sites must name trainable parameters of the model, got {missing} in {site.kind}")
         site.check(trainable)
+        for name in site.names:
+            if type(trainable[name]) is not nn.Parameter:
+                kind = type(trainable[name]).__name__
+                raise TypeError(f"sites must be of plain parameters, not of shards or subclasses, got {kind} {name!r}")
     check_disjoint(listed)
     return listed

@@ -39,7 +39,6 @@ class ModelNames:
     """A model's modules and parameters by name; a parameter that is tied has the name that comes first."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
         self.modules = dict(model.named_modules())
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self._first = {id(parameter): name for name, parameter in model.named_parameters()}

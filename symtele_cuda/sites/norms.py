@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,7 @@ def _fold(model: nn.Module, streams: list[Stream], transaction: Transaction) -> 
     parameters = [names.parameters[name] for name in changed]
     transaction.write(parameters, list(changed.values()))
     for gain in folded:
+        transaction.on_failure(partial(setattr, gain, "requires_grad", gain.requires_grad))
         gain.requires_grad_(False)
 
 
