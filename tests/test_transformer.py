@@ -55,10 +55,11 @@ def test_steps_to_a_loss_are_linear_between_two_looks() -> None:
 
 def test_a_row_compares_with_the_last_loss_of_adamw() -> None:
     plain = [Outcome(replace(JOB, steps=60), (3.0, 2.0, last), 6.0, 0.0, 0.0) for last in (1.0, 2.0)]
-    ours = [Outcome(replace(JOB, steps=60, arm=ROTATED), (2.0, 1.0, 0.5), 12.0, 3.0, 1e-7)]
+    ours = [Outcome(replace(JOB, steps=60, arm=ROTATED), (3.0, 2.0, 0.0), 12.0, 3.0, 1e-7)] * 2
     rows = list(results.describe("made up", {PLAIN: plain, ROTATED: ours}, {PLAIN: 2.0, ROTATED: 3.0}))
-    assert (rows[0].last, rows[1].steps_to) == (1.5, 30 / 60)
-    assert (rows[1].step_time, rows[1].time_to) == (1.5, 1.5 * 30 / 60)
+    assert (rows[0].last, rows[0].steps_to) == (1.5, (60 + 40) / 2 / 60)
+    assert rows[1].steps_to == (50 + 40) / 2 / 60  # each seed's own loss
+    assert (rows[1].step_time, rows[1].time_to) == (1.5, 1.5 * rows[1].steps_to)
     assert (rows[1].rotating, rows[1].inexact) == (0.25, 1e-7)
 
 

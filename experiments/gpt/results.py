@@ -149,8 +149,9 @@ def steps_to(level: float, losses: Sequence[float]) -> float:
 class Row:
     """An arm at its best: means over the seeds. last, spread: the final validation loss and its standard deviation.
 
-    steps_to: the final loss of AdamW, as a share of AdamW's steps; time_to: the same of its time, where a step takes
-    `step_time` times as long as one of AdamW. That of the arms that end early counts for their beginning alone.
+    steps_to: the final loss of AdamW with the same seed, as a share of its steps; time_to: the same of its time, where
+    a step takes `step_time` times as long as one of AdamW. That of the arms that end early counts for their beginning
+    alone.
     rotating: the share of rotations, and of what they read, in the time of the whole run. inexact: the largest relative
     change of the logits at a rotation of any run.
     """
@@ -171,10 +172,11 @@ class Row:
 
 def describe(setting: str, found: dict[str, list[Outcome]], seconds: dict[str, float]) -> Iterator[Row]:
     """A row an arm. seconds: of a step of each arm, see `time_steps`."""
-    level = statistics.fmean(outcome.losses[-1] for outcome in found[PLAIN])
+    levels = [outcome.losses[-1] for outcome in found[PLAIN]]
     for arm, outcomes in found.items():
         job, lasts = outcomes[0].job, [outcome.losses[-1] for outcome in outcomes]
-        steps = statistics.fmean(steps_to(level, outcome.losses) for outcome in outcomes)
+        pairs = zip(levels, outcomes, strict=True)
+        steps = statistics.fmean(steps_to(level, outcome.losses) for level, outcome in pairs)
         slower = seconds[arm] / seconds[PLAIN]
         slow = min(steps, EARLY) if arm in EARLY_ALONE else steps
         yield Row(
