@@ -9,6 +9,17 @@ from collections.abc import Collection
 import torch
 
 
+def check_alone(what: str) -> None:
+    """Raise ValueError in a process group of several ranks, each of which would do `what` on its own samples."""
+    distributed = torch.distributed
+    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if ranks > 1:
+        raise ValueError(
+            f"{what} must run in a single process, got a process group of {ranks} ranks: each would go by samples of "
+            "its own, and their weights would drift apart"
+        )
+
+
 def check_name(argument: str, value: object, known: Collection[str]) -> None:
     """Raise unless `value` is one of the `known` names."""
     if not isinstance(value, str) or value not in known:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_bool, check_int, check_name
+from .checks import check_alone, check_bool, check_int, check_name
 from .errors import TeleportError
 from .kernels.library import check_backend
 from .measure import measure_own
@@ -133,7 +133,7 @@ class Teleporter:
         on_error: str = "raise",
         backend: str = "auto",
     ) -> None:
-        _check_alone()
+        check_alone("Teleporter")
         chain = Transaction().run(lambda: read_chain(model))
         optimizers = unwrap(optimizer)
         check_holds(model, optimizers)
@@ -394,17 +394,6 @@ def _restore_batches(batches: object, chain: Chain) -> tuple[Batch, ...]:
         except (TypeError, ValueError) as error:
             raise type(error)(f"state: gathered: {error}") from error
     return restored
-
-
-def _check_alone() -> None:
-    """Raise ValueError in a process group of several ranks, each of which would teleport on its own samples."""
-    distributed = torch.distributed
-    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    if ranks > 1:
-        raise ValueError(
-            f"Teleporter must run in a single process, got a process group of {ranks} ranks: each would teleport on "
-            "samples of its own, and their weights would drift apart"
-        )
 
 
 def _choose_layers(

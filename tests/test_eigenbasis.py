@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from networks import snapshot, unchanged
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import symtele_cuda as st
 from experiments.gpt.model import GPT, sites_of
@@ -321,6 +322,16 @@ def test_bad_arguments_are_named_and_no_hook_is_left(name):
     with pytest.raises(error, match=text):
         aligned(model, optimizer, **options)
     assert not model._forward_pre_hooks and not optimizer._optimizer_step_pre_hooks
+
+
+def test_one_of_several_ranks_refuses() -> None:
+    model = make_gpt()
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(ValueError, match=r"EigenbasisTeleporter must run in a single process, got .* of 2 ranks"):
+            aligned(model, torch.optim.AdamW(model.parameters()))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_rotation_that_changes_the_outputs_is_undone_and_said():

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_int
+from ..checks import check_alone, check_int
 from ..errors import TeleportError
 from ..optimizers import check_holds, kind_of, unwrap
 from ..sites import Declaration, Site, resolve
@@ -66,7 +66,7 @@ class EigenbasisTeleporter:
     A run that goes on from `state_dict()`, with those of model and optimizer, is the uninterrupted one bit for bit.
 
     Raises:
-        TypeError, ValueError: an argument is not what is said above.
+        TypeError, ValueError: an argument is not what is said above, or the process is one of several ranks.
         TeleportError: there is nothing to rotate.
     """
 
@@ -80,6 +80,7 @@ class EigenbasisTeleporter:
         until: int = 200,
         averages: Sequence[nn.Module] = (),
     ) -> None:
+        check_alone("EigenbasisTeleporter")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.every, self.until = check_int("every", every, at_least=1), check_int("until", until, at_least=1)
