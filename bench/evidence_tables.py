@@ -22,6 +22,7 @@ from bench.harness import RESULTS
 from bench.tables import table
 from experiments import spike
 from experiments.classification import PLAIN
+from experiments.gpt.runs import MUON, ROTATED, SOAP
 from experiments.plasticity import arms
 from experiments.plasticity.results import best_of
 from experiments.starts.arms import ALL, INITS
@@ -282,7 +283,7 @@ def transformer_table(document: Document) -> str:
 
 def advice_table(folder: Path) -> str:
     """README's answer to who should use it, from the files of starts and of plasticity."""
-    starts, tasks = starts_tables.read_starts(folder), read(folder / "plasticity.json")
+    starts, tasks, gpt = starts_tables.read_starts(folder), *(read(folder / f"{row}.json") for row in _OTHERS)
     new = "`Teleporter(model, optimizer)`"
     leaky = [f"{rule} {_epochs(starts, 'digits', 'LeakyReLU 0.1', rule, 0.01)}" for rule in ("sgd", "momentum", "adam")]
     smooth = [f"{sigma} {_epochs(starts, 'digits', sigma, 'sgd', 0.01)}" for sigma in ("tanh", "sigmoid")]
@@ -301,11 +302,13 @@ def advice_table(folder: Path) -> str:
             '`teleporter.refresh((x, y))`, `Standardise(refit="all")`',
             "; ".join(_tasks(tasks, protocol, sigma) for protocol, sigma in _TOLD),
         ],
+        ["a Transformer that stays with AdamW", "`EigenbasisTeleporter(model, optimizer)`", _steps(gpt)],
         [slow, '`method=Ascent("lookahead", …)`', "several times faster, see below"],
     ]
     return table(["situation", "call", "effect"], rows).replace("--:", "---")  # text, not numbers
 
 
+_OTHERS = ("plasticity", "transformer")
 _TOLD = (("random labels", "tanh"), ("random labels", "LeakyReLU 0.01"), ("relabelled", "tanh"))
 
 
@@ -329,6 +332,17 @@ def _lowest(documents: Sequence[Document], problem: str, activation: str, optimi
 
 def _finite(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "never"
+
+
+def _steps(document: Document) -> str:
+    """The share of AdamW's steps to its final loss, by setting, beside that of the optimizers to name first."""
+    shares = {(row["setting"], row["arm"]): row["steps_to"] for row in document["rows"]}
+    told = []
+    for setting in dict.fromkeys(setting for setting, _ in shares):
+        others = [f"{arm} {shares[setting, arm]:.0%}" for arm in (SOAP, MUON) if (setting, arm) in shares]
+        ours = f"{shares[setting, ROTATED]:.0%} of the steps to AdamW's final loss"
+        told.append(f"{setting}: {ours} ({', '.join(others)})")
+    return "; ".join(told)
 
 
 def _tasks(document: Document, protocol: str, activation: str) -> str:

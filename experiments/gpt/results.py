@@ -18,7 +18,6 @@ from experiments.gpt.runs import (
     EARLY_ALONE,
     LAYERS,
     LOOK_EVERY,
-    MUON,
     PIECES,
     PLAIN,
     ROTATED,
@@ -49,7 +48,7 @@ class Setting:
     arms: tuple[str, ...] = tuple(ARMS)
 
 
-LONG = Setting("long", 64, 2000, arms=(PLAIN, ROTATED, SOAP_START, SOAP, MUON))
+LONG = Setting("long", 64, 2000, arms=(PLAIN, ROTATED, SOAP_START, SOAP))
 SETTINGS = {one.name: one for one in (Setting("d = 64", 64, 400, tunes_all=True), Setting("d = 128", 128, 300), LONG)}
 """The first tunes warm-up and β₂ as well; the others take these from it and tune the rate."""
 
@@ -189,7 +188,7 @@ def describe(setting: str, found: dict[str, list[Outcome]], seconds: dict[str, f
             spread=statistics.stdev(lasts) if len(lasts) > 1 else 0.0,
             steps_to=steps / job.steps,
             step_time=slower,
-            time_to=(slow * slower + (steps - slow if math.isfinite(steps) else 0.0)) / job.steps,
+            time_to=(slow * slower + steps - slow) / job.steps if math.isfinite(steps) else math.inf,
             rotating=sum(outcome.rotating for outcome in outcomes) / sum(outcome.seconds for outcome in outcomes),
             inexact=max(outcome.inexact for outcome in outcomes),
         )
