@@ -50,8 +50,8 @@ def test_each_run_is_on_record_and_each_arm_is_compared_at_its_best() -> None:
             losses = {run["lr"]: run["last"] for run in beside}
             assert min(losses, key=losses.__getitem__) == row["lr"]
             assert min(losses) < row["lr"] < max(losses), (setting, arm)
-            # One after the other: all three together may do a little better.
-            assert losses[row["lr"]] <= min(run["last"] for run in tuned) + 0.02
+            # One after the other: all three together may do a little better on that seed.
+            assert losses[row["lr"]] <= min(run["last"] for run in tuned) + 0.03
             assert len({run["seed"] for run in own}) == 4
 
 
