@@ -169,9 +169,8 @@ def teleport(
         listed = _that_search_moves(resolve(model, sites))
         whole = WholeModel.make(model, batch, loss_fn, guards.holdout)
         values, parameters = whole.values, list(whole.parameters.values())
-        check_exact(whole.outputs, values, listed)
+        outputs = check_exact(whole.outputs, values, listed)
         orbit = ExactOrbit.make(values, whole.losses, listed, method.make_objective(), parameters[0].dtype)
-        outputs = whole.outputs({})
         found = _climb(orbit, method, suited)
         report, weights = _settle(orbit, method, suited, found, ())
         if weights is not None:

@@ -32,7 +32,7 @@ from ..optimizers import check_holds, kind_of, unwrap
 from ..sites import Declaration, Site, resolve
 from ..sites.action import GL, ORTHOGONAL, Axis
 from ..sites.exactness import KEPT, change_of, floating_outputs
-from ..sites.state import FIRST_MOMENTS, SECOND_MOMENTS, moments_of
+from ..sites.state import FIRST_MOMENTS, SECOND_MOMENTS, moments_of, move
 from ..transaction import Transaction
 
 DECAY = 0.95
@@ -188,10 +188,10 @@ class EigenbasisTeleporter:
         before = None if self._checked else self._outputs()
         rotations = [(basis, self._choose(basis.covariance())) for basis in self._bases]
         turned = [basis.turned(rotation) for basis, rotation in rotations]
-        for parameters in (self._parameters, *self._averages):
-            _move(transaction, dict(parameters), rotations)
-        for entries in moments_of(self._optimizers, self._parameters, FIRST_MOMENTS):
-            _move(transaction, entries, rotations)
+        moved = [(basis.site, rotation) for basis, rotation in rotations]
+        alike: list[Mapping[str, Tensor]] = [self._parameters, *self._averages]
+        for entries in (*alike, *moments_of(self._optimizers, self._parameters, FIRST_MOMENTS)):
+            move(transaction, entries, moved)
         for entries in moments_of(self._optimizers, self._parameters, SECOND_MOMENTS):
             values = dict(entries)
             for (basis, rotation), covariances in zip(rotations, turned, strict=True):
@@ -287,17 +287,6 @@ def _factored(axis: Axis, value: Tensor, squares: Tensor, covariance: Tensor) ->
     shares = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).to(value.dtype)[:, :, None]
     total = shares.sum(1, keepdim=True)
     return axis.put_back(value, torch.where(total > 0, spread.sum(1, keepdim=True) * (shares / total), spread))
-
-
-def _move(transaction: Transaction, entries: dict[str, Any], rotations: Sequence[tuple[_Basis, Tensor]]) -> None:
-    """Rotate tensors of the parameters' shapes in place."""
-    values: dict[str, Tensor] = dict(entries)
-    for basis, rotation in rotations:
-        like = next((values[name] for name in basis.site.names if name in values), None)
-        if like is not None:
-            values |= basis.site.act(values, rotation.to(like.dtype))
-    changed = [name for name in entries if values[name] is not entries[name]]
-    transaction.write([entries[name] for name in changed], [values[name] for name in changed])
 
 
 def _rotations(sites: Sequence[Site]) -> list[Site]:

@@ -74,7 +74,7 @@ class BatchLoss:
             value, gradient = _default_value_and_gradient(self.output.forward(logits), self.targets)
             return value, self.output.pull_back(gradient, logits)
         with torch.enable_grad():
-            leaf = tree_map(_as_leaf, logits)
+            leaf = logits.detach().requires_grad_()
             loss = self(leaf)
             (gradient,) = torch.autograd.grad(loss, leaf)
         return loss.detach(), gradient

@@ -18,7 +18,7 @@ from torch import Tensor
 Parameters = Mapping[str, Tensor]
 """Parameters of a model by their qualified names."""
 
-GROUPS = POSITIVE_DIAGONAL, GL, ORTHOGONAL = ("positive diagonal", "GL", "O")
+POSITIVE_DIAGONAL, GL, ORTHOGONAL = "positive diagonal", "GL", "O"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Axis:
 
     def columns(self, value: Tensor, heads: int, units: int) -> Tensor:
         """The range as heads×units×(all other entries)."""
-        part = self._range(value, heads * self.repeat * units).movedim(self.dim, 0)
+        part = self._range(value, self.size(heads, units)).movedim(self.dim, 0)
         return part.reshape(heads, self.repeat, units, -1).transpose(1, 2).reshape(heads, units, -1)
 
     def size(self, heads: int, units: int) -> int:
@@ -109,8 +109,6 @@ class Site:
     @property
     def described(self) -> str:
         """The group with its size."""
-        if self.group == POSITIVE_DIAGONAL:
-            return f"{self.group}({self.units})"
         return f"{self.group}({self.units})" + (f", {self.heads} heads" if self.heads > 1 else "")
 
     def identity(self, parameters: Parameters) -> Tensor:
@@ -147,10 +145,8 @@ class Site:
         return moved
 
     def check(self, parameters: Parameters) -> None:
-        """Raise ValueError unless the parameters exist and their dimensions fit the units and heads."""
+        """Raise ValueError unless the dimensions of the parameters fit the units and heads."""
         for axis in self.axes:
-            if axis.name not in parameters:
-                raise ValueError(f"sites must name trainable parameters of the model, got {axis.name!r} in {self.kind}")
             shape, size = tuple(parameters[axis.name].shape), axis.size(self.heads, self.units)
             if axis.dim >= len(shape) or axis.start + size > shape[axis.dim]:
                 raise ValueError(

@@ -42,12 +42,27 @@ class Scales:
     def sites_in(self, names: ModelNames) -> Iterator[Site]:
         for up, down in _pairs(names, self.up, self.down):
             before, behind = names.outputs(up), names.inputs(down)
-            repeat = _repeat(before, behind, f"{up!r} and {down!r}")
+            repeat = _repeat(before, behind, up, down)
             yield Site("Scales", POSITIVE_DIAGONAL, (*before.acted(), *behind.acted(-self.power, repeat)), before.size)
 
 
+class _InHeads:
+    """What acts by a matrix a head on one side, and by its dual on another."""
+
+    heads: int
+
+    def __post_init__(self) -> None:
+        check_int("heads", self.heads, at_least=1)
+
+    def _site(self, one: Side, other: Side, name: str, its: str) -> Site:
+        if one.size % self.heads:
+            raise ValueError(f"heads must divide the {one.size} outputs of {name!r}, got {self.heads}")
+        axes = (*one.acted(), *other.acted(-1, _repeat(one, other, name, its)))
+        return Site(type(self).__name__, GL, axes, one.size // self.heads, self.heads)
+
+
 @dataclass(frozen=True)
-class LinearPair:
+class LinearPair(_InHeads):
     """GL(k), one element a head, between two linear maps with nothing in between that acts on the units:
 
     U ← g U,   u ← g u,   D ← D g⁻¹.
@@ -65,19 +80,13 @@ class LinearPair:
     down: str
     heads: int = 1
 
-    def __post_init__(self) -> None:
-        check_int("heads", self.heads, at_least=1)
-
     def sites_in(self, names: ModelNames) -> Iterator[Site]:
         for up, down in _pairs(names, self.up, self.down):
-            before, behind = names.outputs(up), names.inputs(down)
-            units = _units(before, self.heads, up)
-            repeat = _repeat(before, behind, f"{up!r} and {down!r}")
-            yield Site("LinearPair", GL, (*before.acted(), *behind.acted(-1, repeat)), units, self.heads)
+            yield self._site(names.outputs(up), names.inputs(down), up, down)
 
 
 @dataclass(frozen=True)
-class QueryKey:
+class QueryKey(_InHeads):
     """GL(k), one element a head, on queries and keys of which nothing but the product counts:
 
     W_k ← g W_k,   b_k ← g b_k,   W_q ← g⁻ᵀ W_q,   b_q ← g⁻ᵀ b_q.
@@ -91,15 +100,9 @@ class QueryKey:
     key: str
     heads: int = 1
 
-    def __post_init__(self) -> None:
-        check_int("heads", self.heads, at_least=1)
-
     def sites_in(self, names: ModelNames) -> Iterator[Site]:
         for query, key in _pairs(names, self.query, self.key):
-            keys, queries = names.outputs(key), names.outputs(query)
-            units = _units(keys, self.heads, key)
-            repeat = _repeat(keys, queries, f"{key!r} and {query!r}")
-            yield Site("QueryKey", GL, (*keys.acted(), *queries.acted(-1, repeat)), units, self.heads)
+            yield self._site(names.outputs(key), names.outputs(query), key, query)
 
 
 @dataclass(frozen=True)
@@ -160,14 +163,9 @@ def _filled(pattern: str, stars: Sequence[str]) -> str:
     return pattern
 
 
-def _units(side: Side, heads: int, name: str) -> int:
-    if side.size % heads:
-        raise ValueError(f"heads must divide the {side.size} outputs of {name!r}, got {heads}")
-    return side.size // heads
-
-
-def _repeat(one: Side, other: Side, what: str) -> int:
+def _repeat(one: Side, other: Side, name: str, its: str) -> int:
     """How many times as large the other side is."""
     if other.size % one.size:
-        raise ValueError(f"sites must join sides of one size, got {one.size} and {other.size} units at {what}")
+        sizes = f"{one.size} and {other.size} units"
+        raise ValueError(f"sites must join sides of one size, got {sizes} at {name!r} and {its!r}")
     return other.size // one.size

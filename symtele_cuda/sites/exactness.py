@@ -30,13 +30,13 @@ def floating_outputs(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def check_exact(outputs: Outputs, parameters: Mapping[str, Tensor], sites: Sequence[Site]) -> None:
-    """Raise TeleportError if one of the sites changes the outputs, tried with one element of its group near I."""
+def check_exact(outputs: Outputs, parameters: Mapping[str, Tensor], sites: Sequence[Site]) -> Sequence[Tensor]:
+    """The outputs; raise TeleportError if one of the sites changes them, tried with one element of its group near I."""
     before, everything = outputs({}), dict(parameters)
     for site in sites:
         everything |= site.act(everything, element_near(site, parameters))
     if change_of(before, outputs(everything)) <= KEPT:
-        return
+        return before
     for site in sites:
         change = change_of(before, outputs(site.act(parameters, element_near(site, parameters))))
         if not change <= KEPT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,22 @@ def moments_of(
     return [found[kind] for kind in kinds if kind in found]
 
 
+def move(
+    transaction: Transaction,
+    entries: Mapping[str, Tensor],
+    moved: Iterable[tuple[Site, Tensor]],
+    squared: bool = False,
+) -> None:
+    """Act with an element of each site on tensors of its parameters' shapes, in place; squared: as `Site.act` says."""
+    values = dict(entries)
+    for site, g in moved:
+        like = next((values[name] for name in site.names if name in values), None)
+        if like is not None:
+            values |= site.act(values, g.to(like), squared)
+    changed = [name for name in entries if values[name] is not entries[name]]
+    transaction.write([entries[name] for name in changed], [values[name] for name in changed])
+
+
 def transport(
     transaction: Transaction,
     optimizers: Iterable[torch.optim.Optimizer],
@@ -54,7 +70,4 @@ def transport(
     optimizers = list(optimizers)
     for kinds, squared in ((FIRST_MOMENTS, False), (SECOND_MOMENTS, True)):
         for entries in moments_of(optimizers, parameters, kinds):
-            values = dict(entries)
-            for site, dual in listed:
-                values |= site.act(values, dual.to(next(iter(entries.values()))), squared)
-            transaction.write(list(entries.values()), list(values.values()))
+            move(transaction, entries, listed, squared)
